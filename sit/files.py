@@ -1,0 +1,99 @@
+"""Writing files and folders whole: made beside their place, then renamed into it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from sit.errors import UserError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextlib.contextmanager
+def explain_os_errors(path: Path) -> Iterator[None]:
+    """Turn "disk full", "read-only" and their kin, met while writing ``path``, into a :class:`UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise UserError(f"the disk is full, so {path} was not written; what was there before is untouched") from error
+        if error.errno in _REFUSED:
+            raise UserError(f"{path} can't be written ({error.strerror}); choose another output folder") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"{path} can't be written: a file stands where a folder is needed") from error
+        raise
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` to write to; it takes ``path``'s place only if the block succeeds.
+
+    Raises:
+        UserError: the disk is full or the place can't be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _fsync(temporary)
+            os.replace(temporary, path)
+            _fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; it is renamed to ``path`` only if the block succeeds.
+
+    Raises:
+        UserError: ``path`` exists already, the disk is full or the place can't be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explain_os_errors(path):
+        if path.exists():
+            raise UserError(f"{path} exists already; it is not overwritten")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for entry in [*temporary.rglob("*"), temporary]:
+                _fsync(entry)
+            os.rename(temporary, path)
+            _fsync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def new_output(path: str | Path, flag: str) -> Path:
+    """Create the empty output folder ``path``, named by the command-line ``flag``.
+
+    Raises:
+        UserError: it exists and is not empty, or it can't be made or written.
+    """
+    path = Path(path)
+    with explain_os_errors(path):
+        if path.is_dir() and any(path.iterdir()):
+            raise UserError(f"{flag} {path} exists and is not empty; choose a new folder or remove it")
+        path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{flag} {path} can't be written; choose another folder")
+    return path

@@ -1,0 +1,145 @@
+"""The token-mixer slot: what a mixer is, the registry, patterns over depth, and self-attention.
+
+A mixer is any ``nn.Module`` called as ``mixer(x, grid)`` with tokens ``x`` (B, N, C) in row-major order over
+``grid = (H, W)``, N = H·W, that returns (B, N, C). A *factory* ``factory(dim, num_heads, **options)`` makes it, and
+the factory's attribute ``positional_embedding`` (bool) says whether a network of it needs a positional embedding.
+
+A factory is found under its name if it was registered with :func:`register_mixer`, or if an installed package
+names it in the entry-point group ``sit.mixers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+import yaml
+from timm.models.vision_transformer import Attention as TimmAttention
+from torch import nn
+
+from sit.errors import UserError
+
+ENTRY_POINT_GROUP = "sit.mixers"
+_registry: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_mixer(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    """Class or function decorator: make a factory known as ``name``.
+
+    Raises:
+        TypeError: the factory lacks the attribute ``positional_embedding``.
+        ValueError: the name is taken, or has a character that patterns use (``,``, ``:``, ``=``).
+    """
+
+    def register(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        if not name or set(name) & set(",:= "):
+            raise ValueError(f"mixer name {name!r} must be non-empty, without ',', ':', '=' or spaces")
+        if _registry.get(name, factory) is not factory:
+            raise ValueError(f"the mixer name {name!r} is taken by {_registry[name]!r}")
+        _registry[name] = _checked(name, factory)
+        return factory
+
+    return register
+
+
+def known_mixers() -> list[str]:
+    """The names that ``--mixer`` accepts, registered and installed, sorted."""
+    return sorted({*_registry, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+
+
+def _checked(name: str, factory: Any) -> Callable[..., nn.Module]:
+    if not callable(factory) or not isinstance(getattr(factory, "positional_embedding", None), bool):
+        raise TypeError(f"mixer {name!r}: {factory!r} must be callable and have a bool attribute positional_embedding")
+    return factory
+
+
+def _factory(name: str) -> Callable[..., nn.Module]:
+    if name not in _registry:
+        for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+            try:
+                _registry[name] = _checked(name, point.load())
+            except (ImportError, AttributeError, TypeError) as error:
+                raise UserError(f"mixer {name!r} of {point.value} can't be loaded: {error}") from error
+            break
+        else:
+            raise UserError(f"unknown mixer {name!r}; known mixers: {', '.join(known_mixers())}")
+    return _registry[name]
+
+
+@dataclass(frozen=True)
+class MixerSpec:
+    """One entry of a mixer pattern: a registered name and the options its factory gets."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return ":".join([self.name, *(f"{k}={yaml.safe_dump(v).split()[0]}" for k, v in self.options.items())])
+
+
+def parse_mixers(pattern: str) -> list[MixerSpec]:
+    """Read ``name[:option=value…]`` entries separated by commas; the list is repeated over the depth.
+
+    Values are YAML scalars: ``atconv:kernel_size=5:inhibition=false`` gives an int and a bool.
+
+    Raises:
+        UserError: an unknown name, an option that is not ``key=value``, or that the mixer does not have.
+    """
+    specs = []
+    for entry in pattern.split(","):
+        name, *pairs = entry.strip().split(":")
+        options = {}
+        for pair in pairs:
+            option, equals, value = pair.partition("=")
+            if not (option and equals and value):
+                raise UserError(f"mixer {entry.strip()!r}: {pair!r} is not option=value")
+            options[option] = yaml.safe_load(value)
+        _check_options(name, options)
+        specs.append(MixerSpec(name, options))
+    return specs
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    parameters = signature(_factory(name)).parameters
+    if any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    allowed = sorted(set(parameters) - {"dim", "num_heads"})
+    for option in options:
+        if option not in allowed:
+            has = f"its options are {', '.join(allowed)}" if allowed else "it has none"
+            raise UserError(f"mixer {name!r} has no option {option!r}; {has}")
+
+
+def build_mixer(spec: MixerSpec, dim: int, num_heads: int) -> nn.Module:
+    """Make one mixer for tokens of ``dim`` channels.
+
+    Raises:
+        UserError: the factory refuses the values of its options.
+    """
+    try:
+        return _factory(spec.name)(dim, num_heads, **spec.options)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"mixer {str(spec)!r} with {dim} channels and {num_heads} heads: {error}") from error
+
+
+def needs_positional_embedding(specs: Sequence[MixerSpec]) -> bool:
+    """Whether any mixer of the pattern needs the network to add a positional embedding to its tokens."""
+    return any(_factory(spec.name).positional_embedding for spec in specs)
+
+
+@register_mixer("attention")
+class Attention(TimmAttention):
+    """Multi-head self-attention: timm's, through PyTorch's scaled-dot-product attention (SiT, DiT)."""
+
+    positional_embedding = True
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False) -> None:
+        super().__init__(dim, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm)
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(B, N, C) tokens to (B, N, C); the grid is not needed, as every token sees every other."""
+        return super().forward(x)
