@@ -1,0 +1,277 @@
+"""SiT, the Scalable Interpolant Transformer (arXiv 2401.08740): DiT's network with a token-mixer slot in each block.
+
+Key names and initial values are those of the published code, so its weights load as they are; the mixer stands under
+``blocks.{i}.attn`` whatever it is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from timm.layers import Mlp, PatchEmbed
+from torch import nn
+
+from sit.errors import UserError
+from sit.mixers import MixerSpec, build_mixer, needs_positional_embedding, parse_mixers
+
+# depth, hidden size, heads (FACTS of DiT and SiT; XS is ours, for data of a few thousand small images)
+SIZES = {
+    "XS": (6, 128, 4),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+PATCHES = (1, 2, 4, 8)
+MODELS = {
+    f"SiT-{size}/{patch}": dict(depth=depth, hidden_size=hidden, num_heads=heads, patch_size=patch)
+    for size, (depth, hidden, heads) in SIZES.items()
+    for patch in PATCHES
+}
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """adaLN: x·(1 + scale) + shift, with x (B, N, C) and shift, scale (B, C)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def sincos_table(hidden_size: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The fixed 2-D sine-cosine positional table (DiT): (1, H·W, C) float32, row-major.
+
+    The first half of the channels encodes the column coordinate, the second half the row, each as sines, then cosines.
+
+    Args:
+        hidden_size: C, a multiple of 4.
+        rows: (H,) coordinates of the grid's rows, in patches.
+        columns: (W,) coordinates of its columns.
+    """
+    if hidden_size % 4:
+        raise UserError(f"a positional table needs a hidden size divisible by 4, not {hidden_size}")
+    quarter = hidden_size // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+
+    def encode(coordinate: torch.Tensor) -> torch.Tensor:
+        angles = coordinate.double()[:, None] * omega
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    height, width = len(rows), len(columns)
+    column_half = encode(columns)[None].expand(height, -1, -1)
+    row_half = encode(rows)[:, None].expand(-1, width, -1)
+    return torch.cat([column_half, row_half], dim=2).reshape(1, height * width, hidden_size).float()
+
+
+class TimestepEmbedder(nn.Module):
+    """Embeds times t in [0, 1], used as they are (not scaled by 1000), through sinusoids and an MLP."""
+
+    def __init__(self, hidden_size: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.frequencies = frequencies
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """(B,) times to (B, C)."""
+        half = self.frequencies // 2
+        omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t.float()[:, None] * omega
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Embeds class labels; with a null class, its row is the last one."""
+
+    def __init__(self, num_classes: int, hidden_size: int, null_class: bool) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + null_class, hidden_size)
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        """(B,) integer labels to (B, C)."""
+        return self.embedding_table(labels)
+
+
+class SiTBlock(nn.Module):
+    """A transformer block with adaLN-Zero conditioning, whose token mixer is given by a :class:`MixerSpec`."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, mixer: MixerSpec) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = build_mixer(mixer, hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Tokens (B, N, C) and condition (B, C) to tokens (B, N, C)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), grid)
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """adaLN and the linear map from tokens to patches."""
+
+    def __init__(self, hidden_size: int, patch_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, C) to flattened patches (B, N, p·p·channels)."""
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class SiT(ModelMixin, ConfigMixin):
+    """A Scalable Interpolant Transformer over latents of shape (in_channels, h, w).
+
+    Args:
+        input_size: latent height and width of the training, or one number for a square.
+        patch_size: side p of the square patches that become tokens; the grid is (h/p, w/p).
+        in_channels: channels of the latent.
+        hidden_size: C, the width of the tokens.
+        depth: number of blocks.
+        num_heads: attention heads (mixers without heads ignore it).
+        mlp_ratio: hidden width of the MLP over C.
+        num_classes: number of classes, labels 0 … num_classes − 1.
+        class_dropout: probability with which training replaces a label by the null class, whose label is
+            ``num_classes``; 0 builds no null class, and then there is no classifier-free guidance.
+        mixer: the mixer pattern, e.g. ``attention``, ``atconv``, ``attention,atconv:kernel_size=5``; repeated over
+            the depth (see :mod:`sit.mixers`).
+        learn_sigma: twice the output channels, of which the first half is the prediction (as published).
+        positional_embedding: whether the sine-cosine table is added; None asks the mixers.
+
+    Raises:
+        UserError: sizes that do not fit together, or an unknown mixer.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SiTBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        input_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout: float = 0.1,
+        mixer: str = "attention",
+        learn_sigma: bool = True,
+        positional_embedding: bool | None = None,
+    ) -> None:
+        super().__init__()
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        specs = parse_mixers(mixer)
+        if positional_embedding is None:
+            positional_embedding = needs_positional_embedding(specs)
+        self.register_to_config(input_size=(height, width), positional_embedding=positional_embedding)
+        self.grid = self._grid(height, width)
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.gradient_checkpointing = False
+
+        self.x_embedder = PatchEmbed(None, patch_size, in_channels, hidden_size, strict_img_size=False)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class=class_dropout > 0)
+        if positional_embedding:
+            table = sincos_table(hidden_size, *(torch.arange(side) for side in self.grid))
+            self.register_buffer("pos_embed", table)
+        self.blocks = nn.ModuleList(
+            SiTBlock(hidden_size, num_heads, mlp_ratio, specs[index % len(specs)]) for index in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * self.out_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """The published initial values: Xavier-uniform linear layers, zero biases, adaLN and output zero."""
+
+        def xavier(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+        self.apply(xavier)
+        projection = self.x_embedder.proj
+        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+        nn.init.zeros_(projection.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    @property
+    def null_class(self) -> int:
+        """The label that means "no class".
+
+        Raises:
+            UserError: the network was built without one (class_dropout 0).
+        """
+        if self.config.class_dropout <= 0:
+            raise UserError("this network was trained without class dropout and has no null class: use --cfg-scale 1")
+        return self.config.num_classes
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        patch = self.config.patch_size
+        if height % patch or width % patch:
+            raise UserError(f"a latent of {height}x{width} can't be cut into patches of {patch}x{patch}")
+        return height // patch, width // patch
+
+    def positional_table(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The positional table for a grid: (1, H·W, C); the trained one on the trained grid."""
+        if grid == self.grid:
+            return self.pos_embed
+        raise UserError(f"this network's positional table is for a grid of {self.grid}, not {grid}")
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The prediction (velocity, score or noise, as it was trained) at the noisy latents.
+
+        Args:
+            x: (B, in_channels, h, w) latents.
+            t: (B,) times in [0, 1], 0 noise and 1 data.
+            y: (B,) int64 labels; ``num_classes`` is the null class.
+
+        Returns:
+            (B, in_channels, h, w), of the network's dtype.
+        """
+        height, width = x.shape[-2:]
+        grid = self._grid(height, width)
+        x = self.x_embedder(x)
+        if self.config.positional_embedding:
+            x = x + self.positional_table(grid).to(x.dtype)
+        condition = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, condition, grid)
+            else:
+                x = block(x, condition, grid)
+        x = self.final_layer(x, condition)
+        return self._unpatchify(x, grid)[:, : self.config.in_channels]
+
+    def _unpatchify(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(B, N, p·p·channels) to (B, channels, H·p, W·p)."""
+        patch = self.config.patch_size
+        x = x.reshape(-1, *grid, patch, patch, self.out_channels)
+        x = x.permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(-1, self.out_channels, grid[0] * patch, grid[1] * patch)
+
+
+def create_model(name: str, **options) -> SiT:
+    """Make a network of the size table, e.g. ``create_model("SiT-XL/2", mixer="atconv", input_size=32)``.
+
+    Raises:
+        UserError: a name that the table lacks.
+    """
+    if name not in MODELS:
+        sizes, patches = ", ".join(SIZES), ", ".join(map(str, PATCHES))
+        raise UserError(f"unknown model {name!r}; models are SiT-SIZE/PATCH with sizes {sizes} and patches {patches}")
+    return SiT(**{**MODELS[name], **options})
