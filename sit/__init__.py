@@ -1,1 +1,21 @@
 """SiT: Scalable Interpolant Transformers (arXiv 2401.08740) with a pluggable token-mixer slot."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# imported when first asked for, so that `import sit` stays light; diffusers finds pipeline components by these names
+_HOMES = {"SiT": "sit.model", "Transport": "sit.transport", "SiTPipeline": "sit.pipeline"}
+
+__all__ = ["SiT", "SiTPipeline", "Transport"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
