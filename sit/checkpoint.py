@@ -400,15 +400,25 @@ def _read_folder(place: Path) -> tuple[SiT, Transport, CheckpointInfo, str | Non
     transport = Transport.from_pretrained(place / "transport") if has_transport else Transport()
     model_index = _read_json(place / "model_index.json") if whole_pipeline else {}
     if (place / INDEX).is_file():
-        index = _read_json(place / INDEX)
-        info = CheckpointInfo(**{f.name: index[f.name] for f in dataclasses.fields(CheckpointInfo) if f.name in index})
-        info.image_size = tuple(info.image_size) if info.image_size else None
+        info = read_info(place)
     else:
         names = {int(label): name for label, name in (model_index.get("id2label") or {}).items()}
         info = CheckpointInfo(classes=model.config.num_classes, mixer=model.config.mixer)
         info.label_names = [names[label] for label in range(len(names))] if sorted(names) == [*range(len(names))] else []
     vae = str(place / "vae") if (place / "vae").is_dir() else model_index.get("vae_name")
     return model, transport, info, vae
+
+
+def read_info(checkpoint: Path) -> CheckpointInfo:
+    """What a checkpoint folder of ours says of itself.
+
+    Raises:
+        UserError: its ``sit.json`` is missing or unreadable.
+    """
+    index = _read_json(checkpoint / INDEX)
+    info = CheckpointInfo(**{f.name: index[f.name] for f in dataclasses.fields(CheckpointInfo) if f.name in index})
+    info.image_size = tuple(info.image_size) if info.image_size else None
+    return info
 
 
 def read_network(folder: Path) -> SiT:

@@ -155,7 +155,8 @@ def from_mapping(values: dict[str, Any], source: str, base: TrainConfig | None =
         try:
             checked[name] = typeguard.check_type(value, hints[name])
         except typeguard.TypeCheckError as error:
-            raise UserError(f"{source}: {name}: {value!r} {str(error).split(" ", 1)[1]}") from error
+            reason = str(error).split(" ", 1)[1]
+            raise UserError(f"{source}: {name}: {value!r} {reason}") from error
     return dataclasses.replace(base or TrainConfig(), **checked)
 
 

@@ -1,0 +1,115 @@
+"""A run's folder: its making, its metrics file, and which of its checkpoints are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker, on_main_process
+
+from sit.errors import UserError
+from sit.files import atomic_write, explain_os_errors, new_output
+
+
+def new_run_folder(output_dir: str | None, label: str) -> Path:
+    """Make the empty folder of a new run: ``output_dir``, or a new one under ``runs/`` named by date and ``label``.
+
+    Raises:
+        UserError: ``output_dir`` holds something already, or can't be written.
+    """
+    if output_dir is not None:
+        return new_output(output_dir, "--output-dir")
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{label}"
+    for attempt in range(100):
+        folder = Path("runs") / (stem if not attempt else f"{stem}-{attempt}")
+        if not folder.exists():
+            return new_output(folder, "--output-dir")
+    raise UserError(f"runs/{stem} and a hundred names like it are taken; give --output-dir")
+
+
+class JsonLinesTracker(GeneralTracker):
+    """Writes each logged row as a line of ``metrics.jsonl``; on resuming, drops the rows after the resumed step."""
+
+    name = "jsonl"
+    requires_logging_directory = False
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        super().__init__()
+        self.path = path
+        self.resumed_step = resumed_step
+
+    @on_main_process
+    def start(self) -> None:
+        rows = [row for row in read_metrics(self.path) if row["step"] <= self.resumed_step]
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115
+
+    @property
+    def tracker(self):
+        return self.file
+
+    def store_init_configuration(self, values: dict) -> None:
+        """Nothing: ``config.yaml`` has it."""
+
+    @on_main_process
+    def log(self, values: dict, step: int | None = None, **kwargs) -> None:
+        with explain_os_errors(self.path):
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+
+    @on_main_process
+    def finish(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; a last line cut off in the writing is left out, a missing file has none."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+@contextlib.contextmanager
+def replaced(folder: Path) -> Iterator[None]:
+    """Within the block, ``folder`` may be written anew; what stood there is deleted after it, or put back if it fails.
+
+    A run resumed from an older checkpoint, or past a damaged one, meets the later ones again.
+    """
+    old = folder.with_name(f".{folder.name}.replaced")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        yield
+    except BaseException:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_leftovers(run: Path) -> None:
+    """Delete what a killed process left half-written or half-deleted among a run's checkpoints."""
+    for leftover in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def prune_checkpoints(checkpoints: list[tuple[int, Path]], keep_last: int, keep_every: int | None) -> None:
+    """Delete all (step, folder) but the last ``keep_last`` and every ``keep_every`` steps; ``keep_last`` 0 keeps all."""
+    if not keep_last:
+        return
+    for step, folder in sorted(checkpoints)[:-keep_last]:
+        if not keep_every or step % keep_every:
+            # renamed first: a folder half deleted must not look like a checkpoint
+            doomed = folder.with_name(f".{folder.name}.deleted")
+            folder.rename(doomed)
+            shutil.rmtree(doomed)

@@ -1,0 +1,380 @@
+"""The training loop, through Accelerate: one process on a CPU or a cluster's worth of GPUs."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers.training_utils import EMAModel
+from tqdm import tqdm
+
+from sit import randomness
+from sit.checkpoint import CheckpointInfo, find_checkpoints, newest_checkpoint, read_info, resolve, save_checkpoint
+from sit.config import TrainConfig, run_folder
+from sit.errors import UserError
+from sit.files import atomic_write
+from sit.latents import decode
+from sit.loader import open_training_data, training_batches
+from sit.model import SiT, create_model
+from sit.previews import labelled_grid, save_png
+from sit.runs import JsonLinesTracker, clear_leftovers, new_run_folder, prune_checkpoints, replaced
+from sit.sampler import SamplerConfig, generate
+from sit.training_state import TrainingState, ema_weights
+from sit.transport import Transport
+
+REQUEUE_EXIT = 85
+"""Exit status of a run that a signal stopped after saving itself (the "checkpointed" status of batch systems)."""
+
+PREVIEW_ROWS = 4
+
+
+def train(config: TrainConfig) -> Path:
+    """Train, from scratch or from a checkpoint, and return the run's folder.
+
+    Every process of the launch calls this. What the network is shown depends on the config's seed and the number of
+    images seen alone, not on the number of processes.
+
+    Raises:
+        UserError: settings that can't work, data that can't be read, or an output folder that is taken.
+        SystemExit: a signal asked for the end; the state is saved and the status is :data:`REQUEUE_EXIT`.
+    """
+    return Trainer(config).run()
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """The learning rate of optimiser step ``step`` (from 0): linear warm-up, then constant, or a cosine to the final."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.final_learning_rate is None:
+        return warm * config.learning_rate
+    done = min(1.0, max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return warm * (config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine)
+
+
+class Trainer:
+    """One training run: :meth:`run` is its table of contents."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def run(self) -> Path:
+        self.set_up_processes()
+        self.open_data()
+        self.build_network()
+        self.find_start()
+        self.set_up_run_folder()
+        self.take_up_state()
+        with StopSignal() as stop:
+            self.loop(stop)
+        self.accelerator.end_training()
+        return self.folder
+
+    # ------------------------------------------------------------------ before the first step
+
+    def set_up_processes(self) -> None:
+        config = self.config
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation,
+            step_scheduler_with_optimizer=False,
+        )
+        self.device = self.accelerator.device
+        parts = self.accelerator.num_processes * config.gradient_accumulation
+        if config.batch_size % parts:
+            raise UserError(
+                f"--batch-size {config.batch_size} can't be divided among {self.accelerator.num_processes} processes "
+                f"x {config.gradient_accumulation} micro-batches: make it a multiple of {parts}"
+            )
+
+    def open_data(self) -> None:
+        config = self.config
+        with self.accelerator.main_process_first():
+            self.data = open_training_data(config.data, config.vae, config.image_size, config.flip, self.device)
+        self.latent_shape = tuple(self.data.latent_shape)
+
+    def build_network(self) -> None:
+        config = self.config
+        self.transport = Transport(
+            interpolant=config.interpolant, prediction=config.prediction, loss_weight=config.loss_weight
+        )
+        torch.manual_seed(randomness.key(config.seed, "initial weights"))
+        channels, *size = self.latent_shape
+        network = create_model(
+            config.model,
+            mixer=config.mixer,
+            input_size=tuple(size),
+            in_channels=channels,
+            num_classes=len(self.data.classes),
+            class_dropout=config.class_dropout,
+            learn_sigma=config.learn_sigma,
+        )
+        if config.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        if config.compile:
+            network.compile()
+        optimizer = torch.optim.AdamW(
+            network.parameters(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
+        self.network: SiT = self.accelerator.unwrap_model(self.model)
+        ema = EMAModel(self.network.parameters(), decay=config.ema_decay, foreach=True)
+        self.state = TrainingState(self.network, self.optimizer.optimizer, ema)
+
+    def find_start(self) -> None:
+        """Where to go on: ``self.checkpoint`` (None from scratch) and ``self.step``, the steps already done."""
+        config = self.config
+        self.step, self.checkpoint = 0, None
+        if config.resume == "auto":
+            if config.output_dir is None:
+                raise UserError("--resume auto needs --output-dir, the run to continue if it has begun")
+            self.checkpoint = newest_checkpoint(config.output_dir, resumable=True)
+        elif config.resume is not None:
+            self.checkpoint = resolve(config.resume)
+            if not (self.checkpoint / "training").is_dir():
+                raise UserError(f"--resume {self.checkpoint}: it has no training/ to resume from")
+        if self.checkpoint is not None:
+            self.step = read_info(self.checkpoint).step
+
+    def set_up_run_folder(self) -> None:
+        config = self.config
+        made = [None]
+        if self.accelerator.is_main_process:
+            made = [self._make_run_folder()]
+            clear_leftovers(made[0])
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(made)
+        self.folder = made[0]
+        rows = JsonLinesTracker(self.folder / "metrics.jsonl", self.step)
+        self.accelerator.log_with = [*config.trackers, rows]
+        self.accelerator.project_configuration = ProjectConfiguration(logging_dir=str(self.folder / "logs"))
+        self.accelerator.init_trackers("sit", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
+
+    def _make_run_folder(self) -> Path:
+        config = self.config
+        label = f"{config.model}-{config.mixer}".replace("/", "-").replace(",", "+").replace(":", "-")
+        begun = config.resume == "auto" and config.output_dir and (Path(config.output_dir) / "config.yaml").is_file()
+        if begun:
+            return Path(config.output_dir)
+        if config.resume not in (None, "auto"):
+            return run_folder(config.resume)
+        folder = new_run_folder(config.output_dir, label)
+        with atomic_write(folder / "config.yaml") as temporary:
+            temporary.write_text(config.to_yaml())
+        self.data.save_vae(folder / "vae")
+        return folder
+
+    def take_up_state(self) -> None:
+        if self.checkpoint is not None:
+            self.state.load(self.checkpoint)
+            self.accelerator.print(f"continuing from {self.checkpoint} after {self.step} steps")
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        config, accelerator = self.config, self.accelerator
+        return training_batches(
+            self.data,
+            seed=config.seed,
+            global_batch=config.batch_size,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            accumulation=config.gradient_accumulation,
+            start_images=self.step * config.batch_size,
+            workers=config.workers,
+            device=self.device,
+        )
+
+    # ------------------------------------------------------------------ the loop
+
+    def loop(self, stop: StopSignal) -> None:
+        config = self.config
+        parameters = list(self.network.parameters())
+        batches = self.batches()
+        losses: list[torch.Tensor] = []
+        skipped = 0
+        since, steps_since = time.perf_counter(), 0
+        bar = tqdm(
+            total=config.steps,
+            initial=self.step,
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.accelerator.is_main_process,
+        )
+        self.model.train()
+        while self.step < config.steps:
+            # one optimiser step
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate_at(self.step, config)
+            micro = [self.forward_backward(next(batches)) for _ in range(config.gradient_accumulation)]
+            loss, indices = torch.cat([part[0] for part in micro]), torch.cat([part[1] for part in micro])
+            norm = self.gradient_norm(parameters)
+            if math.isfinite(norm):
+                skipped = 0
+                losses.append(loss)
+                self.optimizer.step()
+                self.state.ema.step(parameters)
+            else:
+                skipped += 1
+                self.report_non_finite(loss, indices, norm, skipped)
+            self.optimizer.zero_grad()
+            self.step += 1
+            steps_since += 1
+            bar.update()
+
+            # what is written from time to time
+            last = self.step == config.steps
+            if losses and (self.step % config.log_every == 0 or last):
+                mean = self.accelerator.reduce(torch.cat(losses).mean(), "mean").item()
+                pace = steps_since / (time.perf_counter() - since)
+                bar.set_postfix(loss=f"{mean:.4f}")
+                row = {
+                    "loss": mean,
+                    "gradient_norm": norm,
+                    "learning_rate": self.optimizer.param_groups[0]["lr"],
+                    "images_seen": self.step * config.batch_size,
+                    "steps_per_second": pace,
+                    "images_per_second": pace * config.batch_size,
+                }
+                self.accelerator.log(row, step=self.step)
+                losses.clear()
+                since, steps_since = time.perf_counter(), 0
+            if config.preview_every and (self.step % config.preview_every == 0 or last):
+                self.preview()
+            stopped = self.asked_to_stop(stop)
+            if self.step % config.checkpoint_every == 0 or last or stopped:
+                self.checkpoint_now()
+            if stopped and not last:
+                bar.close()
+                self.accelerator.end_training()
+                self.accelerator.print(f"stopped by a signal after step {self.step}; --resume {self.folder} goes on")
+                raise SystemExit(REQUEUE_EXIT)
+        bar.close()
+
+    def forward_backward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of one micro-batch: its per-image losses (b,), detached, and the images' indices (b,)."""
+        start, end = self.transport.train_interval()
+        t = start + (end - start) * batch["t_uniform"]
+        labels = torch.where(batch["drop"] < self.config.class_dropout, len(self.data.classes), batch["labels"])
+        with self.accelerator.accumulate(self.model):
+            loss = self.transport.loss(self.model, batch["latents"], t, batch["noise"], y=labels)
+            self.accelerator.backward(loss.mean())
+        return loss.detach(), batch["indices"]
+
+    def gradient_norm(self, parameters: list[torch.nn.Parameter]) -> float:
+        """The norm of the whole gradient, which is clipped if the config says so."""
+        self.accelerator.unscale_gradients(self.optimizer)
+        limit = self.config.max_grad_norm
+        if limit is not None:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
+        return norm.item()
+
+    def report_non_finite(self, loss: torch.Tensor, indices: torch.Tensor, norm: float, skipped: int) -> None:
+        loss, indices = self.accelerator.gather((loss, indices))
+        bad = indices[~loss.isfinite()].tolist()
+        values = sorted({str(value) for value in loss[~loss.isfinite()].tolist()})
+        what = f"loss {', '.join(values)} at images {bad}" if bad else f"gradient norm {norm} of images {indices.tolist()}"
+        message = f"step {self.step + 1}: {what}; the step is skipped ({skipped} in a row)"
+        if skipped >= self.config.non_finite_limit:
+            raise UserError(f"{message}: stopped, as --non-finite-limit is {self.config.non_finite_limit}")
+        if self.accelerator.is_main_process:
+            tqdm.write(f"warning: {message}")
+
+    def asked_to_stop(self, stop: StopSignal) -> bool:
+        """Whether any process got the signal; all of them agree."""
+        if self.accelerator.num_processes == 1:
+            return stop.received
+        flag = torch.tensor(int(stop.received), device=self.device)
+        return bool(self.accelerator.reduce(flag, "sum"))
+
+    # ------------------------------------------------------------------ previews and checkpoints
+
+    def preview(self) -> None:
+        """Sample a grid with the averaged weights, the same noise each time: a column a class, up to ten classes."""
+        config, classes = self.config, len(self.data.classes)
+        columns = min(classes, 10)
+        count = columns * PREVIEW_ROWS
+        shown = [round(i * (classes - 1) / max(1, columns - 1)) for i in range(columns)]
+        labels = torch.tensor(shown * PREVIEW_ROWS)
+        scale = config.preview_cfg_scale if config.class_dropout else 1.0
+        sampler = SamplerConfig(steps=config.preview_steps, cfg_scale=scale)
+        self.model.eval()
+        with ema_weights(self.network, self.state.ema), torch.no_grad(), self.accelerator.autocast():
+            latents = torch.cat(
+                [
+                    part
+                    for _, part in generate(
+                        self.network,
+                        self.transport,
+                        torch.arange(count),
+                        labels,
+                        seed=config.seed,
+                        config=sampler,
+                        latent_shape=self.latent_shape,
+                        device=self.device,
+                        batch_size=count,
+                    )
+                ]
+            )
+        self.model.train()
+        if self.accelerator.is_main_process:
+            images = decode(self.data.vae, latents).cpu().numpy()
+            names = [self.data.classes[label] for label in labels.tolist()]
+            save_png(labelled_grid(images, names, columns), self.folder / "samples" / f"step-{self.step:07d}.png")
+
+    def checkpoint_now(self) -> None:
+        config = self.config
+        averaged, raw, optimizer = self.state.gather()
+        if self.accelerator.is_main_process:
+            folder = self.folder / "checkpoints" / f"step-{self.step:07d}"
+            with replaced(folder):
+                info = CheckpointInfo(
+                    step=self.step,
+                    images_seen=self.step * config.batch_size,
+                    image_size=(config.image_size, config.image_size),
+                    classes=len(self.data.classes),
+                    label_names=list(self.data.classes),
+                    data=config.data,
+                    mixer=config.mixer,
+                )
+                save_checkpoint(
+                    folder,
+                    model=self.network,
+                    weights=averaged,
+                    transport=self.transport,
+                    vae_source=self.folder / "vae" if (self.folder / "vae").is_dir() else config.vae,
+                    info=info,
+                    training_state=lambda inside: self.state.save(inside, raw, optimizer),
+                )
+            prune_checkpoints(find_checkpoints(self.folder), config.keep_last, config.keep_every)
+        self.accelerator.wait_for_everyone()
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGUSR1 (what batch systems send before they take the machine away) while the block runs."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __enter__(self) -> StopSignal:
+        self.received = False
+        self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = True

@@ -1,0 +1,78 @@
+"""What a checkpoint holds for resuming only: the raw weights, the optimiser, and the count of EMA updates.
+
+State dicts are gathered whole on the main process and named by parameter (``torch.distributed.checkpoint``), so a run
+may go on with another number of processes, sharded or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def _spread() -> StateDictOptions:
+    """Options to load state that only the main process has read."""
+    distributed = torch.distributed.is_initialized()
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed)
+
+
+@contextlib.contextmanager
+def ema_weights(model: nn.Module, ema: EMAModel) -> Iterator[None]:
+    """Within the block, ``model`` has the moving average's weights."""
+    parameters = list(model.parameters())
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+class TrainingState:
+    """The parts of a run that change as it trains."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> None:
+        self.model, self.optimizer, self.ema = model, optimizer, ema
+
+    def gather(self) -> tuple[dict, dict, dict]:
+        """(EMA weights, raw weights, optimiser state), whole and on the CPU; every process must call it.
+
+        On processes other than the main one the dicts are empty where the weights are sharded.
+        """
+        with ema_weights(self.model, self.ema):
+            averaged = {name: tensor.clone() for name, tensor in get_model_state_dict(self.model, options=WHOLE).items()}
+        raw = get_model_state_dict(self.model, options=WHOLE)
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
+        return averaged, raw, optimizer
+
+    def save(self, folder: Path, raw: dict, optimizer: dict) -> None:
+        """Write what :meth:`gather` gave, but the EMA weights, into ``folder``."""
+        folder.mkdir(exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in raw.items()}, folder / "model.safetensors")
+        torch.save({"optimizer": optimizer, "ema_updates": self.ema.optimization_step}, folder / "optimizer.pt")
+
+    def load(self, checkpoint: Path) -> None:
+        """Take up the state that a checkpoint folder holds; every process must call it, with the same folder."""
+        training = checkpoint / "training"
+        rest = torch.load(training / "optimizer.pt", map_location="cpu", weights_only=True)
+        averaged = load_file(checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
+        set_model_state_dict(self.model, averaged, options=_spread())
+        self.ema.shadow_params = [p.detach().clone() for p in self.model.parameters()]
+        self.ema.optimization_step = rest["ema_updates"]
+        set_model_state_dict(self.model, load_file(training / "model.safetensors"), options=_spread())
+        set_optimizer_state_dict(self.model, self.optimizer, rest["optimizer"], options=_spread())

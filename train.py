@@ -1,0 +1,21 @@
+"""Train a SiT: ``accelerate launch train.py --mixer atconv``; ``python train.py --help`` lists the flags."""
+
+from __future__ import annotations
+
+import sys
+
+from sit.config import parse_train_arguments
+from sit.errors import door
+
+
+@door
+def main() -> None:
+    config = parse_train_arguments(sys.argv[1:])
+
+    from sit.training import train  # the heavy imports come after the flags are understood
+
+    train(config)
+
+
+if __name__ == "__main__":
+    main()
