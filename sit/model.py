@@ -7,6 +7,7 @@ Key names and initial values are those of the published code, so its weights loa
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -61,6 +62,14 @@ def sincos_table(hidden_size: int, rows: torch.Tensor, columns: torch.Tensor) ->
     column_half = encode(columns)[None].expand(height, -1, -1)
     row_half = encode(rows)[:, None].expand(-1, width, -1)
     return torch.cat([column_half, row_half], dim=2).reshape(1, height * width, hidden_size).float()
+
+
+@lru_cache(maxsize=8)
+def _stretched_table(hidden_size: int, trained: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
+    """The table (1, H·W, C) of ``grid`` laid over the ``trained`` one, centres of pixels mapped as resizing does."""
+    return sincos_table(
+        hidden_size, *((torch.arange(new) + 0.5) * old / new - 0.5 for old, new in zip(trained, grid, strict=True))
+    )
 
 
 class TimestepEmbedder(nn.Module):
@@ -142,6 +151,8 @@ class SiT(ModelMixin, ConfigMixin):
             the depth (see :mod:`sit.mixers`).
         learn_sigma: twice the output channels, of which the first half is the prediction (as published).
         positional_embedding: whether the sine-cosine table is added; None asks the mixers.
+        time_reversed: the network was trained with time s = 1 − t from data (0) to noise (1) to predict the velocity
+            dx/ds (REPA's convention); ``forward`` still takes t and gives dx/dt, so that all else is unaware of it.
 
     Raises:
         UserError: sizes that do not fit together, or an unknown mixer.
@@ -165,6 +176,7 @@ class SiT(ModelMixin, ConfigMixin):
         mixer: str = "attention",
         learn_sigma: bool = True,
         positional_embedding: bool | None = None,
+        time_reversed: bool = False,
     ) -> None:
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -227,10 +239,15 @@ class SiT(ModelMixin, ConfigMixin):
         return height // patch, width // patch
 
     def positional_table(self, grid: tuple[int, int]) -> torch.Tensor:
-        """The positional table for a grid: (1, H·W, C); the trained one on the trained grid."""
+        """The positional table for a grid: (1, H·W, C); the trained one on the trained grid.
+
+        On another grid each token gets the sines and cosines of where its centre lies in the trained grid, each axis
+        stretched by itself. So the network never meets coordinates beyond those that it was trained on, as it would
+        if the table were continued; and the formula is evaluated between its points, not blended as an image is.
+        """
         if grid == self.grid:
             return self.pos_embed
-        raise UserError(f"this network's positional table is for a grid of {self.grid}, not {grid}")
+        return _stretched_table(self.config.hidden_size, self.grid, grid).to(self.pos_embed.device)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The prediction (velocity, score or noise, as it was trained) at the noisy latents.
@@ -248,14 +265,15 @@ class SiT(ModelMixin, ConfigMixin):
         x = self.x_embedder(x)
         if self.config.positional_embedding:
             x = x + self.positional_table(grid).to(x.dtype)
-        condition = self.t_embedder(t) + self.y_embedder(y)
+        condition = self.t_embedder(1 - t if self.config.time_reversed else t) + self.y_embedder(y)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, condition, grid)
             else:
                 x = block(x, condition, grid)
         x = self.final_layer(x, condition)
-        return self._unpatchify(x, grid)[:, : self.config.in_channels]
+        x = self._unpatchify(x, grid)[:, : self.config.in_channels]
+        return -x if self.config.time_reversed else x
 
     def _unpatchify(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, N, p·p·channels) to (B, channels, H·p, W·p)."""

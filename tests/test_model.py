@@ -196,3 +196,57 @@ def test_mistakes_are_named():
 
 def test_the_table_of_models_is_complete():
     assert {"SiT-S/2", "SiT-B/4", "SiT-L/8", "SiT-XL/2"} <= set(MODELS)
+
+
+def test_reversed_time_is_hidden_by_the_network():
+    """A network trained on s = 1 − t to give dx/ds, asked for dx/dt at t, answers with −(its output at 1 − t)."""
+    plain, reverse = awake(small()), awake(small(time_reversed=True))
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.25, 1.0]), torch.tensor([0, 5, 3])
+    with torch.no_grad():
+        torch.testing.assert_close(reverse(x, t, y), -plain(x, 1 - t, y), rtol=0, atol=0)
+        assert not torch.allclose(reverse(x, t, y), -plain(x, t, y), atol=1e-3)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (4, 8), (6, 2), (2, 2), (3, 5)])
+def test_positional_table_on_another_grid(grid):
+    """Each token has the sines and cosines of its centre in the trained grid, written out one by one."""
+    model = small(hidden_size=16, input_size=8)  # trained grid 4x4
+    table = model.positional_table(grid)
+    assert table.shape == (1, grid[0] * grid[1], 16)
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            for channel in range(16):
+                place, size = (column, grid[1]) if channel < 8 else (row, grid[0])
+                coordinate = (place + 0.5) / size * 4 - 0.5
+                angle = torch.tensor(coordinate * 10000 ** (-(channel % 4) / 4), dtype=torch.float64)
+                value = angle.sin() if channel % 8 < 4 else angle.cos()
+                assert table[0, row * grid[1] + column, channel] == pytest.approx(float(value), abs=1e-6)
+
+
+def test_positional_table_on_the_trained_grid_is_the_stored_one():
+    model = small()
+    model.pos_embed.fill_(3.0)
+    assert torch.equal(model.positional_table((4, 4)), model.pos_embed)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "atconv", "attention,atconv"])
+@pytest.mark.parametrize("latent", [(16, 16), (8, 24), (12, 6)])
+def test_other_grids_than_the_trained_one(mixer, latent):
+    model = awake(small(mixer=mixer))
+    x = torch.randn(2, 4, *latent)
+    with torch.no_grad():
+        out = model(x, torch.rand(2), torch.tensor([1, 2]))
+    assert out.shape == x.shape and out.isfinite().all()
+
+
+def test_stretching_a_grid_by_two_keeps_what_the_network_sees():
+    """On constant inputs, attention without positions is blind to the number of tokens; with the stretched table the
+    mean output moves little, while a table that went on beyond the trained grid would move it more."""
+    model = awake(small(mixer="attention", hidden_size=64))
+    t, y = torch.full((1,), 0.4), torch.zeros(1, dtype=torch.long)
+    with torch.no_grad():
+        trained = model(torch.ones(1, 4, 8, 8), t, y).mean((0, 2, 3))
+        stretched = model(torch.ones(1, 4, 16, 16), t, y).mean((0, 2, 3))
+        model.positional_table = lambda grid: sincos_table(64, torch.arange(8), torch.arange(8))
+        continued = model(torch.ones(1, 4, 16, 16), t, y).mean((0, 2, 3))
+    assert (stretched - trained).norm() < 0.3 * (continued - trained).norm()
