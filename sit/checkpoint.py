@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 
 from sit.errors import UserError
 from sit.files import atomic_folder
+from sit.weights_file import plain_key
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -173,11 +174,6 @@ def save_network(folder: Path, model: SiT, weights: Mapping[str, torch.Tensor] |
         # safetensors hides the system's error number in its message; a full disk must be told from a bug
         code = re.search(r"code: (\d+)", str(error))
         raise OSError(int(code[1]) if code else errno.EIO, str(error), str(folder / WEIGHTS)) from error
-
-
-def plain_key(name: str) -> str:
-    """A weight's key without the prefixes of distributed and compiled wrappers, wherever they stand."""
-    return re.sub(r"(?:(?<=^)|(?<=\.))(?:module|_orig_mod)\.", "", name)
 
 
 def is_local_vae(source: str | Path) -> bool:
@@ -334,7 +330,11 @@ def resolve(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.is_file():
-        return path
+        if path.name != WEIGHTS or not (path.parent / "config.json").is_file():
+            return path
+        path = path.parent.parent if (path.parent.parent / "model_index.json").is_file() else path.parent
+    if path.name == "transformer" and (path.parent / "model_index.json").is_file():
+        path = path.parent
     if not path.exists():
         raise UserError(f"{path}: no such run, checkpoint folder or file")
     if is_run(path):
@@ -375,15 +375,15 @@ def load_for_sampling(
     Raises:
         UserError: nothing usable at ``path``, or a file that is cut off, unsafe to open or of another architecture.
     """
+    from sit.published import Hints, read_published
+
     place = resolve(path)
     if place.is_file():
-        from sit.published import Hints, read_published
-
         foreign = read_published(place, Hints(**overrides))
         model, transport, info, vae_source = foreign.build(), foreign.transport(), foreign.info, foreign.vae_name
     else:
         model, transport, info, vae_source = _read_folder(place)
-        if unused := sorted(name for name, value in overrides.items() if value is not None):
+        if unused := sorted(name for name, value in overrides.items() if value != getattr(Hints(), name)):
             flags = ", ".join("--" + name.replace("_", "-") for name in unused)
             raise UserError(f"{place} says itself what it is; {flags} only serve for published weights files")
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -398,26 +398,28 @@ def _read_folder(place: Path) -> tuple[SiT, Transport, CheckpointInfo, str | Non
     model = read_network(place / "transformer" if whole_pipeline else place)
     has_transport = (place / "transport" / Transport.config_name).is_file()
     transport = Transport.from_pretrained(place / "transport") if has_transport else Transport()
-    model_index = _read_json(place / "model_index.json") if whole_pipeline else {}
-    if (place / INDEX).is_file():
-        info = read_info(place)
-    else:
-        names = {int(label): name for label, name in (model_index.get("id2label") or {}).items()}
-        info = CheckpointInfo(classes=model.config.num_classes, mixer=model.config.mixer)
-        info.label_names = [names[label] for label in range(len(names))] if sorted(names) == [*range(len(names))] else []
+    model_index = read_json(place / "model_index.json") if whole_pipeline else {}
     vae = str(place / "vae") if (place / "vae").is_dir() else model_index.get("vae_name")
-    return model, transport, info, vae
+    return model, transport, read_info(place), vae
 
 
-def read_info(checkpoint: Path) -> CheckpointInfo:
-    """What a checkpoint folder of ours says of itself.
+def read_info(place: Path) -> CheckpointInfo:
+    """What a folder says about itself: in ``sit.json``, else in diffusers' own files.
 
     Raises:
-        UserError: its ``sit.json`` is missing or unreadable.
+        UserError: a file is missing or unreadable.
     """
-    index = _read_json(checkpoint / INDEX)
-    info = CheckpointInfo(**{f.name: index[f.name] for f in dataclasses.fields(CheckpointInfo) if f.name in index})
-    info.image_size = tuple(info.image_size) if info.image_size else None
+    if (place / INDEX).is_file():
+        index = read_json(place / INDEX)
+        info = CheckpointInfo(**{f.name: index[f.name] for f in dataclasses.fields(CheckpointInfo) if f.name in index})
+        info.image_size = tuple(info.image_size) if info.image_size else None
+        return info
+    pipeline = (place / "model_index.json").is_file()
+    config = read_json((place / "transformer" if pipeline else place) / "config.json")
+    info = CheckpointInfo(classes=config.get("num_classes", 0), mixer=config.get("mixer", ""))
+    if pipeline:
+        names = {int(label): name for label, name in (read_json(place / "model_index.json").get("id2label") or {}).items()}
+        info.label_names = [names[label] for label in range(len(names)) if label in names]
     return info
 
 
@@ -429,7 +431,7 @@ def read_network(folder: Path) -> SiT:
     """
     from sit.model import SiT
 
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("_class_name") != "SiT":
         raise UserError(f"{folder / 'config.json'} describes a {config.get('_class_name')}, not a SiT network")
     if not any(folder.glob("diffusion_pytorch_model*.safetensors*")):
@@ -443,7 +445,7 @@ def read_network(folder: Path) -> SiT:
     return model
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -453,3 +455,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object")
     return content
+
+
+if __name__ == "__main__":
+    from sit.convert import main
+
+    main()
