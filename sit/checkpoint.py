@@ -15,13 +15,11 @@ A checkpoint of ours is a diffusers pipeline folder with two additions::
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import logging
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,6 +33,7 @@ from safetensors.torch import save_file
 
 from sit.errors import UserError
 from sit.files import atomic_folder
+from sit.integrity import FORMAT, INDEX, fingerprints, flaw, write_json
 from sit.weights_file import plain_key
 
 if TYPE_CHECKING:
@@ -43,12 +42,8 @@ if TYPE_CHECKING:
     from sit.model import SiT
     from sit.transport import Transport
 
-INDEX = "sit.json"
-FORMAT = 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _STEP = re.compile(r"step-(\d+)$")
-_BLOCK = 1 << 16  # bytes; a checksum reads at most _BLOCKS of them, spread evenly over the file
-_BLOCKS = 64
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +143,7 @@ def save_checkpoint(
                 training_state(training)
             else:
                 torch.save(dict(training_state), training / "state.pt")
-        _write_json(place / "model_index.json", _model_index(place, vae_name, info))
+        write_json(place / "model_index.json", _model_index(place, vae_name, info))
         _write_index(place, vae_name, info)
     return folder
 
@@ -158,7 +153,6 @@ def save_network(folder: Path, model: SiT, weights: Mapping[str, torch.Tensor] |
 
     Raises:
         ValueError: ``weights`` lacks a parameter of the network or has a key that the network has not.
-        OSError: the disk is full, or the like.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.save_config(folder)
@@ -168,12 +162,7 @@ def save_network(folder: Path, model: SiT, weights: Mapping[str, torch.Tensor] |
     if wrong := (set(own) - buffers - set(given)) | (set(given) - set(own)):
         raise ValueError(f"the weights are not this network's: {', '.join(sorted(wrong)[:3])} …")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (own | given).items()}
-    try:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # safetensors hides the system's error number in its message; a full disk must be told from a bug
-        code = re.search(r"code: (\d+)", str(error))
-        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(folder / WEIGHTS)) from error
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def is_local_vae(source: str | Path) -> bool:
@@ -214,19 +203,14 @@ def _model_index(place: Path, vae_name: str | None, info: CheckpointInfo) -> dic
 
 
 def _write_index(place: Path, vae_name: str | None, info: CheckpointInfo) -> None:
-    files = sorted(path for path in place.rglob("*") if path.is_file())
     index = {
         "format": FORMAT,
         "written_by": f"sit-atconv {_version()}",
         **dataclasses.asdict(info),
         "vae": vae_name,
-        "files": {str(path.relative_to(place).as_posix()): fingerprint(path) for path in files},
+        "files": fingerprints(place),
     }
-    _write_json(place / INDEX, index)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_json(place / INDEX, index)
 
 
 def _version() -> str:
@@ -236,54 +220,7 @@ def _version() -> str:
         return "unknown"
 
 
-def fingerprint(path: Path) -> dict[str, int]:
-    """A file's size in bytes and a CRC-32 of at most 64 blocks of 64 KiB spread evenly over it, ends included.
-
-    Files up to 4 MiB are read whole. Reading a multi-gigabyte file costs milliseconds; what it can miss is a change
-    of a few bytes between the blocks, which neither a crash nor a full disk makes.
-    """
-    size = path.stat().st_size
-    crc = 0
-    with path.open("rb") as file:
-        if size <= _BLOCK * _BLOCKS:
-            crc = zlib.crc32(file.read())
-        else:
-            for index in range(_BLOCKS):
-                file.seek((size - _BLOCK) * index // (_BLOCKS - 1))
-                crc = zlib.crc32(file.read(_BLOCK), crc)
-    return {"size": size, "crc32": crc}
-
-
 # --- finding -------------------------------------------------------------------------------------------------------
-
-
-def flaw(folder: str | Path) -> str | None:
-    """Why a checkpoint folder of ours is not whole, as one phrase; None if it is whole."""
-    folder = Path(folder)
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        files = index["files"]
-    except FileNotFoundError:
-        return f"{INDEX} is missing"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{INDEX} is cut off or unreadable"
-    if index.get("format", 0) > FORMAT:
-        return f"it is of format {index['format']}, newer than this program"
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        size = path.stat().st_size
-        if size != expected["size"]:
-            return f"{name} has {size} bytes instead of {expected['size']}"
-        if fingerprint(path) != expected:
-            return f"{name} has been changed or damaged"
-    return None
-
-
-def is_whole(folder: str | Path) -> bool:
-    """Whether every file of a checkpoint is there as it was written."""
-    return flaw(folder) is None
 
 
 def find_checkpoints(run: str | Path) -> list[tuple[int, Path]]:

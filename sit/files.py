@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from sit.errors import UserError
 
@@ -20,14 +23,27 @@ def explain_os_errors(path: Path) -> Iterator[None]:
     """Turn "disk full", "read-only" and their kin, met while writing ``path``, into a :class:`UserError`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = _error_number(error, path)
+        if number in _FULL:
             raise UserError(f"the disk is full, so {path} was not written; what was there before is untouched") from error
-        if error.errno in _REFUSED:
-            raise UserError(f"{path} can't be written ({error.strerror}); choose another output folder") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        if number in _REFUSED:
+            raise UserError(f"{path} can't be written ({os.strerror(number)}); choose another output folder") from error
+        if number in (errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"{path} can't be written: a file stands where a folder is needed") from error
         raise
+
+
+def _error_number(error: Exception, path: Path) -> int | None:
+    """The system's error number, which safetensors hides in its message and torch.save does not tell at all."""
+    if isinstance(error, OSError):
+        return error.errno
+    if match := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(match[1])
+    folder = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
+    if "inline_container" in str(error) and shutil.disk_usage(folder).free < 1 << 20:
+        return errno.ENOSPC
+    return None
 
 
 def _fsync(path: Path) -> None:

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,16 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import sit.checkpoint as checkpoint
+import sit.integrity as integrity
 from sit.checkpoint import (
     CheckpointInfo,
     find_checkpoints,
-    flaw,
-    is_whole,
     load_for_sampling,
     newest_checkpoint,
     save_checkpoint,
 )
 from sit.errors import UserError
+from sit.integrity import flaw, is_whole
 from sit.model import SiT
 from sit.transport import Transport
 
@@ -155,13 +157,13 @@ def test_fingerprint_of_a_big_file_sees_both_ends_and_lost_pages(tmp_path):
     size = 9 * 2**20 + 17
     content = bytearray(torch.randint(0, 255, (size,), generator=torch.Generator().manual_seed(0)).byte().numpy())
     path.write_bytes(content)
-    before = checkpoint.fingerprint(path)
-    assert before == checkpoint.fingerprint(path) and before["size"] == size
+    before = integrity.fingerprint(path)
+    assert before == integrity.fingerprint(path) and before["size"] == size
     for start, stop in ((0, 1), (size - 1, size), (size // 2, size // 2 + 2**18)):
         damaged = content.copy()
         damaged[start:stop] = bytes((b + 1) % 256 for b in damaged[start:stop])
         path.write_bytes(damaged)
-        assert checkpoint.fingerprint(path) != before
+        assert integrity.fingerprint(path) != before
 
 
 def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, caplog):
@@ -192,13 +194,48 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
         write(tmp_path / "checkpoints" / "c", training_state=fails)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
-    def full(*_, **__):
-        raise SafetensorError('I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }')
+    def full(*_, **__):  # what safetensors says on a disk without room
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match="disk is full"):
         write(tmp_path / "checkpoints" / "c")
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_full_disk_is_told_from_the_errors_of_torch_and_safetensors(tmp_path):
+    """The limit on the size of files stands in for a full disk: the libraries meet a write that fails."""
+    code = """
+import errno, resource, shutil, sys, types
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from sit.errors import UserError
+from sit.files import explain_os_errors, _FULL
+_FULL.add(errno.EFBIG)
+shutil.disk_usage = lambda path: types.SimpleNamespace(free=0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+for save in (lambda p: torch.save({"a": torch.ones(9999)}, p), lambda p: save_file({"a": torch.ones(9999)}, p),
+             lambda p: p.write_bytes(bytes(9999))):
+    path = Path(sys.argv[1]) / "file"
+    try:
+        with explain_os_errors(path):
+            save(path)
+    except UserError as error:
+        assert "disk is full" in str(error)
+    else:
+        raise SystemExit("not noticed")
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_a_checkpoint_without_its_training_folder_still_samples(tmp_path):
+    folder = write(tmp_path / "run" / "checkpoints" / "step-0000003", training_state={"step": 3})
+    assert newest_checkpoint(tmp_path / "run", resumable=True) == folder
+    shutil.rmtree(folder / "training")
+    assert load_for_sampling(tmp_path / "run").path == folder
+    with pytest.raises(UserError, match="training"):
+        newest_checkpoint(tmp_path / "run", resumable=True)
 
 
 def test_wrong_weights_are_refused(tmp_path):
