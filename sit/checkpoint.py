@@ -323,7 +323,9 @@ def load_for_sampling(
         if unused := sorted(name for name, value in overrides.items() if value != getattr(Hints(), name)):
             flags = ", ".join("--" + name.replace("_", "-") for name in unused)
             raise UserError(f"{place} says itself what it is; {flags} only serve for published weights files")
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    if dtype is not None:
+        torch.nn.Module.to(model, dtype=dtype)  # diffusers' own warns of layers kept in float32, of which there are none
     source = str(vae) if vae is not None else vae_source
     return Loaded(model, transport, info, source, torch.device(device), place)
 

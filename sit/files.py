@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from sit.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)  # the only way to read it is to set it
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -46,6 +48,13 @@ def _error_number(error: Exception, path: Path) -> int | None:
     return None
 
 
+def _finish(path: Path) -> None:
+    """Give a new file the usual permissions (safetensors makes its files private), and flush it to the disk."""
+    if path.is_file() and path.stat().st_nlink == 1:
+        path.chmod(0o666 & ~_UMASK)
+    _fsync(path)
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -67,7 +76,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            _fsync(temporary)
+            _finish(temporary)
             os.replace(temporary, path)
             _fsync(path.parent)
         finally:
@@ -92,7 +101,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             for entry in [*temporary.rglob("*"), temporary]:
-                _fsync(entry)
+                _finish(entry)
             os.rename(temporary, path)
             _fsync(path.parent)
         finally:

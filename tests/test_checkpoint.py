@@ -143,6 +143,13 @@ def test_a_checkpoint_cut_off_at_any_byte_is_recognised(tmp_path, vae_folder):
         path.write_bytes(content)
 
 
+def test_files_have_the_usual_permissions(tmp_path):
+    folder = write(tmp_path / "c")
+    (tmp_path / "plain").touch()
+    expected = (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in folder.rglob("*") if path.is_file()} == {expected}
+
+
 def test_damage_that_keeps_the_size_is_recognised(tmp_path):
     folder = write(tmp_path / "c")
     path = folder / "transformer" / checkpoint.WEIGHTS
