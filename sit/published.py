@@ -219,9 +219,11 @@ def _mixer(state: Mapping[str, torch.Tensor], index: int, hidden: int, path: Pat
     weights = {name.removeprefix(prefix): w for name, w in state.items() if name.startswith(prefix)}
     if "qkv.weight" in weights:
         return "attention:qk_norm=true" if "q_norm.weight" in weights else "attention"
-    if "kernel_gen.weight" in weights and "x_proj.weight" in weights:
-        kernel_size = math.isqrt(weights["kernel_gen.weight"].shape[0])
+    taps = weights.get("kernel_gen.weight", weights.get("kernel"))  # the latter without routing, an ablation of ours
+    if taps is not None and "x_proj.weight" in weights:
+        kernel_size = math.isqrt(taps.shape[0])
         options = [] if kernel_size == 3 else [f"kernel_size={kernel_size}"]
+        options += ["routing=false"] if "kernel" in weights else []
         options += [] if "difference_control" in weights else ["inhibition=false"]
         options += ["activation=silu"] if weights["x_proj.weight"].dim() == 4 else []
         return ":".join(["atconv", *options])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sit.checkpoint import load_for_sampling
 from sit.convert import Convert, Inspect, convert, inspect, main
 from sit.errors import UserError
-from sit.model import sincos_table
+from sit.model import SiT, sincos_table
 from sit.published import Hints, grid_of_table, read_published
 
 XL2 = dict(hidden=1152, depth=28, grid=(16, 16), patch=2, rows=1001)
@@ -280,6 +280,19 @@ def test_sizes_are_told_from_shapes(tmp_path):
     three = published_state(["atconv", "atconv", "attention"], depth=7)
     torch.save(three, tmp_path / "three.pt")
     assert read_published(tmp_path / "three.pt", HINTS).network().config.mixer == "atconv,atconv,attention"
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    ["attention:qk_norm=true", "atconv:kernel_size=5:inhibition=false", "atconv:routing=false", "atconv,attention"],
+)
+def test_bare_weights_of_our_own_networks(mixer, tmp_path):
+    model = SiT(8, hidden_size=48, depth=4, num_heads=3, num_classes=7, mixer=mixer, learn_sigma=False)
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    hints = Hints(image_size=64, num_heads=None if "qk_norm" in mixer else 3)
+    config = read_published(tmp_path / "x.safetensors", hints).network().config
+    assert config.mixer == mixer and config.num_classes == 7
+    assert config.num_heads == 3
 
 
 def refusal(path, **hints) -> str:
