@@ -80,6 +80,8 @@ class TrainConfig:
     """torch.compile the network"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass, to save memory"""
+    cpu_threads: int | None = None
+    """threads of a process that trains on the CPU; None divides the machine's cores among its processes"""
     workers: int = 0
     """loader processes for each training process"""
     non_finite_limit: int = 10

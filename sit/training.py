@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +22,12 @@ from sit.config import TrainConfig, run_folder
 from sit.errors import UserError
 from sit.files import atomic_write
 from sit.latents import decode
-from sit.loader import open_training_data, training_batches
+from sit.loader import Batch, training_batches
 from sit.model import SiT, create_model
 from sit.previews import labelled_grid, save_png
 from sit.runs import JsonLinesTracker, clear_leftovers, new_run_folder, prune_checkpoints, replaced
 from sit.sampler import SamplerConfig, generate
+from sit.training_data import open_training_data
 from sit.training_state import TrainingState, ema_weights
 from sit.transport import Transport
 
@@ -85,6 +88,10 @@ class Trainer:
             step_scheduler_with_optimizer=False,
         )
         self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            # `accelerate launch` starts processes with one thread each
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(config.cpu_threads or max(1, cores // self.accelerator.num_processes))
         parts = self.accelerator.num_processes * config.gradient_accumulation
         if config.batch_size % parts:
             raise UserError(
@@ -93,10 +100,10 @@ class Trainer:
             )
 
     def open_data(self) -> None:
-        config = self.config
-        with self.accelerator.main_process_first():
-            self.data = open_training_data(config.data, config.vae, config.image_size, config.flip, self.device)
-        self.latent_shape = tuple(self.data.latent_shape)
+        with self.accelerator.main_process_first():  # it may have to be downloaded
+            self.opened = open_training_data(self.config, self.device, progress=self.accelerator.is_main_process)
+        self.data = self.opened.data
+        self.latent_shape = self.data.latent_shape
 
     def build_network(self) -> None:
         config = self.config
@@ -170,7 +177,7 @@ class Trainer:
         folder = new_run_folder(config.output_dir, label)
         with atomic_write(folder / "config.yaml") as temporary:
             temporary.write_text(config.to_yaml())
-        self.data.save_vae(folder / "vae")
+        self.opened.save_vae(folder / "vae")
         return folder
 
     def take_up_state(self) -> None:
@@ -178,7 +185,7 @@ class Trainer:
             self.state.load(self.checkpoint)
             self.accelerator.print(f"continuing from {self.checkpoint} after {self.step} steps")
 
-    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+    def batches(self) -> Iterator[Batch]:
         config, accelerator = self.config, self.accelerator
         return training_batches(
             self.data,
@@ -189,7 +196,6 @@ class Trainer:
             accumulation=config.gradient_accumulation,
             start_images=self.step * config.batch_size,
             workers=config.workers,
-            device=self.device,
         )
 
     # ------------------------------------------------------------------ the loop
@@ -207,6 +213,7 @@ class Trainer:
             desc="train",
             unit="step",
             dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10,
             disable=not self.accelerator.is_main_process,
         )
         self.model.train()
@@ -228,14 +235,13 @@ class Trainer:
             self.optimizer.zero_grad()
             self.step += 1
             steps_since += 1
-            bar.update()
 
             # what is written from time to time
             last = self.step == config.steps
             if losses and (self.step % config.log_every == 0 or last):
                 mean = self.accelerator.reduce(torch.cat(losses).mean(), "mean").item()
                 pace = steps_since / (time.perf_counter() - since)
-                bar.set_postfix(loss=f"{mean:.4f}")
+                bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 row = {
                     "loss": mean,
                     "gradient_norm": norm,
@@ -247,6 +253,7 @@ class Trainer:
                 self.accelerator.log(row, step=self.step)
                 losses.clear()
                 since, steps_since = time.perf_counter(), 0
+            bar.update()
             if config.preview_every and (self.step % config.preview_every == 0 or last):
                 self.preview()
             stopped = self.asked_to_stop(stop)
@@ -259,8 +266,9 @@ class Trainer:
                 raise SystemExit(REQUEUE_EXIT)
         bar.close()
 
-    def forward_backward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_backward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of one micro-batch: its per-image losses (b,), detached, and the images' indices (b,)."""
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         start, end = self.transport.train_interval()
         t = start + (end - start) * batch["t_uniform"]
         labels = torch.where(batch["drop"] < self.config.class_dropout, len(self.data.classes), batch["labels"])
@@ -330,7 +338,7 @@ class Trainer:
             )
         self.model.train()
         if self.accelerator.is_main_process:
-            images = decode(self.data.vae, latents).cpu().numpy()
+            images = decode(self.opened.vae, latents).cpu().numpy()
             names = [self.data.classes[label] for label in labels.tolist()]
             save_png(labelled_grid(images, names, columns), self.folder / "samples" / f"step-{self.step:07d}.png")
 

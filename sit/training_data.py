@@ -1,0 +1,48 @@
+"""From ``--data``, ``--vae``, ``--image-size`` and ``--flip`` to what the loader reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from sit.config import TrainConfig
+from sit.data import open_images
+from sit.latents import load_vae
+from sit.loader import PixelData, TrainingData, encode_in_memory
+
+MEMORY_LIMIT = 20_000
+"""Data sets of at most so many pictures are encoded once, at the start; larger ones as they are needed."""
+
+
+@dataclass
+class Opened:
+    """The training data and the VAE that its latents belong to."""
+
+    data: TrainingData
+    vae: AutoencoderKL
+    vae_name: str
+
+    def save_vae(self, folder: Path) -> str | Path:
+        """Keep a VAE that is not on the Hub in ``folder``; returns the folder, or the VAE's name on the Hub."""
+        if self.vae_name == "digits" or Path(self.vae_name).exists():
+            self.vae.save_pretrained(folder)
+            return folder
+        return self.vae_name
+
+
+def open_training_data(config: TrainConfig, device: torch.device, progress: bool = True) -> Opened:
+    """Open what ``config`` names.
+
+    Raises:
+        UserError: the data or the VAE can't be had, or they don't fit each other.
+    """
+    images = open_images(config.data, config.image_size)
+    vae = load_vae(config.vae, device)
+    if len(images) <= MEMORY_LIMIT:
+        data = encode_in_memory(images, vae, config.flip, progress=progress)
+    else:
+        data = PixelData(images, vae, config.flip)
+    return Opened(data, vae, config.vae)

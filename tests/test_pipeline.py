@@ -1,0 +1,242 @@
+"""The diffusers pipeline: a checkpoint folder in, images out, as README and docs show it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sit import SiTPipeline
+from sit.checkpoint import CheckpointInfo, load_for_sampling, save_checkpoint
+from sit.errors import UserError
+from sit.latents import DIGITS_VAE
+from sit.model import SiT
+from sit.transport import Transport
+
+ROOT = Path(__file__).parents[1]
+NAMES = ["nought, zero", "one", "two", "three", "four"]
+
+
+def make_checkpoint(folder: Path, vae=DIGITS_VAE, **options) -> Path:
+    torch.manual_seed(0)
+    settings = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=5)
+    model = SiT(**settings | options)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.1)
+    info = CheckpointInfo(image_size=(32, 32), classes=5, label_names=NAMES)
+    return save_checkpoint(folder, model=model, transport=Transport(), vae_source=vae, info=info)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("run") / "checkpoints" / "step-0000010")
+
+
+@pytest.fixture
+def pipe(folder):
+    pipe = SiTPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def five_lines(document: Path) -> str:
+    """The block of Python that uses the pipeline, from a document."""
+    blocks = re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL)
+    (block,) = [block for block in blocks if "SiTPipeline.from_pretrained" in block]
+    assert len([line for line in block.splitlines() if line.strip()]) <= 5
+    return block
+
+
+def test_the_five_lines_of_the_document_run(folder, tmp_path, monkeypatch):
+    code = five_lines(ROOT / "docs" / "checkpoints.md")
+    run = tmp_path / "runs" / "my-run" / "checkpoints"
+    run.mkdir(parents=True)
+    (run / "step-0001000").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "five lines", "exec"), {})
+    (image,) = tmp_path.glob("*.png")
+    assert Image.open(image).size == (32, 32)
+
+
+def test_the_folder_is_read_as_it_was_written(folder, pipe):
+    expected = load_for_sampling(folder).model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in pipe.transformer.state_dict().items())
+    assert isinstance(pipe.transport, Transport)
+    assert pipe.vae is not None and pipe.transformer.device == pipe.vae.device
+
+
+def test_save_pretrained_and_back(folder, pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "saved")
+    for place in (folder, tmp_path / "saved"):
+        index = json.loads((place / "model_index.json").read_text())
+        assert index["transformer"] == ["sit", "SiT"] and index["transport"] == ["sit", "Transport"]
+        assert index["vae"] == ["diffusers", "AutoencoderKL"]
+        assert index["id2label"]["3"] == "three"
+    again = SiTPipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert again.get_label_ids(["zero", "four"]) == [0, 4]
+    first, second = (p([1, 2], generator=seeded(1, 2), num_inference_steps=4, output_type="np").images for p in (pipe, again))
+    assert np.array_equal(first, second)
+    loaded = load_for_sampling(tmp_path / "saved")
+    assert loaded.info.label_names == NAMES and loaded.vae_source == str(tmp_path / "saved" / "vae")
+
+
+def test_push_to_hub_uploads_such_a_folder(pipe, monkeypatch):
+    uploaded = {}
+
+    def upload(self, working_dir, repo_id, **_):
+        uploaded[repo_id] = sorted(str(p.relative_to(working_dir)) for p in Path(working_dir).rglob("*.json"))
+
+    class Repository:
+        repo_id = "me/sit"
+
+    monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", lambda *_, **__: Repository)
+    monkeypatch.setattr(SiTPipeline, "_upload_folder", upload)
+    monkeypatch.setattr("diffusers.utils.hub_utils.load_or_create_model_card", lambda *_, **__: Card())
+    monkeypatch.setattr("diffusers.utils.hub_utils.populate_model_card", lambda card: card)
+    pipe.push_to_hub("me/sit")
+    expected = ["model_index.json", "transformer/config.json", "transport/transport_config.json", "vae/config.json"]
+    assert uploaded == {"me/sit": expected}
+
+
+class Card:
+    def save(self, path) -> None:
+        Path(path).write_text("card")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_an_ode_step_by_step(pipe, guidance):
+    """Euler's method over v_null + s·(v_class − v_null), written out."""
+    steps, labels = 5, torch.tensor([2, 4])
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    options = dict(sampler="ode", method="euler", cfg_channels=0)
+    out = pipe(labels, guidance, num_inference_steps=steps, latents=noise, output_type="latent", **options).images
+    x, model = noise.clone(), pipe.transformer
+    with torch.no_grad():
+        for step in range(steps):
+            t = torch.full((2,), step / steps)
+            named = model(x, t, labels)
+            null = model(x, t, torch.full((2,), 5))
+            x = x + (null + guidance * (named - null)) / steps
+    torch.testing.assert_close(out, x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["sde", "ode"])
+def test_each_image_follows_its_own_generator(pipe, sampler):
+    options = dict(num_inference_steps=4, output_type="latent", sampler=sampler)
+    together = pipe([1, 3, 2], generator=seeded(5, 6, 7), **options).images
+    alone = pipe([3], generator=seeded(6), **options).images
+    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-5)
+    one = pipe([1, 1], generator=torch.Generator().manual_seed(5), **options).images
+    same = pipe([1, 1], generator=torch.Generator().manual_seed(5), **options).images
+    assert torch.equal(one, same) and not torch.equal(one[0], one[1])
+
+
+def test_output_types_agree(pipe):
+    def call(output_type):
+        return pipe(["zero", "three"], generator=seeded(1, 2), num_inference_steps=3, output_type=output_type)
+
+    array, tensor, pictures = (call(kind).images for kind in ("np", "pt", "pil"))
+    assert array.shape == (2, 32, 32, 3) and array.dtype == np.float32 and 0 <= array.min() < array.max() <= 1
+    assert np.array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
+    assert all(np.array_equal(np.asarray(p), (a * 255).round().astype(np.uint8)) for p, a in zip(pictures, array))
+    assert call("latent").images.shape == (2, 4, 8, 8)
+    assert isinstance(pipe(1, num_inference_steps=2, return_dict=False)[0][0], Image.Image)
+
+
+def test_callbacks_see_and_change_every_step(pipe):
+    seen = []
+
+    def note(pipe, step, t, tensors):
+        seen.append((step, float(t), tensors["latents"].shape))
+        assert pipe.num_timesteps == 6 and pipe.guidance_scale == 2.0
+        return {}
+
+    plain = pipe([1], 2.0, seeded(1), 6, output_type="latent", callback_on_step_end=note).images
+    assert [step for step, _, _ in seen] == list(range(6))
+    times = [t for _, t, _ in seen]
+    assert times == sorted(times) and times[-1] <= 1
+    assert seen[0][2] == (1, 4, 8, 8)
+
+    def zero(pipe, step, t, tensors):
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 5 else tensors
+
+    assert not pipe([1], 2.0, seeded(1), 6, output_type="latent", callback_on_step_end=zero).images.any()
+    assert plain.any()
+
+
+def test_a_progress_bar_counts_the_steps(folder, capsys):
+    pipe = SiTPipeline.from_pretrained(folder)
+    pipe([1], num_inference_steps=7)
+    assert "7/7" in capsys.readouterr().err
+
+
+def test_a_vae_that_is_not_in_the_folder_is_fetched_by_name(tmp_path):
+    folder = make_checkpoint(tmp_path / "c", vae=None)
+    pipe = SiTPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.vae is None
+    assert pipe([1], num_inference_steps=2, output_type="latent").images.shape == (1, 4, 8, 8)
+    with pytest.raises(UserError, match="no VAE"):
+        pipe([1], num_inference_steps=2)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"vae_name": str(DIGITS_VAE)}))
+    pipe = SiTPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe([1], num_inference_steps=2).images[0].size == (32, 32)
+    assert pipe.vae is not None
+
+
+@pytest.mark.parametrize("mixer", ["attention", "atconv"])
+def test_other_sizes(tmp_path, mixer):
+    pipe = SiTPipeline.from_pretrained(make_checkpoint(tmp_path / "c", mixer=mixer))
+    pipe.set_progress_bar_config(disable=True)
+    (image,) = pipe([1], num_inference_steps=2, height=40, width=64).images
+    assert image.size == (64, 40)
+    with pytest.raises(UserError, match="multiples of 8"):
+        pipe([1], num_inference_steps=2, height=36)
+
+
+def test_half_precision(folder):
+    pipe = SiTPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.transformer.dtype == torch.bfloat16
+    half = pipe([1], generator=seeded(0), num_inference_steps=4, output_type="latent").images
+    whole = SiTPipeline.from_pretrained(folder)
+    whole.set_progress_bar_config(disable=True)
+    full = whole([1], generator=seeded(0), num_inference_steps=4, output_type="latent").images
+    assert half.dtype == torch.float32  # integrated in float32, whatever the network's dtype
+    assert 0 < (half - full).norm() / full.norm() < 0.05
+
+
+def test_mistakes_are_named(pipe):
+    for match, arguments, options in (
+        ("out of range", [[5]], {}),
+        ("out of range", [[-1]], {}),
+        ("'dog'", ["dog"], {}),
+        ("is empty", [[]], {}),
+        ("output_type 'jpg'", [[1]], dict(output_type="jpg")),
+        ("2 generators for 1 labels", [[1]], dict(generator=seeded(1, 2))),
+        ("shape", [[1]], dict(latents=torch.zeros(1, 4, 4, 4))),
+        ("no option guidance", [[1]], dict(guidance=3)),
+        ("not noise", [[1]], dict(callback_on_step_end_tensor_inputs=["noise"])),
+    ):
+        with pytest.raises(UserError, match=match):
+            pipe(*arguments, **options)
+
+
+def test_guidance_needs_a_null_class(tmp_path):
+    pipe = SiTPipeline.from_pretrained(make_checkpoint(tmp_path / "c", class_dropout=0.0))
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(UserError, match="null class"):
+        pipe([1], num_inference_steps=2)
+    assert pipe([1], guidance_scale=1, num_inference_steps=2).images
