@@ -138,7 +138,7 @@ class Attention(TimmAttention):
     positional_embedding = True
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool = False) -> None:
-        super().__init__(dim, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm)
+        super().__init__(dim, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, N, C) tokens to (B, N, C); the grid is not needed, as every token sees every other."""
