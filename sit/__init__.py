@@ -5,8 +5,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-# imported when first asked for, so that `import sit` stays light; diffusers finds pipeline components by these names
-_HOMES = {"SiT": "sit.model", "Transport": "sit.transport", "SiTPipeline": "sit.pipeline"}
+# imported when first asked for, so that `import sit` stays light; diffusers finds pipeline components by these names,
+# and looks for their base classes in the same library
+_HOMES = {
+    "SiT": "sit.model",
+    "Transport": "sit.transport",
+    "SiTPipeline": "sit.pipeline",
+    "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
+}
 
 __all__ = ["SiT", "SiTPipeline", "Transport"]
 
@@ -18,4 +25,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *__all__})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ def _read_pickle(path: Path) -> Any:
     """``torch.load`` with ``weights_only``; of all classes only the ``argparse.Namespace`` of ``args`` is let in."""
     try:
         is_zip = zipfile.is_zipfile(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of, it then refuses
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
