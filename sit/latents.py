@@ -8,7 +8,7 @@ encoder gives, and the cache on disk, are unscaled.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +40,21 @@ def load_vae(
             folder = folder / "vae"
         if not (folder / "config.json").is_file():
             raise UserError(f"--vae {name}: neither config.json nor vae/config.json in this folder; give a VAE's folder")
-        vae = _from_pretrained(str(folder), name, {"local_files_only": True})
+        vae = _from_pretrained(str(folder), name, dtype, {"local_files_only": True})
     elif folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", ".."):
         raise UserError(f"--vae {name}: no such folder, and not a Hub name like stabilityai/sd-vae-ft-ema")
     else:
-        vae = _from_pretrained(str(name), name, {})
-    return vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        vae = _from_pretrained(str(name), name, dtype, {})
+    return vae.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def _from_pretrained(source: str, name: object, options: dict[str, Any]) -> AutoencoderKL:
+def _from_pretrained(source: str, name: object, dtype: torch.dtype, options: dict[str, Any]) -> AutoencoderKL:
     try:
         config = AutoencoderKL.load_config(source, **options)
         if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
             raise UserError(f"--vae {name} is a {config['_class_name']}, not an AutoencoderKL; give a VAE's folder")
         vae, found = AutoencoderKL.from_pretrained(
-            source, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=torch.float32, **options
+            source, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=dtype, **options
         )
     except UserError:
         raise
@@ -121,22 +121,44 @@ def scaling(config: Mapping[str, Any]) -> tuple[float, float]:
     return float(config.get("shift_factor") or 0.0), float(config["scaling_factor"])
 
 
+def encode_images(
+    vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 images (B, 3, H, W) → mean and std as :func:`encode_moments`, the same whatever batch they come in."""
+    size = fixed_batch(images.shape[-1], batch_size)
+    moments = [encode_moments(vae, to_unit(chunk.to(vae.device))) for chunk in _padded_chunks(images, size)]
+    mean, std = (torch.cat(part)[: len(images)] for part in zip(*moments, strict=True))
+    return mean, std
+
+
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int = 32) -> torch.Tensor:
+def decode(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
     """Scaled latents (B, c, h, w) → images (B, H, W, 3) uint8 on the CPU, as clamp(127.5·x + 128, 0, 255) (SiT).
 
-    Decoded ``batch_size`` at a time, so that memory stays flat.
+    Bitwise the same for one latent whatever batch it comes in, given ``batch_size``: convolutions are computed
+    differently for another batch size, so the last chunk is filled up. Large images go in smaller chunks.
     """
     shift, scale = scaling(vae.config)
-    images = []
-    for chunk in latents.split(batch_size):
+    factor = downsampling(vae)
+    height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
+    images = [torch.empty(0, height, width, 3, dtype=torch.uint8)]
+    for chunk in _padded_chunks(latents, fixed_batch(width, batch_size)):
         unscaled = chunk.to(device=vae.device, dtype=torch.float32) / scale + shift
         pixels = vae.decode(unscaled.to(vae.dtype)).sample.float()
         images.append((127.5 * pixels + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu())
-    if not images:
-        factor = downsampling(vae)
-        return torch.empty(0, latents.shape[-2] * factor, latents.shape[-1] * factor, 3, dtype=torch.uint8)
-    return torch.cat(images)
+    return torch.cat(images)[: len(latents)]
+
+
+def fixed_batch(side: int, most: int) -> int:
+    """How many images of ``side`` pixels the VAE is given at once: at most ``most``, fewer for large ones."""
+    return max(1, min(most, 2**19 // side**2))
+
+
+def _padded_chunks(rows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    """``rows`` in chunks of exactly ``size`` rows, the last one filled with zeros."""
+    for chunk in rows.split(size) if len(rows) else ():
+        missing = size - len(chunk)
+        yield torch.cat([chunk, chunk.new_zeros(missing, *chunk.shape[1:])]) if missing else chunk
 
 
 def vae_fingerprint(vae: AutoencoderKL) -> str:

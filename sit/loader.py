@@ -1,0 +1,310 @@
+"""The order of training: everything the network is shown for the j-th image ever seen is keyed by (seed, j).
+
+Which picture it is (a permutation of the data for every epoch), whether it is mirrored, its sample of the VAE's
+posterior, t, the noise x0 and the draw for label dropout depend on the seed and j alone. So a run that starts again
+at ``images_seen = j`` goes on exactly where it stopped, on any number of processes (EDM2's sampler, with the rank
+left out). Workers hand over whole micro-batches, ready for the device.
+
+A data set here (:class:`TrainingData`) is latents in memory, latents on the fly, or the cache of :mod:`sit.cache`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import multiprocessing.util
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+from sit.data import ImageData
+from sit.errors import UserError
+from sit.latents import encode_images, latent_shape, sample_posterior, scaling
+from sit.randomness import generator, key
+
+Batch = dict[str, torch.Tensor]
+SIGNALS_OF_THE_MAIN_PROCESS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class TrainingData(Protocol):
+    """What :func:`training_batches` reads from.
+
+    Attributes:
+        name: as given by ``--data``.
+        classes: label names.
+        labels: (count,) int64.
+        latent_shape: (c, h, w).
+        flips: whether pictures are mirrored at random.
+    """
+
+    name: str
+    classes: list[str]
+    labels: np.ndarray
+    latent_shape: tuple[int, int, int]
+    flips: bool
+
+    def fetch(self, indices: np.ndarray, mirrored: np.ndarray, noise: torch.Tensor) -> Batch:
+        """In a worker: the micro-batch of ``indices`` (b,), ``mirrored`` (b,) bool, posterior noise (b, c, h, w)."""
+        ...
+
+    def finish(self, batch: Batch) -> Batch:
+        """In the main process: whatever is left to do until ``latents`` is in the batch."""
+        ...
+
+
+class LatentData:
+    """Posterior moments in memory, encoded once at the start: for data sets of a few thousand pictures.
+
+    Args:
+        mean, std: (count, c, h, w), unscaled; kept as float16 like the cache's, so both train alike bit by bit.
+        labels: (count,) int64.
+        classes: label names.
+        config: the VAE's config (its scaling and shift).
+        mirror: (mean, std) of the mirrored pictures, or None.
+        flips: mirror at random; needs ``mirror``.
+    """
+
+    def __init__(
+        self,
+        mean: torch.Tensor,
+        std: torch.Tensor,
+        labels: np.ndarray,
+        classes: list[str],
+        config: Any,
+        mirror: tuple[torch.Tensor, torch.Tensor] | None = None,
+        flips: bool = False,
+        name: str = "latents",
+    ) -> None:
+        if flips and mirror is None:
+            raise ValueError("flips need the mirrored pictures' moments")
+        sides = [(mean, std)] if mirror is None else [(mean, std), mirror]
+        self.moments = torch.stack([torch.stack(side, dim=1) for side in sides], dim=1).to(torch.float16)
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.classes, self.name, self.flips = list(classes), name, flips
+        self.latent_shape = tuple(mean.shape[1:])
+        self.scaling = scaling(config)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fetch(self, indices: np.ndarray, mirrored: np.ndarray, noise: torch.Tensor) -> Batch:
+        chosen = self.moments[torch.from_numpy(indices), torch.from_numpy(mirrored.astype(np.int64))]
+        return {"latents": scale_posterior(chosen, noise, self.scaling)}
+
+    def finish(self, batch: Batch) -> Batch:
+        return batch
+
+
+class PixelData:
+    """Pictures encoded while training: read, cropped and mirrored in the workers, encoded on the VAE's device."""
+
+    def __init__(self, images: ImageData, vae: AutoencoderKL, flips: bool = False, batch_size: int = 64) -> None:
+        self.images, self.flips, self.batch_size = images, flips, batch_size
+        self.name, self.classes, self.labels = images.name, images.classes, images.labels
+        self.latent_shape = latent_shape(vae, images.image_size)
+        self.vae: AutoencoderKL | None = vae
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"vae": None}  # the workers need no network
+
+    def fetch(self, indices: np.ndarray, mirrored: np.ndarray, noise: torch.Tensor) -> Batch:
+        pictures = torch.stack([self.images[index][0] for index in indices])
+        mirror = torch.from_numpy(mirrored)
+        pictures[mirror] = pictures[mirror].flip(-1)
+        return {"images": pictures, "posterior_noise": noise}
+
+    def finish(self, batch: Batch) -> Batch:
+        images, noise = batch.pop("images"), batch.pop("posterior_noise").to(self.vae.device)
+        mean, std = encode_images(self.vae, images, self.batch_size)
+        return batch | {"latents": sample_posterior(mean, std, noise, self.vae.config)}
+
+
+def scale_posterior(moments: torch.Tensor, noise: torch.Tensor, shift_scale: tuple[float, float]) -> torch.Tensor:
+    """(b, 2, c, h, w) float16 mean and std → scaled latents (b, c, h, w) float32; ``noise`` is overwritten."""
+    shift, scale = shift_scale
+    latents = noise.mul_(moments[:, 1]).add_(moments[:, 0])
+    return (latents.sub_(shift) if shift else latents).mul_(scale)
+
+
+def encode_in_memory(
+    images: ImageData, vae: AutoencoderKL, flips: bool = False, batch_size: int = 64, progress: bool = True
+) -> LatentData:
+    """Encode every picture (and its mirror image, for ``flips``) once.
+
+    Raises:
+        UserError: a picture can't be read, or the image size doesn't suit the VAE.
+    """
+    latent_shape(vae, images.image_size)
+    sides: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[], []]
+    starts = range(0, len(images), batch_size)
+    for start in tqdm(starts, desc=f"encoding {images.name}", disable=not progress, leave=False):
+        pixels = torch.stack([images[index][0] for index in range(start, min(start + batch_size, len(images)))])
+        for side, shown in zip(sides, [pixels, pixels.flip(-1)] if flips else [pixels], strict=False):
+            side.append(tuple(part.cpu() for part in encode_images(vae, shown, batch_size)))
+    moments = [tuple(torch.cat(part) for part in zip(*side, strict=True)) for side in sides if side]
+    return LatentData(
+        *moments[0], images.labels, images.classes, vae.config, moments[1] if flips else None, flips, images.name
+    )
+
+
+# ---------------------------------------------------------------- order and draws
+
+
+class Order:
+    """Position j in training → index of a picture: every epoch is a permutation keyed by (seed, epoch)."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._permutation = functools.lru_cache(maxsize=2)(self._draw)  # a batch may straddle two epochs
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        order = torch.randperm(self.count, generator=generator(self.seed, "order", epoch))
+        return order.to(torch.int32).numpy()
+
+    def __getstate__(self) -> tuple[int, int]:
+        return self.count, self.seed
+
+    def __setstate__(self, state: tuple[int, int]) -> None:
+        self.__init__(*state)
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """positions (b,) int64 → indices (b,) int64."""
+        epochs, places = np.divmod(positions, self.count)
+        indices = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            indices[here] = self._permutation(int(epoch))[places[here]]
+        return indices
+
+
+def draw(seed: int, positions: np.ndarray, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The random numbers of the images at ``positions`` (b,).
+
+    Returns:
+        uniform (b, 3) float32 in [0, 1): mirroring, t, label dropout; normal (2, b, c, h, w) float32: the
+        posterior's noise and x0.
+    """
+    uniform = torch.empty(len(positions), 3)
+    normal = torch.empty(2, len(positions), *shape)
+    source = torch.Generator()
+    for row, position in enumerate(positions.tolist()):
+        source.manual_seed(key(seed, "train", position))
+        torch.rand(3, generator=source, out=uniform[row])
+        torch.randn(shape, generator=source, out=normal[0, row])
+        torch.randn(shape, generator=source, out=normal[1, row])
+    return uniform, normal
+
+
+class MicroBatches(torch.utils.data.Dataset):
+    """Micro-batch number k of one rank as an item: what a DataLoader's worker makes whole."""
+
+    def __init__(
+        self, data: TrainingData, seed: int, start: int, global_batch: int, rank: int, world: int, accumulation: int
+    ) -> None:
+        parts = world * accumulation
+        if global_batch < 1 or global_batch % parts:
+            raise UserError(
+                f"--batch-size {global_batch} must be a multiple of {parts}: "
+                f"{world} processes × {accumulation} accumulated micro-batches"
+            )
+        self.data, self.seed, self.start, self.accumulation = data, seed, start, accumulation
+        self.global_batch, self.size, self.offset = global_batch, global_batch // parts, rank * global_batch // world
+        self.order = Order(len(data.labels), seed)
+
+    def __getitem__(self, number: int) -> Batch:
+        step, part = divmod(number, self.accumulation)
+        first = self.start + step * self.global_batch + self.offset + part * self.size
+        positions = np.arange(first, first + self.size, dtype=np.int64)
+        indices = self.order(positions)
+        uniform, normal = draw(self.seed, positions, self.data.latent_shape)
+        mirrored = (uniform[:, 0] < 0.5).numpy() & self.data.flips
+        return self.data.fetch(indices, mirrored, normal[0]) | {
+            "labels": torch.from_numpy(self.data.labels[indices]),
+            "t_uniform": uniform[:, 1].clone(),
+            "noise": normal[1].clone() if torch.utils.data.get_worker_info() else normal[1],
+            "drop": uniform[:, 2].clone(),
+            "indices": torch.from_numpy(indices),
+        }
+
+
+def leave_signals_to_the_main_process(closing: Any, _worker: int) -> None:
+    """A scheduler signals all processes; workers must outlive the checkpoint that the main one writes then.
+
+    ``closing`` is a shared byte: once it is set, SIGTERM ends a worker again, as multiprocessing expects.
+    """
+
+    def handle(number: int, _frame: object) -> None:
+        if closing.value and number == signal.SIGTERM:
+            os._exit(0)
+
+    for number in SIGNALS_OF_THE_MAIN_PROCESS:
+        signal.signal(number, handle)
+
+
+def training_batches(
+    data: TrainingData,
+    seed: int,
+    global_batch: int,
+    rank: int = 0,
+    world: int = 1,
+    accumulation: int = 1,
+    start_images: int = 0,
+    workers: int = 0,
+    prefetch: int = 4,
+) -> Iterator[Batch]:
+    """Micro-batches of one rank, without end, from the image number ``start_images`` on.
+
+    Step s shows the images start_images + s·global_batch … of the order; rank r takes the r-th of ``world`` equal
+    slices, and cuts it into ``accumulation`` micro-batches of b = global_batch / (world · accumulation).
+
+    Args:
+        data: latents in memory or cached, or pictures to encode.
+        workers: processes that prepare micro-batches; 0 does it in this one. What comes out is the same.
+        prefetch: micro-batches each worker keeps ready.
+
+    Yields:
+        ``latents`` (b, c, h, w) float32, one posterior sample, scaled; ``labels`` (b,) int64; ``t_uniform`` (b,)
+        float32 in [0, 1); ``noise`` (b, c, h, w) float32, x0; ``drop`` (b,) float32 in [0, 1), below the dropout
+        probability where the label is to be dropped; ``indices`` (b,) int64 into the data. On the CPU (pinned if
+        there is a GPU), but ``latents`` of :class:`PixelData` on its VAE's device.
+
+    Raises:
+        UserError: the batch can't be divided so, or a picture can't be read.
+    """
+    closing = multiprocessing.RawValue("b", 0)
+    micro_batches = MicroBatches(data, seed, start_images, global_batch, rank, world, accumulation)
+    loader = torch.utils.data.DataLoader(
+        micro_batches,
+        batch_size=None,
+        sampler=itertools.count(),
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=functools.partial(leave_signals_to_the_main_process, closing),
+        generator=torch.Generator(),  # else it would draw its workers' seed from the global stream
+    )
+    # at exit multiprocessing ends its workers by SIGTERM, after running the finalizers of priority 0 and above
+    finalizer = multiprocessing.util.Finalize(None, set_byte, args=(closing,), exitpriority=10)
+    return _finished(loader, data, finalizer)
+
+
+def set_byte(shared: Any) -> None:
+    shared.value = 1
+
+
+def _finished(loader: torch.utils.data.DataLoader, data: TrainingData, finalizer: Any) -> Iterator[Batch]:
+    try:
+        for batch in loader:
+            yield data.finish(batch)
+    finally:
+        finalizer()  # before the loader's iterator goes, and its workers with it
