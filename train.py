@@ -14,7 +14,12 @@ def main() -> None:
 
     from sit.training import train  # the heavy imports come after the flags are understood
 
-    train(config)
+    folder, is_main_process = train(config)
+    if is_main_process:
+        reference = config.data if config.data.startswith("digits") else "REFERENCE"
+        print(f"run: {folder}")
+        print(f"sample:   python sample.py --ckpt {folder} --steps 250")
+        print(f"evaluate: python eval_fid.py --ckpt {folder} --reference {reference}")
 
 
 if __name__ == "__main__":

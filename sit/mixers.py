@@ -122,7 +122,7 @@ def build_mixer(spec: MixerSpec, dim: int, num_heads: int) -> nn.Module:
     """
     try:
         return _factory(spec.name)(dim, num_heads, **spec.options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"mixer {str(spec)!r} with {dim} channels and {num_heads} heads: {error}") from error
 
 

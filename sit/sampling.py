@@ -107,15 +107,16 @@ def sample_images(
 
 
 class SampleWriter:
-    """Writes samples as single PNGs and as an ADM-style ``samples.npz``, without holding them all in memory.
+    """Collects samples on disk rather than in memory, and keeps them as single PNGs and an ADM-style ``samples.npz``.
 
     Args:
         folder: an empty folder.
         count: how many samples there will be.
+        keep: False leaves nothing behind, for those who only want to look at ``images`` before :meth:`finish`.
     """
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self.folder, self.count = folder, count
+    def __init__(self, folder: Path, count: int, keep: bool = True) -> None:
+        self.folder, self.count, self.keep = folder, count, keep
         self.labels = np.zeros(count, dtype=np.int64)
         self.images: np.memmap | None = None
         self.done = 0
@@ -127,17 +128,18 @@ class SampleWriter:
             shape = (self.count, *images.shape[1:])
             self.images = np.lib.format.open_memmap(self.folder / "arr_0.npy", mode="w+", dtype=np.uint8, shape=shape)
         for image, label in zip(images, batch.labels.tolist(), strict=True):
-            Image.fromarray(image).save(self.folder / f"{self.done:06d}.png")
+            if self.keep:
+                Image.fromarray(image).save(self.folder / f"{self.done:06d}.png")
             self.images[self.done], self.labels[self.done] = image, label
             self.done += 1
 
-    def finish(self) -> Path:
-        """Pack ``samples.npz`` (``arr_0`` uint8 images, ``arr_1`` labels) and return its path."""
+    def finish(self) -> None:
+        """Pack ``samples.npz``: ``arr_0`` (N, H, W, 3) uint8 images, ``arr_1`` (N,) int64 labels."""
         self.images.flush()
-        np.save(self.folder / "arr_1.npy", self.labels)
-        packed = self.folder / "samples.npz"
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            for name in ("arr_0.npy", "arr_1.npy"):
-                archive.write(self.folder / name, name)
-                (self.folder / name).unlink()
-        return packed
+        if self.keep:
+            np.save(self.folder / "arr_1.npy", self.labels)
+            with zipfile.ZipFile(self.folder / "samples.npz", "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                for name in ("arr_0.npy", "arr_1.npy"):
+                    archive.write(self.folder / name, name)
+        for name in ("arr_0.npy", "arr_1.npy"):
+            (self.folder / name).unlink(missing_ok=True)

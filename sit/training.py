@@ -37,8 +37,8 @@ REQUEUE_EXIT = 85
 PREVIEW_ROWS = 4
 
 
-def train(config: TrainConfig) -> Path:
-    """Train, from scratch or from a checkpoint, and return the run's folder.
+def train(config: TrainConfig) -> tuple[Path, bool]:
+    """Train, from scratch or from a checkpoint; returns the run's folder, and whether this is the main process.
 
     Every process of the launch calls this. What the network is shown depends on the config's seed and the number of
     images seen alone, not on the number of processes.
@@ -47,7 +47,8 @@ def train(config: TrainConfig) -> Path:
         UserError: settings that can't work, data that can't be read, or an output folder that is taken.
         SystemExit: a signal asked for the end; the state is saved and the status is :data:`REQUEUE_EXIT`.
     """
-    return Trainer(config).run()
+    trainer = Trainer(config)
+    return trainer.run(), trainer.accelerator.is_main_process
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:

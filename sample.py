@@ -1,0 +1,95 @@
+"""Sample from a checkpoint: ``python sample.py --ckpt RUN --steps 250``; ``python sample.py --help`` lists the flags."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from sit.checkpoint import load_for_sampling
+from sit.device import pick_device
+from sit.errors import UserError, door
+from sit.files import atomic_folder
+from sit.previews import labelled_grid, save_png
+from sit.sampler import SamplerConfig
+from sit.sampling import SampleWriter, balanced_labels, check_labels, sample_images
+
+GRID_LIMIT = 100
+"""images in the grid at most"""
+
+
+@dataclass
+class Arguments:
+    """Sample images from a checkpoint; the network, its VAE and its classes are read from it."""
+
+    ckpt: str
+    """a run's folder (its newest whole checkpoint), a checkpoint's folder, or a published .pt file"""
+    out: str | None = None
+    """new folder for the images; None makes one under samples/"""
+    num_samples: int | None = None
+    """how many images, kept as single PNGs and in samples.npz; None makes only a grid of four of each label"""
+    labels: tuple[int, ...] = ()
+    """classes to sample, in turn; none given means all (for the grid: the first ten)"""
+    seed: int = 0
+    """sample i under a seed is the same image however many are made at a time"""
+    batch_size: int = 64
+    """images made at a time"""
+    image_size: tuple[int, int] | None = None
+    """height and width; None as the network was trained"""
+    vae: str | None = None
+    """a VAE's name on the Hub or folder, instead of the checkpoint's"""
+    device: str | None = None
+    """None takes the accelerator, if there is one"""
+    sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
+
+
+def main(arguments: Arguments) -> None:
+    if arguments.num_samples is not None and arguments.num_samples < 1:
+        raise UserError(f"--num-samples must be at least 1, not {arguments.num_samples}")
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {arguments.batch_size}")
+    loaded = load_for_sampling(arguments.ckpt, vae=arguments.vae, device=pick_device(arguments.device))
+    every = range(loaded.model.config.num_classes)
+    labels = check_labels(arguments.labels, len(every)) or list(every if arguments.num_samples else every[:10])
+    count = arguments.num_samples or 4 * len(labels)
+    folder = Path(arguments.out or f"samples/{time.strftime('%Y%m%d-%H%M%S')}-seed{arguments.seed}")
+    indices = torch.arange(count)
+
+    with atomic_folder(folder) as place:
+        writer = SampleWriter(place, count, keep=arguments.num_samples is not None)
+        steps = tqdm(desc="sample", unit="step", dynamic_ncols=True)
+
+        def on_step(step: int, total: int, latents: torch.Tensor) -> None:
+            steps.total = total
+            steps.update()
+
+        for batch in sample_images(
+            loaded,
+            indices,
+            balanced_labels(indices.tolist(), labels),
+            seed=arguments.seed,
+            config=arguments.sampler,
+            image_size=arguments.image_size,
+            batch_size=arguments.batch_size,
+            on_step=on_step,
+        ):
+            writer.add(batch)
+        steps.close()
+        names = loaded.info.label_names
+        shown = writer.labels[:GRID_LIMIT].tolist()
+        captions = [names[label] if label < len(names) else str(label) for label in shown]
+        columns = min(len(labels), 10)
+        save_png(labelled_grid(writer.images[:GRID_LIMIT], captions, columns), place / "grid.png")
+        writer.finish()
+    print(f"grid:    {folder / 'grid.png'}")
+    if arguments.num_samples is not None:
+        print(f"samples: {folder / 'samples.npz'} and {count} PNGs")
+
+
+if __name__ == "__main__":
+    door(lambda: main(tyro.cli(Arguments, prog="sample.py")))()

@@ -1,0 +1,67 @@
+"""Recipes, overrides and the mistakes in them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+
+from sit.config import TrainConfig, from_mapping, known_recipes, load_recipe, parse_train_arguments
+from sit.errors import UserError
+
+
+def test_every_recipe_loads_and_survives_a_round_trip():
+    assert "digits" in known_recipes()
+    for name in known_recipes():
+        config = load_recipe(name)
+        assert from_mapping(yaml.safe_load(config.to_yaml()), name) == config
+
+
+def test_command_line_over_recipe_over_defaults(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("steps: 7\nbetas: [0.8, 0.95]\nbatch_size: 6\n")
+    config = parse_train_arguments(["--recipe", str(recipe), "--batch-size=4", "--mixer", "attention,atconv"])
+    expected = dict(steps=7, betas=(0.8, 0.95), batch_size=4, mixer="attention,atconv")
+    assert config == dataclasses.replace(TrainConfig(), **expected)
+    assert parse_train_arguments([]) == load_recipe("digits")
+
+
+def test_a_resumed_run_has_its_own_config(tmp_path):
+    (tmp_path / "config.yaml").write_text(TrainConfig(steps=3, mixer="atconv").to_yaml())
+    config = parse_train_arguments(["--resume", str(tmp_path), "--steps", "5"])
+    assert (config.mixer, config.steps, config.resume) == ("atconv", 5, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("stesp: 5", "unknown setting 'stesp'"),
+        ("steps: many", "steps: 'many' is not an instance of int"),
+        ("interpolant: cubic", "interpolant: 'cubic' is not any of"),
+        ("steps: 0", "--steps must be at least 1"),
+        ("class_dropout: 1.5", r"--class-dropout must be in \[0, 1\)"),
+        ("gradient_accumulation: 3\nbatch_size: 8", "--batch-size 8 can't be divided"),
+        ("- a", "must be a mapping"),
+        ("a: [", "not readable YAML"),
+    ],
+)
+def test_mistakes_in_a_recipe(tmp_path, content, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=words):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--recipe", "imaginary"], "--recipe imaginary: neither a file nor a recipe; the recipes are .*digits"),
+        (["--recipe"], "--recipe needs a value"),
+        (["--resume", "/nowhere"], "--resume /nowhere: neither a run's folder"),
+        (["--recipe", "digits", "--resume", "/nowhere"], "exclude each other"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, words):
+    with pytest.raises(UserError, match=words):
+        parse_train_arguments(arguments)

@@ -1,0 +1,75 @@
+"""Whole-file writing, keyed randomness, and how mistakes are reported."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from sit.errors import UserError, door
+from sit.files import atomic_folder, atomic_write, new_output
+from sit.randomness import generator, key, randn
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "inside").write_text("half")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "number, words", [(errno.ENOSPC, "disk is full"), (errno.EROFS, "can't be written"), (errno.ENOTDIR, "a file stands")]
+)
+def test_the_systems_refusals_become_one_line(tmp_path, number, words):
+    with pytest.raises(UserError, match=words), atomic_write(tmp_path / "file"):
+        raise OSError(number, "refused")
+
+
+def test_an_output_folder_in_use_is_refused(tmp_path):
+    assert new_output(tmp_path / "new" / "deep", "--out").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out .* is not empty"):
+        new_output(tmp_path, "--out")
+    with pytest.raises(UserError, match="a file stands"):
+        new_output(tmp_path / "file" / "inside", "--out")
+
+
+def test_door_prints_one_line_and_exits_2(capsys):
+    @door
+    def main():
+        raise UserError("a\n  b")
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: a b\n"
+
+
+def test_streams_are_named_not_ordered():
+    rows = randn((3, 2), [generator(7, "noise", i) for i in range(4)])
+    alone = randn((3, 2), [generator(7, "noise", 2)])
+    assert torch.equal(rows[2:3], alone)
+    assert len({key(seed, name, i) for seed in range(3) for name in "ab" for i in range(50)}) == 300
+
+
+def test_streams_are_standard_normal_and_independent():
+    rows = randn((4000,), [generator(0, "noise", i) for i in range(20)]).double().numpy()
+    assert stats.kstest(rows.ravel(), "norm").pvalue > 1e-3
+    off_diagonal = np.corrcoef(rows)[~np.eye(20, dtype=bool)]
+    assert abs(off_diagonal).max() < 5 / 4000**0.5

@@ -1,0 +1,216 @@
+"""The training loop on the embedded data: reproducible, resumable, the same on two processes, careful with NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from sit.checkpoint import load_for_sampling
+from sit.config import TrainConfig, load_recipe
+from sit.errors import UserError
+from sit.runs import prune_checkpoints, read_metrics
+from sit.training import REQUEUE_EXIT, Trainer, learning_rate_at, train
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+def small(folder: Path, **changes) -> TrainConfig:
+    """A few steps of the digits recipe with a tiny network."""
+    settings = dict(
+        model="SiT-XS/4",
+        mixer="attention",
+        steps=6,
+        batch_size=8,
+        log_every=1,
+        preview_every=0,
+        checkpoint_every=3,
+        trackers=(),
+        output_dir=str(folder),
+    )
+    return dataclasses.replace(load_recipe("digits"), **settings | changes)
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:07d}" / "training" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of six steps with a preview."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path_factory.mktemp("run") / "a"
+    train(small(folder, preview_every=6, preview_steps=2, trackers=("tensorboard",)))
+    return folder
+
+
+def test_a_run_folder_has_what_it_should(finished):
+    assert (finished / "config.yaml").is_file()
+    assert [row["step"] for row in read_metrics(finished / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step-0000003", "step-0000006"]
+    assert (finished / "samples" / "step-0000006.png").is_file()
+    assert list((finished / "logs").rglob("events.out.tfevents*"))
+    loaded = load_for_sampling(finished)
+    assert (loaded.info.step, loaded.info.images_seen, loaded.info.classes) == (6, 48, 10)
+    assert loaded.info.label_names == [str(digit) for digit in range(10)]
+
+
+def test_same_seed_same_weights_other_seed_others(finished, tmp_path):
+    train(small(tmp_path / "b"))
+    assert same(weights(finished, 6), weights(tmp_path / "b", 6))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(small(tmp_path / "c", seed=1, steps=3))
+    assert not same(weights(finished, 3), weights(tmp_path / "c", 3))
+
+
+def test_resuming_is_exact(finished, tmp_path):
+    config = small(tmp_path / "b", checkpoint_every=2)
+    trainer = Trainer(config)
+    stop_after(trainer, 4)
+    with pytest.raises(SystemExit) as stopped:
+        trainer.run()
+    assert stopped.value.code == REQUEUE_EXIT
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(small(tmp_path / "b", checkpoint_every=2, resume="auto"))
+    assert same(weights(finished, 6), weights(tmp_path / "b", 6))
+    last = "checkpoints/step-0000006/transformer/diffusion_pytorch_model.safetensors"
+    assert same(load_file(finished / last), load_file(tmp_path / "b" / last))
+    losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (finished, tmp_path / "b")]
+    assert losses[0] == losses[1]
+
+
+def stop_after(trainer: Trainer, step: int) -> None:
+    """Send the process a SIGTERM in the middle of the given step."""
+    original = trainer.forward_backward
+
+    def forward_backward(batch):
+        if trainer.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(batch)
+
+    trainer.forward_backward = forward_backward
+
+
+def test_the_moving_average(finished):
+    """The saved EMA weights are the average of the raw weights of all steps, with diffusers' warm-up of the decay."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = finished.parent / "every"
+    train(small(folder, checkpoint_every=1, keep_last=0))
+    name = "blocks.0.mlp.fc1.weight"
+    average = None
+    for step in range(1, 7):
+        raw = weights(folder, step)[name].double()
+        decay = 0.0 if step == 1 else step / (9 + step)
+        average = raw if average is None else decay * average + (1 - decay) * raw
+    saved = load_file(folder / "checkpoints/step-0000006/transformer/diffusion_pytorch_model.safetensors")[name]
+    torch.testing.assert_close(saved.double(), average, atol=1e-6, rtol=1e-5)
+
+
+def test_accumulated_micro_batches_are_one_batch(finished, tmp_path):
+    train(small(tmp_path / "b", gradient_accumulation=4))
+    losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (finished, tmp_path / "b")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_two_processes_are_one(tmp_path):
+    """20 steps over gloo on two processes and on one: the same losses, and the same order of images."""
+    common = ["--steps", "20", "--batch-size", "16", "--model", "SiT-XS/4", "--log-every", "1", "--preview-every", "0",
+              "--cpu-threads", "1", "--trackers"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    losses = []
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        if processes > 1:
+            launch += ["--main_process_port", "0"]
+        command = [sys.executable, *launch, "train.py", "--output-dir", str(run), *common]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses.append([row["loss"] for row in read_metrics(run / "metrics.jsonl")])
+    assert len(losses[0]) == 20
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_named_skipped_and_in_the_end_fatal(tmp_path, capsys):
+    trainer = Trainer(small(tmp_path / "a", steps=5, non_finite_limit=3))
+    original = trainer.forward_backward
+    poisoned = {1, 3, 4}
+
+    def forward_backward(batch):
+        if trainer.step in poisoned:
+            batch["latents"][2] = float("nan")
+        poisoned_index.append(int(batch["indices"][2]))
+        return original(batch)
+
+    poisoned_index: list[int] = []
+    trainer.forward_backward = forward_backward
+    trainer.run()
+    out = capsys.readouterr()
+    assert f"step 2: loss nan at images [{poisoned_index[1]}]; the step is skipped (1 in a row)" in out.out + out.err
+    assert "step 5" in out.out + out.err and "(2 in a row)" in out.out + out.err
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "a", 5).values())
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = Trainer(small(tmp_path / "b", steps=5, non_finite_limit=2))
+    second = trainer.forward_backward
+    trainer.forward_backward = lambda batch: second(batch | {"latents": batch["latents"] * float("inf")})
+    with pytest.raises(UserError, match="step 2: loss nan .* --non-finite-limit is 2"):
+        trainer.run()
+
+
+def test_learning_rate():
+    config = TrainConfig(learning_rate=1.0, warmup_steps=4, steps=12, final_learning_rate=0.1)
+    rates = [learning_rate_at(step, config) for step in range(12)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[8] == pytest.approx(0.55)
+    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False)) and rates[-1] > 0.1
+    assert learning_rate_at(10**6, TrainConfig()) == 1e-4
+
+
+def test_which_checkpoints_are_kept(tmp_path):
+    folders = [(step, tmp_path / f"step-{step}") for step in range(1, 8)]
+    for _, folder in folders:
+        folder.mkdir()
+    prune_checkpoints(folders, keep_last=2, keep_every=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3", "step-6", "step-7"]
+
+
+def test_a_row_cut_off_in_the_writing_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1}]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(mixer="mamba"), "unknown mixer 'mamba'"),
+        (dict(model="SiT-XXL/2"), "unknown model 'SiT-XXL/2'"),
+        (dict(data="/no/such/folder"), "--data /no/such/folder"),
+        (dict(resume="auto", output_dir=None), "--resume auto needs --output-dir"),
+    ],
+)
+def test_mistakes_leave_no_run_folder(tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        train(small(tmp_path / "a", **changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_another_run_is_refused(finished):
+    with pytest.raises(UserError, match="exists and is not empty"):
+        train(small(finished))
