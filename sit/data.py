@@ -110,7 +110,23 @@ def open_images(spec: str, image_size: int | None = None) -> ImageData:
     kind, _, rest = spec.partition(":")
     if kind == "digits":
         return ImageData(Digits(rest or "all"), image_size)
+    from sit.sources import SOURCES, TarSource  # it needs this module
+
+    if kind in SOURCES and rest and not Path(spec).exists():
+        return ImageData(SOURCES[kind](rest), image_size)
+    path = Path(spec)
+    if spec.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")) and path.is_file():
+        raise UserError(f"--data {spec} is compressed, which forbids random access; uncompress it to a .tar first")
+    if (spec.lower().endswith(".tar") and path.is_file()) or _only_tars(path):
+        return ImageData(TarSource(spec), image_size)
     return ImageData(FolderSource(spec), image_size)
+
+
+def _only_tars(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and any(folder.glob("*.tar")) and not any(_is_class(entry) for entry in os.scandir(folder))
+    except OSError:
+        return False  # FolderSource says why
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
@@ -151,6 +167,8 @@ class FolderSource:
             raise UserError(f"--data {folder}: no such folder (the embedded data is named digits)")
         if not self.root.is_dir():
             raise UserError(f"--data {folder} is a file; give a folder with one subfolder a class")
+        if (self.root / "manifest.json").is_file():
+            raise UserError(f"--data {folder} is a latent cache; pictures are needed here")
         try:
             self.classes = sorted(entry.name for entry in os.scandir(self.root) if _is_class(entry))
             files = [self._files(name) for name in self.classes]
@@ -215,7 +233,7 @@ class Digits:
         self.images, self.labels = images[chosen], labels[chosen]
 
     def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self.images[index], mode="L")
+        return Image.fromarray(self.images[index])
 
     def describe(self, index: int) -> str:
         return f"digit {index}"

@@ -125,7 +125,7 @@ def encode_images(
     vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 images (B, 3, H, W) → mean and std as :func:`encode_moments`, the same whatever batch they come in."""
-    size = fixed_batch(images.shape[-1], batch_size)
+    size = fixed_batch(images.shape[-1], batch_size, vae.device)
     moments = [encode_moments(vae, to_unit(chunk.to(vae.device))) for chunk in _padded_chunks(images, size)]
     mean, std = (torch.cat(part)[: len(images)] for part in zip(*moments, strict=True))
     return mean, std
@@ -142,16 +142,16 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int = 8) -> to
     factor = downsampling(vae)
     height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
     images = [torch.empty(0, height, width, 3, dtype=torch.uint8)]
-    for chunk in _padded_chunks(latents, fixed_batch(width, batch_size)):
+    for chunk in _padded_chunks(latents, fixed_batch(width, batch_size, vae.device)):
         unscaled = chunk.to(device=vae.device, dtype=torch.float32) / scale + shift
         pixels = vae.decode(unscaled.to(vae.dtype)).sample.float()
         images.append((127.5 * pixels + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu())
     return torch.cat(images)[: len(latents)]
 
 
-def fixed_batch(side: int, most: int) -> int:
+def fixed_batch(side: int, most: int, device: torch.device) -> int:
     """How many images of ``side`` pixels the VAE is given at once: at most ``most``, fewer for large ones."""
-    return max(1, min(most, 2**19 // side**2))
+    return max(1, min(most, 2 ** (19 if device.type == "cpu" else 22) // side**2))
 
 
 def _padded_chunks(rows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
