@@ -320,7 +320,8 @@ def load_for_sampling(
         model, transport, info, vae_source = foreign.build(), foreign.transport(), foreign.info, foreign.vae_name
     else:
         model, transport, info, vae_source = _read_folder(place)
-        if unused := sorted(name for name, value in overrides.items() if value != getattr(Hints(), name)):
+        told = {name for name, value in overrides.items() if value != getattr(Hints(), name)}
+        if unused := sorted(told - {"image_size"}):  # which may be meant for the images to come
             flags = ", ".join("--" + name.replace("_", "-") for name in unused)
             raise UserError(f"{place} says itself what it is; {flags} only serve for published weights files")
     model = model.to(device).eval().requires_grad_(False)
