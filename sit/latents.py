@@ -166,5 +166,12 @@ def vae_fingerprint(vae: AutoencoderKL) -> str:
     digest = hashlib.blake2b(repr(scaling(vae.config)).encode(), digest_size=16)
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+        rounded = tensor.detach().to("cpu", torch.bfloat16).clone(memory_format=torch.contiguous_format)
+        digest.update(rounded.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    from sit.encode import main
+
+    main()
