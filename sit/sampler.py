@@ -1,0 +1,375 @@
+"""Sampling: from noise to latents along the SDE or the ODE of a trained network, with guidance.
+
+What ``steps`` counts, and how it compares with the published programs, is written in ``docs/sampling.md``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torchdiffeq import odeint
+
+from sit.errors import UserError
+from sit.interpolant import per_image
+from sit.model import SiT
+from sit.randomness import generator, randn
+from sit.transport import Transport
+
+OnStep = Callable[[int, int | None, torch.Tensor], None]
+"""Called after step number ``step`` of ``total`` (None if the solver chooses its steps) with the state (B, C, h, w)."""
+
+_SOLVERS = importlib.import_module("torchdiffeq._impl.odeint").SOLVERS
+_FIXED_GRID = importlib.import_module("torchdiffeq._impl.solvers").FixedGridODESolver
+ODE_METHODS = tuple(_SOLVERS)
+SDE_METHODS = ("euler", "heun")
+LAST_STEPS = ("mean", "tweedie", "euler", "none")
+SINGULAR_EPS = 1e-3
+"""How far from a singular end the SDE stays where the published interval would touch it."""
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How to sample; the defaults are those of the published SiT.
+
+    Raises:
+        UserError: a value that can't be.
+    """
+
+    sampler: Literal["sde", "ode"] = "sde"
+    """the reverse SDE, or the probability-flow ODE"""
+    steps: int = 250
+    """network steps: SDE steps with the last step included, or steps of a fixed-step ODE solver"""
+    method: str | None = None
+    """SDE: euler (Euler-Maruyama, the default) or heun. ODE: a solver of torchdiffeq, by default dopri5"""
+    diffusion_form: Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"] = "sigma"
+    """how much noise the SDE adds over time"""
+    diffusion_norm: float = 1.0
+    """factor of the diffusion coefficient"""
+    last_step: Literal["mean", "tweedie", "euler", "none"] = "mean"
+    """how the SDE ends, without adding noise"""
+    last_step_size: float = 0.04
+    """time that the SDE's last step covers"""
+    atol: float = 1e-6
+    """absolute tolerance of adaptive ODE solvers"""
+    rtol: float = 1e-3
+    """relative tolerance of adaptive ODE solvers"""
+    cfg_scale: float = 1.0
+    """classifier-free guidance; 1 is none, and then the network runs once a step instead of twice"""
+    cfg_channels: int = 3
+    """latent channels that guidance acts on: 3 as published, 0 for all"""
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    """guide only where the noise level 1 - t is within these bounds (as REPA counts it); outside, no second pass"""
+
+    def __post_init__(self) -> None:
+        if self.sampler not in ("sde", "ode"):
+            raise UserError(f"unknown sampler {self.sampler!r}; known samplers: sde, ode")
+        known = SDE_METHODS if self.sampler == "sde" else ODE_METHODS
+        if self.method is not None and self.method not in known:
+            raise UserError(f"--method {self.method}: the methods of --sampler {self.sampler} are {', '.join(known)}")
+        if self.diffusion_form not in DIFFUSION_FORMS:
+            raise UserError(f"unknown diffusion form {self.diffusion_form!r}; known: {', '.join(DIFFUSION_FORMS)}")
+        if self.last_step not in LAST_STEPS:
+            raise UserError(f"unknown last step {self.last_step!r}; known: {', '.join(LAST_STEPS)}")
+        if self.steps < 1:
+            raise UserError(f"--steps must be at least 1, not {self.steps}")
+        if self.sampler == "sde" and self.last_step != "none" and self.steps < 2:
+            raise UserError("--steps 1 leaves the SDE no step before its last one: use at least 2, or --last-step none")
+        if self.diffusion_norm < 0:
+            raise UserError(f"--diffusion-norm can't be negative: {self.diffusion_norm}")
+        if not 0 < self.last_step_size < 1:
+            raise UserError(f"--last-step-size must be between 0 and 1, not {self.last_step_size}")
+        if self.atol <= 0 or self.rtol <= 0:
+            raise UserError("--atol and --rtol must be positive")
+        if self.cfg_scale < 0 or not math.isfinite(self.cfg_scale):
+            raise UserError(f"--cfg-scale must be a number of at least 0, not {self.cfg_scale}")
+        if self.cfg_channels < 0:
+            raise UserError(f"--cfg-channels must be 0 (all) or more, not {self.cfg_channels}")
+        low, high = self.cfg_interval
+        if not 0 <= low <= high <= 1:
+            raise UserError(f"--cfg-interval {low} {high}: needs 0 <= LOW <= HIGH <= 1")
+
+    @property
+    def resolved_method(self) -> str:
+        """The method, with the default filled in."""
+        return self.method or ("euler" if self.sampler == "sde" else "dopri5")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the solver chooses its own steps, and so doesn't heed ``steps``."""
+        return self.sampler == "ode" and not issubclass(_SOLVERS[self.resolved_method], _FIXED_GRID)
+
+
+# ---------------------------------------------------------------------- the network in the sampler
+
+
+class Prediction:
+    """A network's guided prediction as a function of the state and one time for all images.
+
+    Args:
+        model: called as ``model(x, t, y=labels)``; its ``null_class`` is needed for guidance.
+        labels: (B,) int64, or None for a network without labels (called without ``y``, never guided).
+        config: the guidance.
+    """
+
+    def __init__(self, model: SiT | Callable, labels: torch.Tensor | None, config: SamplerConfig) -> None:
+        self.model, self.labels, self.config = model, labels, config
+        self.evaluations = 0
+        self.guided = config.cfg_scale != 1 and labels is not None
+        if self.guided:
+            self.both = torch.cat([labels, torch.full_like(labels, model.null_class)])
+
+    def __call__(self, x: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+        """State (B, C, h, w), and a time as number or 0-dim tensor, to the prediction (B, C, h, w) in x's dtype."""
+        self.evaluations += 1
+        low, high = self.config.cfg_interval
+        if not self.guided or ((low, high) != (0.0, 1.0) and not low <= 1 - float(t) <= high):
+            return self._run(x, t, self.labels)
+        with_label, without = self._run(torch.cat([x, x]), t, self.both).chunk(2)
+        guided = without + self.config.cfg_scale * (with_label - without)
+        channels = self.config.cfg_channels or x.shape[1]
+        return torch.cat([guided[:, :channels], with_label[:, channels:]], dim=1)
+
+    def _run(self, x: torch.Tensor, t: float | torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        conditions = {} if labels is None else {"y": labels}
+        return self.model(x.to(getattr(self.model, "dtype", x.dtype)), times(t, x), **conditions).to(x.dtype)
+
+
+def times(t: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One time for every image of x: (B,) in x's dtype, made without a transfer to the device."""
+    if isinstance(t, torch.Tensor):
+        return t.to(x.dtype).expand(len(x))
+    return torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+
+
+# ---------------------------------------------------------------------- the SDE
+
+DIFFUSION_FORMS: dict[str, Callable] = {
+    "constant": lambda path, t, norm: torch.full_like(t, norm),
+    "sbdm": lambda path, t, norm: norm * path.noise_rate(t),
+    "sigma": lambda path, t, norm: norm * path.sigma(t),
+    "linear": lambda path, t, norm: norm * (1 - t),
+    "decreasing": lambda path, t, norm: 0.25 * (norm * torch.cos(math.pi * t) + 1) ** 2,
+    "increasing-decreasing": lambda path, t, norm: norm * torch.sin(math.pi * t) ** 2,
+}
+"""w(t) ≥ 0 of SiT (section 3.3 and appendix): the SDE adds w·score to the drift and √(2w)·dW."""
+
+
+def diffusion(transport: Transport, config: SamplerConfig, t: torch.Tensor) -> torch.Tensor:
+    """The diffusion coefficient w at times t (any shape)."""
+    return DIFFUSION_FORMS[config.diffusion_form](transport.interpolant, t, config.diffusion_norm)
+
+
+def sde_times(transport: Transport, config: SamplerConfig) -> list[float]:
+    """The times between which the SDE steps go; the last step, if any, starts at the last of them."""
+    has_last = config.last_step != "none"
+    start, end = transport.sde_interval(config.diffusion_form, config.last_step_size if has_last else 0.0)
+    if start == 0 and config.diffusion_form == "sbdm" and transport.config.interpolant != "vp":
+        start = SINGULAR_EPS
+    if end == 1 and config.resolved_method == "heun":
+        end = 1 - SINGULAR_EPS
+    count = config.steps - 1 if has_last else config.steps
+    return torch.linspace(start, end, count + 1).tolist()
+
+
+def sample_sde(
+    prediction: Prediction | Callable,
+    transport: Transport,
+    x: torch.Tensor,
+    config: SamplerConfig,
+    step_noise: Callable[[int], torch.Tensor],
+    on_step: OnStep | None = None,
+) -> torch.Tensor:
+    """Integrate the reverse SDE from noise x (B, C, h, w) by Euler–Maruyama or Heun, and take the last step.
+
+    ``step_noise(k)`` gives the standard normal noise (B, C, h, w) of step k, and is called for k = 0, 1, … in order.
+    """
+    path = transport.interpolant
+
+    def drift(x: torch.Tensor, t: float) -> torch.Tensor:
+        when, out = times(t, x), prediction(x, t)
+        weight = per_image(diffusion(transport, config, when), x)
+        return transport.velocity_of(out, x, when) + weight * transport.score_of(out, x, when)
+
+    grid = sde_times(transport, config)
+    dt = (torch.tensor(grid[1]) - torch.tensor(grid[0])).item()  # float32, as published
+    for step, t in enumerate(grid[:-1]):
+        noise = step_noise(step) * math.sqrt(dt)
+        kick = torch.sqrt(2 * per_image(diffusion(transport, config, times(t, x)), x)) * noise
+        if config.resolved_method == "euler":
+            x = x + drift(x, t) * dt + kick
+        else:
+            x = x + kick
+            first = drift(x, t)
+            x = x + 0.5 * dt * (first + drift(x + dt * first, t + dt))
+        if on_step is not None:
+            on_step(step + 1, config.steps, x)
+
+    if config.last_step != "none":
+        t, size = grid[-1], config.last_step_size
+        when = times(t, x)
+        if config.last_step == "mean":
+            x = x + drift(x, t) * size
+        elif config.last_step == "euler":
+            x = x + transport.velocity_of(prediction(x, t), x, when) * size
+        else:
+            score = transport.score_of(prediction(x, t), x, when)
+            alpha, sigma = path.alpha(per_image(when, x)), path.sigma(per_image(when, x))
+            x = x / alpha + sigma**2 / alpha * score
+        if on_step is not None:
+            on_step(config.steps, config.steps, x)
+    return x
+
+
+# ---------------------------------------------------------------------- the ODE
+
+
+class _OdeRight:
+    """The ODE's right-hand side as torchdiffeq calls it: at (t, x), and once before every step."""
+
+    def __init__(self, velocity: Callable, total: int | None, on_step: OnStep | None) -> None:
+        self.velocity, self.total, self.on_step, self.step = velocity, total, on_step, 0
+
+    def __call__(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.velocity(x, t)
+
+    def callback_step(self, t: torch.Tensor, x: torch.Tensor, dt: torch.Tensor) -> None:
+        if self.on_step is not None and self.step:
+            self.on_step(self.step, self.total, x)
+        self.step += 1
+
+
+def sample_ode(
+    prediction: Prediction | Callable,
+    transport: Transport,
+    x: torch.Tensor,
+    config: SamplerConfig,
+    reverse: bool = False,
+    on_step: OnStep | None = None,
+) -> torch.Tensor:
+    """Integrate the probability-flow ODE from noise to data, or with ``reverse`` from data to noise.
+
+    Args:
+        x: (B, C, h, w) noise, or latents.
+
+    Returns:
+        (B, C, h, w).
+    """
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return transport.velocity_of(prediction(x, t), x, times(t, x))
+
+    total = None if config.adaptive else config.steps
+    right = _OdeRight(velocity, total, on_step)
+    start, end = transport.ode_interval()
+    ends = torch.tensor([end, start] if reverse else [start, end], dtype=x.dtype, device=x.device)
+    options = {}
+    if not config.adaptive:
+        # a grid of our own: torchdiffeq's step_size adds a sliver of a step where rounding leaves one
+        options["grid_constructor"] = lambda right, x, t: torch.linspace(
+            float(t[0]), float(t[-1]), config.steps + 1, dtype=t.dtype, device=t.device
+        )
+    elif config.resolved_method == "scipy_solver":
+        options["solver"] = "RK45"
+    x = odeint(right, x, ends, rtol=config.rtol, atol=config.atol, method=config.resolved_method, options=options)[-1]
+    if on_step is not None:
+        on_step(right.step, total, x)
+    return x
+
+
+# ---------------------------------------------------------------------- samples by number
+
+
+class KeyedNoise:
+    """The noise of samples number ``indices`` under a seed: first x_0, then that of each SDE step.
+
+    Sample i draws from a stream of its own, so its noise does not depend on which samples are made with it.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str) -> None:
+        self.sources = [generator(seed, "sample", int(index)) for index in indices]
+        self.shape, self.device = tuple(shape), device
+
+    def __call__(self, step: int = 0) -> torch.Tensor:
+        """The next noise (B, *shape) of every sample."""
+        return randn(self.shape, self.sources).to(self.device, non_blocking=True)
+
+
+def sample(
+    model: SiT | Callable,
+    transport: Transport,
+    noise: torch.Tensor,
+    labels: torch.Tensor | None,
+    config: SamplerConfig,
+    step_noise: Callable[[int], torch.Tensor] | None = None,
+    on_step: OnStep | None = None,
+) -> torch.Tensor:
+    """Latents (B, C, h, w) from noise (B, C, h, w) and labels (B,), in the noise's dtype (float32 or better).
+
+    Args:
+        step_noise: see :func:`sample_sde`; None draws from torch's global generator.
+
+    Raises:
+        UserError: guidance of a network that has no null class.
+    """
+    with torch.no_grad():
+        prediction = Prediction(model, labels, config)
+        if config.sampler == "ode":
+            return sample_ode(prediction, transport, noise, config, on_step=on_step)
+        step_noise = step_noise or (lambda step: torch.randn_like(noise))
+        return sample_sde(prediction, transport, noise, config, step_noise, on_step)
+
+
+def computing_group(config: SamplerConfig, tokens: int) -> int:
+    """How many samples the network is shown at a time on a CPU, whatever the batch size.
+
+    A matrix product rounds differently with another number of rows, so on the CPU, where it costs little, the number
+    is fixed. An adaptive solver's steps depend on all samples it is shown together: there it is one.
+    """
+    return 1 if config.adaptive else max(4, min(16, 1024 // tokens))
+
+
+def generate(
+    model: SiT,
+    transport: Transport,
+    indices: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    seed: int,
+    config: SamplerConfig,
+    latent_shape: Sequence[int],
+    device: torch.device | str,
+    batch_size: int,
+    on_step: OnStep | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Sample the latents numbered ``indices`` under ``seed``, ``batch_size`` at a time.
+
+    Sample i depends on the seed, i, its label and the config. On a CPU it is the same to the bit whatever the batch
+    size and the company; on an accelerator it is so to rounding (adaptive ODE solvers: to their tolerance).
+
+    Args:
+        indices: (n,) int64 numbers of the samples.
+        labels: (n,) int64.
+        latent_shape: (C, h, w).
+        on_step: called in each pass of the sampler; with several passes, from the start again.
+
+    Yields:
+        (indices (b,), latents (b, C, h, w) float32 on ``device``), in order.
+    """
+    patch = model.config.patch_size
+    tokens = latent_shape[1] * latent_shape[2] // patch**2
+    on_cpu = torch.device(device).type == "cpu"
+    for start in range(0, len(indices), batch_size):
+        chosen, wanted = indices[start : start + batch_size], labels[start : start + batch_size]
+        group = computing_group(config, tokens) if on_cpu else len(chosen)
+        parts = []
+        for first in range(0, len(chosen), group):
+            rows = [min(row, len(chosen) - 1) for row in range(first, first + group)]  # filled up with the last one
+            noise = KeyedNoise(seed, chosen[rows].tolist(), latent_shape, device)
+            x = sample(model, transport, noise(), wanted[rows].to(device), config, noise, on_step)
+            parts.append(x[: len(chosen) - first])
+        yield chosen, torch.cat(parts)
