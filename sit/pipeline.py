@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
 from sit.errors import UserError
 from sit.latents import decode, downsampling, load_vae
 from sit.model import SiT
-from sit.sampler import SamplerConfig, sample
+from sit.sampler import SamplerConfig, sample, sde_times
 from sit.transport import Transport
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class _Interrupted(Exception):
+    """Raised within a step to end the sampling there, as a callback asked."""
+
+    def __init__(self, latents: torch.Tensor) -> None:
+        super().__init__()
+        self.latents = latents
 
 
 class SiTPipeline(DiffusionPipeline):
@@ -95,7 +105,7 @@ class SiTPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[SiTPipeline, int, float, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end: Callable[[SiTPipeline, int, float | None, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **sampler_options: Any,
     ) -> ImagePipelineOutput | tuple:
@@ -105,14 +115,16 @@ class SiTPipeline(DiffusionPipeline):
             class_labels: labels, or class names of :attr:`labels`; one or several.
             guidance_scale: classifier-free guidance; 1 means none. A network without a null class needs 1.
             generator: one for all images, or one for each (then image i depends on its own alone).
-            num_inference_steps: steps of the sampler, as ``--steps`` of ``sample.py`` counts them.
+            num_inference_steps: steps of the sampler, as ``--steps`` of ``sample.py`` counts them; adaptive ODE
+                solvers don't heed it.
             height, width: of the images in pixels; default those of the training.
             latents: (B, C, h, w) noise to start from, instead of drawing it.
             output_type: ``pil`` images; ``np`` (B, H, W, 3) or ``pt`` (B, 3, H, W) float32 in [0, 1]; or ``latent``,
                 the scaled latents (B, C, h, w), for which no VAE is needed.
             return_dict: whether to return an :class:`ImagePipelineOutput` or a tuple.
-            callback_on_step_end: called as ``callback(pipe, step, t, {"latents": …})`` after each step; what it
-                returns under ``latents`` takes their place.
+            callback_on_step_end: called as ``callback(pipe, step, t, {"latents": …})`` after each step, with steps
+                from 0 and the time t in [0, 1] that is reached (None under adaptive ODE solvers, which choose their
+                steps). What it returns under ``latents`` takes their place, adaptive solvers excepted.
             callback_on_step_end_tensor_inputs: what the callback wants; only ``latents`` is there.
             **sampler_options: further fields of :class:`sit.sampler.SamplerConfig`, e.g. ``sampler="ode"``.
 
@@ -136,24 +148,28 @@ class SiTPipeline(DiffusionPipeline):
         elif tuple(latents.shape) != shape:
             raise UserError(f"latents of shape {tuple(latents.shape)} where {shape} is needed")
 
+        latents = latents.to(device, torch.float32, copy=True)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
-        with self.progress_bar(total=num_inference_steps) as bar:
+        bar = self.progress_bar(count()) if config.adaptive else self.progress_bar(total=num_inference_steps)
+        with bar:
 
-            def on_step(step: int, t: float, latents: torch.Tensor) -> torch.Tensor:
+            def on_step(step: int, total: int | None, state: torch.Tensor) -> None:
                 bar.update()
-                if callback_on_step_end is None:
-                    return latents
-                return callback_on_step_end(self, step, t, {"latents": latents}).pop("latents", latents)
+                if callback_on_step_end is not None:
+                    self._call_back(callback_on_step_end, step - 1, state, config)
 
-            latents = sample(
-                self.transformer,
-                self.transport,
-                latents.to(device, torch.float32),
-                labels.to(device),
-                config,
-                step_noise=lambda step: draw(),
-                on_step=on_step,
-            )
+            try:
+                latents = sample(
+                    self.transformer,
+                    self.transport,
+                    latents,
+                    labels.to(device),
+                    config,
+                    step_noise=lambda step: draw(),
+                    on_step=on_step,
+                )
+            except _Interrupted as interrupted:
+                latents = interrupted.latents
         images = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -178,9 +194,29 @@ class SiTPipeline(DiffusionPipeline):
         known = {name for name in SamplerConfig.__dataclass_fields__ if name not in ("steps", "cfg_scale")}
         if unknown := sorted(set(options) - known):
             raise UserError(f"no option {', '.join(unknown)}; the sampler's options are {', '.join(sorted(known))}")
-        if guidance_scale != 1:
-            _ = self.transformer.null_class
         return SamplerConfig(steps=steps, cfg_scale=guidance_scale, **options)
+
+    def _call_back(
+        self, callback: Callable[..., dict[str, Any]], step: int, state: torch.Tensor, config: SamplerConfig
+    ) -> None:
+        """Let a callback see the state after a step (from 0), and change it or end the sampling."""
+        changed = callback(self, step, self._time_after(step, config), {"latents": state}).get("latents", state)
+        if changed is not state:
+            if config.adaptive:
+                raise UserError(f"callbacks can't change latents under {config.resolved_method}: take a fixed-step method")
+            state.copy_(changed)  # in place: the solver goes on from this very tensor
+        if self._interrupt:
+            raise _Interrupted(state)
+
+    def _time_after(self, step: int, config: SamplerConfig) -> float | None:
+        """The time t that a step (from 0) reaches, 1 being data; None where the solver chooses."""
+        if config.adaptive:
+            return None
+        if config.sampler == "ode":
+            start, end = self.transport.ode_interval()
+            return start + (end - start) * (step + 1) / config.steps
+        times = sde_times(self.transport, config)
+        return times[step + 1] if step + 1 < len(times) else times[-1] + config.last_step_size
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         trained = tuple(self.transformer.config.input_size)
@@ -206,4 +242,4 @@ class SiTPipeline(DiffusionPipeline):
         if output_type == "pt":
             return images.permute(0, 3, 1, 2).float() / 255
         pixels = images.cpu().numpy()
-        return self.numpy_to_pil(pixels.astype(np.float32) / 255) if output_type == "pil" else pixels / np.float32(255)
+        return [Image.fromarray(image) for image in pixels] if output_type == "pil" else pixels / np.float32(255)

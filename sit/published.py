@@ -332,7 +332,8 @@ def _transport(arguments: Mapping[str, Any], hints: Hints, path: Path) -> dict[s
             if str(value).lower() not in table:
                 raise UserError(f"{path} was trained with {argument} {value!r}, which is not known here")
             config[field_name] = table[str(value).lower()]
-    if arguments.get("loss_weight") in ("velocity", "likelihood"):
+    is_velocity = config.get("prediction", "velocity") == "velocity"  # which the published code never weights
+    if arguments.get("loss_weight") in ("velocity", "likelihood") and not is_velocity:
         config["loss_weight"] = arguments["loss_weight"]
     config |= {name: arguments[name] for name in ("train_eps", "sample_eps") if arguments.get(name) is not None}
     return config

@@ -130,9 +130,10 @@ def test_an_ode_step_by_step(pipe, guidance):
     torch.testing.assert_close(out, x, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["sde", "ode"])
-def test_each_image_follows_its_own_generator(pipe, sampler):
-    options = dict(num_inference_steps=4, output_type="latent", sampler=sampler)
+@pytest.mark.parametrize("method", ["sde euler", "sde heun", "ode midpoint"])
+def test_each_image_follows_its_own_generator(pipe, method):
+    sampler, method = method.split()
+    options = dict(num_inference_steps=4, output_type="latent", sampler=sampler, method=method)
     together = pipe([1, 3, 2], generator=seeded(5, 6, 7), **options).images
     alone = pipe([3], generator=seeded(6), **options).images
     torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-5)
@@ -153,25 +154,75 @@ def test_output_types_agree(pipe):
     assert isinstance(pipe(1, num_inference_steps=2, return_dict=False)[0][0], Image.Image)
 
 
-def test_callbacks_see_and_change_every_step(pipe):
+@pytest.mark.parametrize(
+    "options, ends",
+    [
+        (dict(), 1.0),
+        (dict(last_step="none"), 1.0),
+        (dict(method="heun", last_step_size=0.1), 1.0),
+        (dict(sampler="ode", method="euler"), 1.0),
+        (dict(sampler="ode", method="rk4"), 1.0),
+    ],
+)
+def test_callbacks_see_and_change_every_step(pipe, options, ends):
+    options = options | dict(num_inference_steps=6, output_type="latent", guidance_scale=2.0)
     seen = []
 
     def note(pipe, step, t, tensors):
-        seen.append((step, float(t), tensors["latents"].shape))
+        seen.append((step, t, tensors["latents"].clone()))
         assert pipe.num_timesteps == 6 and pipe.guidance_scale == 2.0
         return {}
 
-    plain = pipe([1], 2.0, seeded(1), 6, output_type="latent", callback_on_step_end=note).images
+    plain = pipe([1], generator=seeded(1), callback_on_step_end=note, **options).images
     assert [step for step, _, _ in seen] == list(range(6))
     times = [t for _, t, _ in seen]
-    assert times == sorted(times) and times[-1] <= 1
-    assert seen[0][2] == (1, 4, 8, 8)
+    assert all(early < late for early, late in zip(times, times[1:])) and times[-1] == pytest.approx(ends, abs=2e-3)
+    assert torch.equal(seen[-1][2], plain)
 
-    def zero(pipe, step, t, tensors):
-        return {"latents": torch.zeros_like(tensors["latents"])} if step == 5 else tensors
+    def replace(pipe, step, t, tensors):
+        return {"latents": other[step]}
 
-    assert not pipe([1], 2.0, seeded(1), 6, output_type="latent", callback_on_step_end=zero).images.any()
-    assert plain.any()
+    # with every state replaced, by that of another run, the end is that run's
+    seen, first = [], plain
+    second = pipe([1], generator=seeded(2), callback_on_step_end=note, **options).images
+    other = [latents for _, _, latents in seen]
+    changed = pipe([1], generator=seeded(1), callback_on_step_end=replace, **options).images
+    assert torch.equal(changed, second) and not torch.equal(first, second)
+
+    # a change in the middle is what the solver goes on from
+    def once(pipe, step, t, tensors):
+        return {"latents": other[2]} if step == 2 else {}
+
+    branched = pipe([1], generator=seeded(1), callback_on_step_end=once, **options).images
+    if options.get("sampler") == "ode":
+        torch.testing.assert_close(branched, second)
+    assert not torch.equal(branched, plain)
+
+
+def test_adaptive_solvers_show_their_steps_only(pipe):
+    seen = []
+
+    def note(pipe, step, t, tensors):
+        seen.append((step, t))
+        return tensors
+
+    options = dict(num_inference_steps=6, output_type="latent", sampler="ode", generator=seeded(1))
+    pipe([1], callback_on_step_end=note, **options)
+    assert [step for step, _ in seen] == list(range(len(seen))) and all(t is None for _, t in seen)
+    with pytest.raises(UserError, match="dopri5"):
+        pipe([1], callback_on_step_end=lambda *_: {"latents": torch.zeros(1, 4, 8, 8)}, **options)
+
+
+def test_a_callback_can_end_the_sampling(pipe):
+    states = []
+
+    def stop(pipe, step, t, tensors):
+        states.append(tensors["latents"].clone())
+        pipe._interrupt = step == 2
+        return tensors
+
+    out = pipe([1], num_inference_steps=9, output_type="latent", callback_on_step_end=stop).images
+    assert len(states) == 3 and torch.equal(out, states[-1])
 
 
 def test_a_progress_bar_counts_the_steps(folder, capsys):
