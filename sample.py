@@ -16,6 +16,7 @@ from sit.device import pick_device
 from sit.errors import UserError, door
 from sit.files import atomic_folder
 from sit.previews import labelled_grid, save_png
+from sit.published import FileHints
 from sit.sampler import SamplerConfig
 from sit.sampling import SampleWriter, balanced_labels, check_labels, sample_images
 
@@ -40,11 +41,12 @@ class Arguments:
     batch_size: int = 64
     """images made at a time"""
     image_size: tuple[int, int] | None = None
-    """height and width; None as the network was trained"""
+    """height and width; None as the network was trained, which published files without a positional table don't tell"""
     vae: str | None = None
     """a VAE's name on the Hub or folder, instead of the checkpoint's"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
+    published: Annotated[FileHints, tyro.conf.OmitArgPrefixes] = field(default_factory=FileHints)
     sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
 
 
@@ -53,7 +55,13 @@ def main(arguments: Arguments) -> None:
         raise UserError(f"--num-samples must be at least 1, not {arguments.num_samples}")
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {arguments.batch_size}")
-    loaded = load_for_sampling(arguments.ckpt, vae=arguments.vae, device=pick_device(arguments.device))
+    loaded = load_for_sampling(
+        arguments.ckpt,
+        vae=arguments.vae,
+        device=pick_device(arguments.device),
+        image_size=arguments.image_size,
+        **vars(arguments.published),
+    )
     every = range(loaded.model.config.num_classes)
     labels = check_labels(arguments.labels, len(every)) or list(every if arguments.num_samples else every[:10])
     count = arguments.num_samples or 4 * len(labels)

@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Hints:
-    """What a published file may leave open. Each field is a flag of the same name; None means "as the file says"."""
+class FileHints:
+    """For published weights files: what they may leave open. None means "as the file says"."""
 
     weights: Literal["ema", "model"] = "ema"
     """which weights of a training checkpoint"""
@@ -47,14 +47,20 @@ class Hints:
     """attention heads, where the width is not that of a published size"""
     num_classes: int | None = None
     """classes, not counting the null class; without it the last row of the label table is taken for the null class"""
-    image_size: int | tuple[int, int] | None = None
-    """image size of the training in pixels, for networks without a positional table"""
     time_reversed: bool | None = None
     """whether the network's time runs from data to noise (REPA)"""
     interpolant: Literal["linear", "gvp", "vp"] | None = None
     """path of the training"""
     prediction: Literal["velocity", "score", "noise"] | None = None
     """what the network predicts"""
+
+
+@dataclass(frozen=True)
+class Hints(FileHints):
+    """:class:`FileHints` and the image size, for doors that have no other use of that flag."""
+
+    image_size: int | tuple[int, int] | None = None
+    """image size of the training in pixels, for networks without a positional table"""
 
 
 @dataclass

@@ -20,6 +20,7 @@ from sit.convert import Convert, Inspect, convert, inspect, main
 from sit.errors import UserError
 from sit.model import SiT, sincos_table
 from sit.published import Hints, grid_of_table, read_published
+from sit.sampler import SamplerConfig, sample
 
 XL2 = dict(hidden=1152, depth=28, grid=(16, 16), patch=2, rows=1001)
 
@@ -245,6 +246,26 @@ def test_repa_trajectory_runs_the_other_way(tmp_path):
         theirs = theirs - repa_velocity(state, theirs, s, y) / steps
         ours = ours + model(ours, 1 - s, y) / steps
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_repa_sde_is_our_default_sde(tmp_path):
+    """REPA's Euler–Maruyama, from s = 1 to 0.04 and then without noise, written out beside our sampler's defaults."""
+    state = published_state(["repa"], learn_sigma=False)
+    torch.save(state, tmp_path / "repa.pt")
+    loaded = load_for_sampling(tmp_path / "repa.pt")
+    state = {name: tensor.double() for name, tensor in state.items()}
+    steps, y = 8, torch.tensor([4, 1])
+    noises = torch.randn(steps, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = start = noises[-1]
+    times = [1 - 0.96 * k / (steps - 1) for k in range(steps)] + [0.0]
+    for step, (now, after) in enumerate(zip(times, times[1:])):
+        velocity = repa_velocity(state, x, torch.full((2,), now, dtype=torch.float64), y)
+        score = -(x + (1 - now) * velocity) / now  # as x = (1 − s)·data + s·noise and velocity = noise − data
+        x = x + (velocity - now * score) * (after - now)
+        if step < steps - 1:
+            x = x + (2 * now * (now - after)) ** 0.5 * noises[step]
+    ours = sample(loaded.model.double(), loaded.transport, start, y, SamplerConfig(steps=steps), lambda k: noises[k])
+    torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
 
 
 def test_a_repa_network_with_attention_needs_its_projectors_or_the_flag(tmp_path):
