@@ -288,7 +288,9 @@ def main() -> None:
             return
         out = encode(config)
         if PartialState().is_main_process:
-            print(f"latents of {len(CachedLatents(out)):,} images in {out}; train on them by: train.py --data {out}")
+            made = CachedLatents(out).manifest
+            flags = f"--data {out} --vae {config.vae} --image-size {made.image_size}" + " --flip" * made.mirrored
+            print(f"latents of {made.count:,} images in {out}; train on them with: {flags}")
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from sit.cache import CachedLatents, is_cache
 from sit.config import TrainConfig
 from sit.data import open_images
 from sit.latents import load_vae
@@ -39,8 +40,12 @@ def open_training_data(config: TrainConfig, device: torch.device, progress: bool
     Raises:
         UserError: the data or the VAE can't be had, or they don't fit each other.
     """
-    images = open_images(config.data, config.image_size)
     vae = load_vae(config.vae, device)
+    if is_cache(config.data):
+        data = CachedLatents(config.data, config.flip)
+        data.check(vae, config.vae, config.image_size)
+        return Opened(data, vae, config.vae)
+    images = open_images(config.data, config.image_size)
     if len(images) <= MEMORY_LIMIT:
         data = encode_in_memory(images, vae, config.flip, progress=progress)
     else:

@@ -1,0 +1,259 @@
+"""The latent cache: contents, restarting, several processes, verification, damage, size."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sit.cache import CachedLatents, Manifest, is_cache
+from sit.data import open_images
+from sit.encode import Encode, Verify, encode, verify
+from sit.errors import UserError
+from sit.latents import DIGITS_VAE, encode_images, load_vae
+from sit.loader import encode_in_memory, training_batches
+
+COUNT = 46
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(COUNT):
+        (folder / f"class{number % 3}").mkdir(exist_ok=True)
+        pixels = np.random.RandomState(number).randint(0, 255, (40, 36, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((9, 10)).save(folder / f"class{number % 3}" / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def wish(pictures, tmp_path) -> Encode:
+    return Encode(
+        out=tmp_path / "latents", data=str(pictures), image_size=16, batch_size=4, chunk=8, shard_size=19, workers=0
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, tmp_path_factory) -> Path:
+    """A finished cache, not to be written into."""
+    out = tmp_path_factory.mktemp("whole") / "latents"
+    return encode(Encode(out, str(pictures), image_size=16, batch_size=4, chunk=8, shard_size=19, workers=1))
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_entries_are_the_moments_of_pictures_and_mirror_images(whole, pictures):
+    cache, images, vae = CachedLatents(whole), open_images(str(pictures), 16), load_vae("digits")
+    assert len(cache) == COUNT and np.array_equal(cache.labels, images.labels) and cache.classes == images.classes
+    assert [shard.shape for shard in cache.shards] == [(n, 2, 2, 4, 4, 4) for n in (19, 19, 8)]
+    for index in (0, 18, 19, 45):
+        for mirrored in (False, True):
+            pixels = images[index][0].flip(-1) if mirrored else images[index][0]
+            expected = torch.cat(encode_images(vae, pixels[None], 4)).half()
+            assert torch.equal(cache.moments(np.array([index]), np.array([mirrored]))[0], expected)
+
+
+def test_training_from_the_cache_is_bitwise_training_from_memory(tmp_path):
+    out = encode(Encode(tmp_path / "latents", "digits:heldout", batch_size=64, workers=0))
+    memory = encode_in_memory(open_images("digits:heldout"), load_vae("digits"), flips=True, progress=False)
+    options = {"seed": 1, "global_batch": 24, "start_images": 340}
+    for workers in (0, 2):
+        pairs = zip(
+            training_batches(memory, **options), training_batches(CachedLatents(out, True), workers=workers, **options)
+        )
+        for a, b in itertools.islice(pairs, 4):
+            assert all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
+
+
+@pytest.mark.parametrize("stops", [(1,), (2, 3), (0, 1, 1)])
+def test_an_encoding_that_stopped_goes_on_to_the_same_bytes(wish, whole, stops):
+    for stop in stops:
+        encode(wish, stop_after=stop)
+        assert is_cache(wish.out) and not (wish.out / "manifest.json").exists()
+        with pytest.raises(UserError, match="not yet finished"):
+            CachedLatents(wish.out)
+    with open(wish.out / "journal-00000.txt", "a") as journal:
+        journal.write("chunk 5 of")  # as a crash would leave it
+    encode(wish)
+    assert contents(wish.out) == contents(whole)
+    before = (wish.out / "manifest.json").stat().st_mtime_ns
+    assert encode(wish) == wish.out and (wish.out / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_killed_at_any_moment_and_on_two_processes(wish, whole):
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"),
+        *("-m", "sit.latents", "encode", "--out", wish.out, "--data", wish.data, "--image-size", "16", "--workers", "0"),
+        *("--batch-size", "4", "--chunk", "8", "--shard-size", "19"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(
+        list(map(str, command)), env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and running.poll() is None and not any(wish.out.glob("journal-*")):
+        time.sleep(0.01)
+    if running.poll() is None:
+        os.killpg(running.pid, 9)
+    running.wait()
+    ended = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "46 images" in ended.stdout
+    assert contents(wish.out) == contents(whole)
+
+
+def test_verify_finds_a_changed_entry_and_a_changed_list(copy, pictures, tmp_path):
+    figures = verify(Verify(copy, samples=100))
+    assert figures["compared"] == COUNT and figures["worst"] < 1e-3
+    shard = np.load(copy / "moments-00001.npy", mmap_mode="r+")
+    shard[3, 1, 0] += 0.5
+    shard.flush()
+    with pytest.raises(UserError, match=r"entry 22 .*png, mirrored\) differs"):
+        verify(Verify(copy, samples=100))
+    shard[3, 1, 0] = np.nan
+    shard.flush()
+    with pytest.raises(UserError, match="entry 22"):
+        verify(Verify(copy, samples=100))
+    moved = Path(shutil.copytree(pictures, tmp_path / "moved"))
+    with pytest.raises(UserError, match="differs"):
+        verify(Verify(copy, data=str(moved), samples=100))
+    (moved / "class0" / "00.png").unlink()
+    with pytest.raises(UserError, match="is not the list of pictures"):
+        verify(Verify(copy, data=str(moved)))
+
+
+def test_training_refuses_another_vae_or_size(whole, tmp_path):
+    cache, vae = CachedLatents(whole), load_vae("digits")
+    cache.check(vae, "digits", 16)
+    cache.check(load_vae("digits", dtype=torch.bfloat16), "digits", None)
+    with pytest.raises(UserError, match="--image-size 32"):
+        cache.check(vae, "digits", 32)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 1
+    with pytest.raises(UserError, match="weights"):
+        cache.check(vae, "mine", 16)
+    vae = load_vae(DIGITS_VAE)
+    vae.register_to_config(scaling_factor=0.5)
+    with pytest.raises(UserError, match="scaling"):
+        cache.check(vae, "mine", 16)
+    with pytest.raises(UserError, match="latent cache"):
+        open_images(str(whole))
+
+
+def test_without_mirror_images(wish):
+    cache = CachedLatents(encode(replace(wish, mirror=False)))
+    assert cache.shards[0].shape == (19, 1, 2, 4, 4, 4)
+    next(training_batches(cache, 0, 8))
+    with pytest.raises(UserError, match="--flip"):
+        CachedLatents(wish.out, flips=True)
+
+
+def test_another_wish_is_refused_and_what_is_there_kept(wish, copy, tmp_path):
+    encode(wish, stop_after=1)
+    there = contents(wish.out)
+    for other in (replace(wish, image_size=32), replace(wish, mirror=False), replace(wish, chunk=4)):
+        with pytest.raises(UserError, match="--out .* holds an encoding with another"):
+            encode(other)
+    assert contents(wish.out) == there
+    with pytest.raises(UserError, match="image size"):
+        encode(replace(wish, out=copy, image_size=32))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("x")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "thesis.txt"):
+        with pytest.raises(UserError, match="holds no latent cache"):
+            encode(replace(wish, out=out))
+    for bad in ({"batch_size": 0}, {"chunk": 0}, {"workers": -1}, {"image_size": 18}):
+        with pytest.raises(UserError, match="--"):
+            encode(replace(wish, out=tmp_path / "new", **bad))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_too_small_is_told_before_anything_is_written(wish, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
+    with pytest.raises(UserError, match="GB free"):
+        encode(wish)
+    assert not any(wish.out.iterdir())
+
+
+def test_damaged_caches_are_refused(copy):
+    def refused(words: str) -> None:
+        with pytest.raises(UserError, match=words) as caught:
+            CachedLatents(copy)
+        assert str(copy) in str(caught.value)
+
+    for name in ("moments-00002.npy", "labels.npy"):
+        content = (copy / name).read_bytes()
+        for broken in (content[:-100], content[:10], b"", b"x" * 500):
+            (copy / name).write_bytes(broken)
+            refused(name)
+        (copy / name).unlink()
+        refused(name)
+        np.save(copy / name, np.zeros(3))
+        refused(f"{name} doesn't match")
+        (copy / name).write_bytes(content)
+    np.save(copy / "labels.npy", np.full(COUNT, 3))
+    refused("classes")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for broken in ("", "[]", "{}", json.dumps(manifest | {"format": 9}), json.dumps({"format": 1})):
+        (copy / "manifest.json").write_text(broken)
+        refused("manifest.json")
+
+
+def test_pickled_for_a_worker_it_takes_paths_not_data(whole):
+    cache = CachedLatents(whole)
+    packed = pickle.dumps(cache)
+    assert len(packed) < 5_000
+    some = (np.array([40, 2]), np.array([True, False]))
+    assert torch.equal(pickle.loads(packed).moments(*some), cache.moments(*some))
+
+
+OPENED = """
+import resource, sys, time
+from sit.cache import CachedLatents
+import numpy as np
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+cache = CachedLatents(sys.argv[1])
+cache.moments(np.arange(0, len(cache), 10_007), np.zeros(129, dtype=bool))
+print(len(cache), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def synthetic_cache(folder: Path, manifest: Manifest) -> None:
+    """A cache of zeros: sparse files of full length, which take no space on the disk."""
+    folder.mkdir()
+    for name, shape in manifest.shards():
+        np.lib.format.open_memmap(folder / name, mode="w+", dtype=np.float16, shape=shape)
+    np.save(folder / "labels.npy", np.arange(manifest.count) % len(manifest.classes))
+    (folder / "manifest.json").write_text(manifest.text())
+
+
+def test_a_cache_of_imagenets_size_opens_in_little_memory(whole, tmp_path):
+    manifest = replace(
+        CachedLatents(whole).manifest, count=1_281_167, classes=[str(n) for n in range(1000)], latent_shape=(4, 32, 32),
+        shard_size=2**17,
+    )  # fmt: skip
+    synthetic_cache(tmp_path / "large", manifest)
+    command = [sys.executable, "-c", OPENED, str(tmp_path / "large")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    count, grown_kilobytes = map(int, ended.stdout.split())
+    assert count == 1_281_167 and grown_kilobytes < 60_000  # labels are 10 MB
