@@ -172,8 +172,14 @@ def is_local_vae(source: str | Path) -> bool:
 
 def _put_vae(place: Path, source: str | Path | None) -> str | None:
     """Link a local VAE into the checkpoint, and return None; or return the name of one on the Hub."""
-    if source is None or not is_local_vae(source):
-        return None if source is None else str(source)
+    if source is None:
+        return None
+    if str(source) == "digits":
+        from sit.latents import DIGITS_VAE as source
+    if not is_local_vae(source):
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+            raise UserError(f"--vae {source}: no such folder, and not a Hub name like stabilityai/sd-vae-ft-ema")
+        return str(source)
     source = Path(source)
     files = [source / "config.json", *sorted(source.glob("diffusion_pytorch_model*.safetensors"))]
     if len(files) < 2 or not files[0].is_file():
@@ -270,6 +276,8 @@ def resolve(path: str | Path) -> Path:
         if path.name != WEIGHTS or not (path.parent / "config.json").is_file():
             return path
         path = path.parent.parent if (path.parent.parent / "model_index.json").is_file() else path.parent
+    if path.name == "checkpoints" and is_run(path.parent):
+        path = path.parent
     if path.name == "transformer" and (path.parent / "model_index.json").is_file():
         path = path.parent
     if not path.exists():
@@ -373,7 +381,7 @@ def read_network(folder: Path) -> SiT:
 
     config = read_json(folder / "config.json")
     if config.get("_class_name") != "SiT":
-        raise UserError(f"{folder / 'config.json'} describes a {config.get('_class_name')}, not a SiT network")
+        raise UserError(f"{folder / 'config.json'} is that of {config.get('_class_name')}, not of SiT")
     if not any(folder.glob("diffusion_pytorch_model*.safetensors*")):
         raise UserError(f"{folder} has no {WEIGHTS}")
     try:

@@ -161,7 +161,7 @@ def _describe_folder(place: Path) -> str:
     network = place / "transformer" if (place / "transformer").is_dir() else place
     config = read_json(network / "config.json")
     if config.get("_class_name") != "SiT":
-        return f"{place}: a diffusers folder of a {config.get('_class_name')}, not of a SiT"
+        return f"{place}: a diffusers folder of {config.get('_class_name')}, not of SiT"
     transport_file = place / "transport" / "transport_config.json"
     transport = read_json(transport_file) if transport_file.is_file() else {}
     kind = "a checkpoint of ours, whole" if (place / INDEX).is_file() else "a diffusers folder"

@@ -76,7 +76,7 @@ def test_everything_comes_back(tmp_path, vae_folder):
         info=INFO,
         training_state={"step": 7, "raw": model.state_dict()},
     )
-    for path in (folder, tmp_path / "run"):
+    for path in (folder, folder / "transformer", folder / "transformer" / checkpoint.WEIGHTS, folder.parent, tmp_path / "run"):
         loaded = load_for_sampling(path)
         assert loaded.info == INFO
         assert loaded.path == folder
@@ -299,4 +299,6 @@ def test_mistakes_are_named_in_one_line(tmp_path, vae_folder):
     shutil.copy(vae_folder / "config.json", empty)
     with pytest.raises(UserError, match="empty-vae"):
         write(tmp_path / "d", vae=empty)
+    with pytest.raises(UserError, match="--vae ./nowhere"):
+        write(tmp_path / "d", vae="./nowhere")
     assert not (tmp_path / "d").exists()

@@ -56,8 +56,15 @@ def five_lines(document: Path) -> str:
     return block
 
 
-def test_the_five_lines_of_the_document_run(folder, tmp_path, monkeypatch):
-    code = five_lines(ROOT / "docs" / "checkpoints.md")
+def documents() -> list[str]:
+    """Where the lines stand; the README may leave them to the document."""
+    readme = "SiTPipeline.from_pretrained" in (ROOT / "README.md").read_text()
+    return ["docs/checkpoints.md", *(["README.md"] if readme else [])]
+
+
+@pytest.mark.parametrize("document", documents())
+def test_the_five_lines_of_the_documents_run(document, folder, tmp_path, monkeypatch):
+    code = five_lines(ROOT / document)
     run = tmp_path / "runs" / "my-run" / "checkpoints"
     run.mkdir(parents=True)
     (run / "step-0001000").symlink_to(folder)
