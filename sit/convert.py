@@ -100,7 +100,7 @@ def _to_file(source: Path, options: Convert) -> Path:
     layout = "published" if options.layout == "training" else options.layout
     weights: dict[str, Any] = to_layout(state, config, layout)
     if options.layout == "training":
-        weights = {"model": weights, "ema": weights, "args": _arguments(config, info, transport)}
+        weights = {"model": weights, "ema": weights, "args": _arguments(config, info, transport), "steps": info.step}
     with atomic_write(options.target) as temporary:
         if options.target.suffix == ".pt":
             torch.save(weights, temporary)

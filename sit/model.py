@@ -65,11 +65,15 @@ def sincos_table(hidden_size: int, rows: torch.Tensor, columns: torch.Tensor) ->
 
 
 @lru_cache(maxsize=8)
-def _stretched_table(hidden_size: int, trained: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
-    """The table (1, H·W, C) of ``grid`` laid over the ``trained`` one, centres of pixels mapped as resizing does."""
-    return sincos_table(
-        hidden_size, *((torch.arange(new) + 0.5) * old / new - 0.5 for old, new in zip(trained, grid, strict=True))
-    )
+def _stretched_table(
+    hidden_size: int, trained: tuple[int, int], grid: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    """The table (1, H·W, C) of ``grid`` laid over the ``trained`` one, centres of pixels mapped as resizing does.
+
+    Kept on the device, so that the steps of a sampling do not wait for its transfer.
+    """
+    places = ((torch.arange(new) + 0.5) * old / new - 0.5 for old, new in zip(trained, grid, strict=True))
+    return sincos_table(hidden_size, *places).to(device)
 
 
 class TimestepEmbedder(nn.Module):
@@ -247,7 +251,7 @@ class SiT(ModelMixin, ConfigMixin):
         """
         if grid == self.grid:
             return self.pos_embed
-        return _stretched_table(self.config.hidden_size, self.grid, grid).to(self.pos_embed.device)
+        return _stretched_table(self.config.hidden_size, self.grid, grid, self.pos_embed.device)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The prediction (velocity, score or noise, as it was trained) at the noisy latents.
