@@ -334,7 +334,8 @@ def load_for_sampling(
             raise UserError(f"{place} says itself what it is; {flags} only serve for published weights files")
     model = model.to(device).eval().requires_grad_(False)
     if dtype is not None:
-        torch.nn.Module.to(model, dtype=dtype)  # diffusers' own warns of layers kept in float32, of which there are none
+        # not model.to: diffusers warns there of layers kept in float32, even if there are none
+        torch.nn.Module.to(model, dtype=dtype)
     source = str(vae) if vae is not None else vae_source
     return Loaded(model, transport, info, source, torch.device(device), place)
 
@@ -366,7 +367,8 @@ def read_info(place: Path) -> CheckpointInfo:
     config = read_json((place / "transformer" if pipeline else place) / "config.json")
     info = CheckpointInfo(classes=config.get("num_classes", 0), mixer=config.get("mixer", ""))
     if pipeline:
-        names = {int(label): name for label, name in (read_json(place / "model_index.json").get("id2label") or {}).items()}
+        id2label = read_json(place / "model_index.json").get("id2label") or {}
+        names = {int(label): name for label, name in id2label.items()}
         info.label_names = [names[label] for label in range(len(names)) if label in names]
     return info
 

@@ -65,10 +65,10 @@ def convert(options: Convert) -> Path:
         raise UserError(f"{options.target} exists already; it is not overwritten")
     suffix = options.target.suffix
     if options.layout == "ours" and suffix in (".pt", ".safetensors"):
-        raise UserError(f"--layout ours writes a folder, and {options.target} is a file's name; choose another --layout")
-    if options.layout != "ours" and suffix not in ((".pt",) if options.layout == "training" else (".pt", ".safetensors")):
-        kinds = ".pt" if options.layout == "training" else ".pt or .safetensors"
-        raise UserError(f"--layout {options.layout} writes a file: {options.target} must end in {kinds}")
+        raise UserError(f"--layout ours writes a folder, and {options.target} is a file's name; change --layout")
+    kinds = (".pt",) if options.layout == "training" else (".pt", ".safetensors")
+    if options.layout != "ours" and suffix not in kinds:
+        raise UserError(f"--layout {options.layout} writes a file: {options.target} must end in {' or '.join(kinds)}")
     source = resolve(options.source)
     return _to_ours(source, options) if options.layout == "ours" else _to_file(source, options)
 
@@ -95,8 +95,8 @@ def _to_file(source: Path, options: Convert) -> Path:
         transport = read_json(transport) if transport.is_file() else {}
     else:
         published = read_published(source, options.hints)
-        network = published.build()
-        config, info, state, transport = dict(network.config), published.info, published.state, published.transport_config
+        config, info = dict(published.build().config), published.info
+        state, transport = published.state, published.transport_config
     layout = "published" if options.layout == "training" else options.layout
     weights: dict[str, Any] = to_layout(state, config, layout)
     if options.layout == "training":
@@ -181,7 +181,8 @@ def _vae_name(place: Path) -> str | None:
 
 def _describe_file(path: Path, hints: Hints) -> str:
     published = read_published(path, hints)
-    container = "a bare state dict" if published.container == "bare" else f"a training checkpoint, `{published.container}`"
+    is_bare = published.container == "bare"
+    container = "a bare state dict" if is_bare else f"a training checkpoint, `{published.container}`"
     layout = {"published": "the published SiT layout", "repa": "the REPA layout"}[published.layout]
     config = {"input_size": None, **published.config}
     lines = [f"{path}: {container} in {layout}"]
@@ -216,7 +217,7 @@ def _table(
         "transport": ", ".join(f"{k} {v}" for k, v in transport.items() if not k.startswith("_") and v is not None)
         or "not stored; linear interpolant and velocity are assumed",
         "VAE": vae or "unknown",
-        "training": f"step {info.step:,}, {info.images_seen:,} images seen" + (f", on {info.data}" if info.data else ""),
+        "training": f"step {info.step:,}, {info.images_seen:,} images seen{f', on {info.data}' if info.data else ''}",
     }
     return [f"  {name}: {value}" for name, value in rows.items()]
 

@@ -28,7 +28,7 @@ def explain_os_errors(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         number = _error_number(error, path)
         if number in _FULL:
-            raise UserError(f"the disk is full, so {path} was not written; what was there before is untouched") from error
+            raise UserError(f"the disk is full, so {path} was not written; what was there is untouched") from error
         if number in _REFUSED:
             raise UserError(f"{path} can't be written ({os.strerror(number)}); choose another output folder") from error
         if number in (errno.ENOTDIR, errno.EEXIST):

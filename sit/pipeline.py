@@ -203,7 +203,7 @@ class SiTPipeline(DiffusionPipeline):
         changed = callback(self, step, self._time_after(step, config), {"latents": state}).get("latents", state)
         if changed is not state:
             if config.adaptive:
-                raise UserError(f"callbacks can't change latents under {config.resolved_method}: take a fixed-step method")
+                raise UserError(f"callbacks can't change latents under {config.resolved_method}; take a fixed-step one")
             state.copy_(changed)  # in place: the solver goes on from this very tensor
         if self._interrupt:
             raise _Interrupted(state)
@@ -226,7 +226,7 @@ class SiTPipeline(DiffusionPipeline):
         size = (height or trained[0] * factor, width or trained[1] * factor)
         unit = factor * self.transformer.config.patch_size
         if any(side < unit or side % unit for side in size):
-            raise UserError(f"height and width must be multiples of {unit} (VAE × patches), not {size[0]} and {size[1]}")
+            raise UserError(f"height and width must be multiples of {unit} (VAE × patches), not {size[0]} x {size[1]}")
         return size[0] // factor, size[1] // factor
 
     def _vae(self) -> AutoencoderKL:

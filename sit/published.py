@@ -1,4 +1,4 @@
-"""The published checkpoints of SiT and ATConv: what a file is, told from its keys and shapes; and conversion, both ways.
+"""The published checkpoints of SiT and ATConv: what a file is, told from its keys and shapes; conversion both ways.
 
 Our network has the keys of the published SiT, so only two things need converting. ATConv's REPA variant keeps its
 projections as 1×1 convolutions, whose weights (C, C, 1, 1) are ours (C, C) seen otherwise. And its time runs from data
@@ -265,7 +265,7 @@ def _num_heads(
             return hidden // weight.shape[0]
     heads = {width: number for _, width, number in SIZES.values()}
     if hidden not in heads and any(mixer.startswith("attention") for mixer in mixers):
-        questions.append(f"no published size is {hidden} wide, so it needs to be told the attention heads: --num-heads N")
+        questions.append(f"no published size is {hidden} wide, so the attention heads must be told: --num-heads N")
     return heads.get(hidden, 1)
 
 
@@ -288,7 +288,7 @@ def _grid(
     hints: Hints,
     result: Published,
 ) -> tuple[int, int] | None:
-    """The token grid (H, W) of the training: from the positional table, else as the file's arguments or the user say."""
+    """The token grid (H, W) of the training: from the positional table, else as the user or the file's args say."""
     if "pos_embed" in state:
         grid = grid_of_table(state["pos_embed"])
         if grid is not None:

@@ -76,7 +76,13 @@ def test_everything_comes_back(tmp_path, vae_folder):
         info=INFO,
         training_state={"step": 7, "raw": model.state_dict()},
     )
-    for path in (folder, folder / "transformer", folder / "transformer" / checkpoint.WEIGHTS, folder.parent, tmp_path / "run"):
+    for path in (
+        folder,
+        folder / "transformer",
+        folder / "transformer" / checkpoint.WEIGHTS,
+        folder.parent,
+        tmp_path / "run",
+    ):
         loaded = load_for_sampling(path)
         assert loaded.info == INFO
         assert loaded.path == folder

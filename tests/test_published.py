@@ -9,6 +9,7 @@ import argparse
 import os
 import pathlib
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -148,7 +149,8 @@ def test_xl2_is_recognised_and_fits(kind):
 
 def write_training(path, state, prefix="", **more):
     content = {f"{prefix}{name}": tensor for name, tensor in state.items()}
-    torch.save({"model": content, "ema": {name: 2 * t for name, t in state.items()}, "opt": {"state": {}}, **more}, path)
+    ema = {name: 2 * tensor for name, tensor in state.items()}
+    torch.save({"model": content, "ema": ema, "opt": {"state": {}}, **more}, path)
     return path
 
 
@@ -193,7 +195,9 @@ def repa_atconv(state, index: int, x: torch.Tensor, side: int) -> torch.Tensor:
     kernels = F.linear(logits, get("kernel_gen.weight"), get("kernel_gen.bias"))
     kernels = kernels - get("difference_control").sigmoid()[None, :, None] * kernels.mean(2, keepdim=True)
     value = F.conv2d(image, get("x_proj.weight"), get("x_proj.bias"))
-    mixed = [F.conv2d(v[None], k.view(-1, 1, 3, 3), padding=1, groups=len(v)) for v, k in zip(value, kernels)]
+    mixed = [
+        F.conv2d(v[None], k.view(-1, 1, 3, 3), padding=1, groups=len(v)) for v, k in zip(value, kernels, strict=True)
+    ]
     return F.conv2d(torch.cat(mixed), get("proj.weight"), get("proj.bias")).flatten(2).transpose(1, 2)
 
 
@@ -258,7 +262,7 @@ def test_repa_sde_is_our_default_sde(tmp_path):
     noises = torch.randn(steps, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = start = noises[-1]
     times = [1 - 0.96 * k / (steps - 1) for k in range(steps)] + [0.0]
-    for step, (now, after) in enumerate(zip(times, times[1:])):
+    for step, (now, after) in enumerate(pairwise(times)):
         velocity = repa_velocity(state, x, torch.full((2,), now, dtype=torch.float64), y)
         score = -(x + (1 - now) * velocity) / now  # as x = (1 − s)·data + s·noise and velocity = noise − data
         x = x + (velocity - now * score) * (after - now)
@@ -413,7 +417,7 @@ def test_the_command_line(tmp_path, capsys):
     main(["convert", str(tmp_path / "in.pt"), str(tmp_path / "ours"), "--num-heads", "4", "--vae", "some/vae"])
     main(["inspect", str(tmp_path / "ours")])
     text = capsys.readouterr().out
-    for expected in ("a checkpoint of ours, whole", "attention,atconv", "4 x 8 x 8", "some/vae", "10, with a null class"):
+    for expected in ("a checkpoint of ours, whole", "attention,atconv", "4 x 8 x 8", "some/vae", "10, with a null"):
         assert expected in text
     main(["inspect", str(tmp_path / "in.pt")])
     text = capsys.readouterr().out
