@@ -16,6 +16,10 @@ import time
 
 import torch
 
+from sit.model import create_model, sincos_table
+from sit.sampler import SamplerConfig, sample
+from sit.transport import Transport
+
 CASES = [(mixer, dtype) for mixer in ("attention", "atconv") for dtype in ("float32", "bfloat16")]
 
 
@@ -26,8 +30,6 @@ def peak_gib() -> float:
 
 def random_network(mixer: str, dtype: torch.dtype) -> torch.nn.Module:
     """SiT-XL/2 made on the meta device and filled in ``dtype``, so that no second copy is ever in memory."""
-    from sit.model import create_model, sincos_table
-
     with torch.device("meta"):
         model = create_model("SiT-XL/2", mixer=mixer)
     model = torch.nn.Module.to(model, dtype).to_empty(device="cpu").eval().requires_grad_(False)
@@ -45,18 +47,18 @@ def measure(mixer: str, dtype: str) -> dict[str, object]:
     imports = peak_gib()
     model = random_network(mixer, getattr(torch, dtype))
     built = peak_gib()
-    x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    config = SamplerConfig(sampler="ode", method="euler", steps=1)
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
-        velocity = model(x.to(model.dtype), torch.zeros(1), torch.tensor([207]))
-        x_next = x + velocity.float()
+        latents = sample(model, Transport(), noise, torch.tensor([207]), config)
         seconds.append(time.perf_counter() - start)
     return dict(
         mixer=mixer,
         dtype=dtype,
         parameters=sum(p.numel() for p in model.parameters()),
-        finite=bool(x_next.isfinite().all()),
+        finite=bool(latents.isfinite().all()),
         imports_gib=round(imports, 2),
         built_gib=round(built, 2),
         peak_gib=round(peak_gib(), 2),
