@@ -246,7 +246,7 @@ class SiT(ModelMixin, ConfigMixin):
         """The positional table for a grid: (1, H·W, C); the trained one on the trained grid.
 
         On another grid each token gets the sines and cosines of where its centre lies in the trained grid, each axis
-        stretched by itself. So the network never meets coordinates beyond those that it was trained on, as it would
+        stretched by itself. So coordinates stay within half a patch of those of the training, which they would leave
         if the table were continued; and the formula is evaluated between its points, not blended as an image is.
         """
         if grid == self.grid:

@@ -32,7 +32,7 @@ _FREQUENCIES = 256
 _CONVOLUTIONS = ("kernel_proj", "x_proj", "proj")  # of ATConv, which its REPA variant has as 1×1 convolutions
 _INTERPOLANTS = {"linear": "linear", "gvp": "gvp", "cosine": "gvp", "vp": "vp"}
 _PREDICTIONS = {"velocity": "velocity", "v": "velocity", "score": "score", "noise": "noise"}
-_REPA_ARGUMENTS = {"resolution", "enc_type", "proj_coeff", "encoder_depth"}
+_REPA_ARGUMENTS = {"enc_type", "proj_coeff", "encoder_depth"}
 
 logger = logging.getLogger(__name__)
 

@@ -279,6 +279,10 @@ def test_a_repa_network_with_attention_needs_its_projectors_or_the_flag(tmp_path
     assert read_published(tmp_path / "bare.pt", Hints(num_heads=4, time_reversed=True)).config["time_reversed"]
     torch.save(state | {"projectors.0.0.weight": torch.zeros(2)}, tmp_path / "whole.pt")
     assert read_published(tmp_path / "whole.pt", HINTS).config["time_reversed"]
+    arguments = argparse.Namespace(resolution=64, enc_type="dinov2-vit-b", proj_coeff=0.5, prediction="v")
+    write_training(tmp_path / "training.pt", state, args=arguments)
+    found = read_published(tmp_path / "training.pt", HINTS)
+    assert found.config["time_reversed"] and found.transport_config == {"prediction": "velocity"}
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (2, 8), (8, 2), (1, 16), (16, 1), (3, 5)])
