@@ -10,9 +10,17 @@ from sit.errors import door
 
 @door
 def main() -> None:
-    config = parse_train_arguments(sys.argv[1:])
+    arguments = parse_train_arguments(sys.argv[1:])
+    config = arguments.config
 
-    from sit.training import train  # the heavy imports come after the flags are understood
+    # the heavy imports come after the flags are understood
+    if arguments.dry_run:
+        from sit.plan import plan
+
+        print(plan(config, arguments.gpus, arguments.images_per_second))
+        return
+
+    from sit.training import train
 
     folder, is_main_process = train(config)
     if is_main_process:

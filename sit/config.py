@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 import typeguard
@@ -163,7 +164,7 @@ def from_mapping(values: dict[str, Any], source: str, base: TrainConfig | None =
 
 
 def load_recipe(name: str) -> TrainConfig:
-    """Read a recipe: a name of :func:`known_recipes`, or a YAML file.
+    """Read a recipe: a name of :func:`known_recipes`, or a YAML file. Its ``base``, if any, is a recipe to start from.
 
     Raises:
         UserError: there is no such recipe, or the file is not a YAML mapping of settings.
@@ -179,28 +180,66 @@ def load_recipe(name: str) -> TrainConfig:
         raise UserError(f"--recipe {path}: not readable YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"--recipe {path}: must be a mapping of settings")
-    return from_mapping(values, f"--recipe {path}")
+    base = values.pop("base", None)
+    return from_mapping(values, f"--recipe {path}", load_recipe(str(base)) if base else None)
 
 
-def parse_train_arguments(arguments: list[str]) -> TrainConfig:
+@dataclass(frozen=True)
+class TrainArguments:
+    """Train a SiT. A recipe, or the run to resume, sets the defaults of all other flags."""
+
+    config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
+    recipe: str = "digits"
+    """a recipe's name or a YAML file"""
+    dry_run: bool = False
+    """print what the run would be and cost, and start nothing"""
+    gpus: int = 1
+    """with --dry-run: the number of GPUs to plan for"""
+    images_per_second: float | None = None
+    """with --dry-run: the measured speed of all GPUs together, for the time that it would take"""
+
+
+def parse_train_arguments(arguments: list[str]) -> TrainArguments:
     """Read train.py's command line: ``--recipe`` (default ``digits``) or a resumed run's config, then the flags.
 
     Raises:
         UserError: a bad recipe or value. Unknown flags exit with tyro's message.
     """
-    recipe, arguments = _take(arguments, "--recipe")
-    resume, _ = _take(arguments, "--resume")
+    recipe, resume = _value_of("--recipe", arguments), _value_of("--resume", arguments)
     if resume not in (None, "auto"):
         if recipe is not None:
             raise UserError("--recipe and --resume RUN exclude each other: a resumed run has its config")
         base = load_recipe(str(run_folder(resume) / "config.yaml"))
     else:
-        base = load_recipe(recipe or "digits")
-    description = (
-        f"Train a SiT. --recipe NAME_OR_FILE sets the defaults of all flags below (known: {', '.join(known_recipes())}; "
-        "without it: digits). --resume RUN takes them from the run."
+        base = load_recipe(recipe or TrainArguments.recipe)
+    description = f"{TrainArguments.__doc__} Recipes: {', '.join(known_recipes())}."
+    parsed = tyro.cli(
+        TrainArguments, args=arguments, default=TrainArguments(base), prog="train.py", description=description
     )
-    return tyro.cli(TrainConfig, args=arguments, default=base, prog="train.py", description=description)
+    if parsed.gpus < 1:
+        raise UserError(f"--gpus must be at least 1, not {parsed.gpus}")
+    if parsed.images_per_second is not None and parsed.images_per_second <= 0:
+        raise UserError(f"--images-per-second must be positive, not {parsed.images_per_second}")
+    return parsed
+
+
+FIXED_BY_THE_FIRST_STEP = (
+    "data", "image_size", "flip", "vae", "model", "mixer", "learn_sigma", "class_dropout", "interpolant", "prediction",
+    "loss_weight", "batch_size", "betas", "weight_decay", "ema_decay", "seed",
+)  # fmt: skip
+
+
+def check_same_run(config: TrainConfig, folder: Path) -> None:
+    """Whether ``config`` may continue the run in ``folder``: what decides the network and its data must not change.
+
+    Raises:
+        UserError: it must not; the message names the flag and both values.
+    """
+    begun = load_recipe(str(folder / "config.yaml"))
+    for name in FIXED_BY_THE_FIRST_STEP:
+        now, then = getattr(config, name), getattr(begun, name)
+        if now != then:
+            raise UserError(f"{_flag(name)} {now} can't continue the run {folder}, which was begun with {then}")
 
 
 def run_folder(path: str) -> Path:
@@ -216,16 +255,8 @@ def run_folder(path: str) -> Path:
     raise UserError(f"--resume {path}: neither a run's folder nor a checkpoint in one (there is no config.yaml)")
 
 
-def _take(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value of ``flag`` and the arguments without it."""
-    value, rest, pending = None, [], iter(arguments)
-    for argument in pending:
-        if argument == flag:
-            value = next(pending, None)
-            if value is None:
-                raise UserError(f"{flag} needs a value")
-        elif argument.startswith(f"{flag}="):
-            value = argument.split("=", 1)[1]
-        else:
-            rest.append(argument)
-    return value, rest
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    """The value of ``flag`` on a command line, before the rest is understood; None if it is not there."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, dest="value", nargs="?")
+    return parser.parse_known_args(arguments)[0].value

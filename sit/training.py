@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import signal
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from sit import randomness
 from sit.checkpoint import CheckpointInfo, find_checkpoints, newest_checkpoint, read_info, resolve, save_checkpoint
-from sit.config import TrainConfig, run_folder
+from sit.config import TrainConfig, check_same_run, run_folder
 from sit.errors import UserError
 from sit.files import atomic_write
 from sit.latents import decode
@@ -69,9 +70,9 @@ class Trainer:
 
     def run(self) -> Path:
         self.set_up_processes()
+        self.find_start()
         self.open_data()
         self.build_network()
-        self.find_start()
         self.set_up_run_folder()
         self.take_up_state()
         with StopSignal() as stop:
@@ -138,13 +139,23 @@ class Trainer:
         ema = EMAModel(self.network.parameters(), decay=config.ema_decay, foreach=True)
         self.state = TrainingState(self.network, self.optimizer.optimizer, ema)
 
+    def begun_folder(self) -> Path | None:
+        """The folder of the run to continue; None for a new run."""
+        config = self.config
+        if config.resume == "auto":
+            folder = Path(config.output_dir)
+            return folder if (folder / "config.yaml").is_file() else None
+        return None if config.resume is None else run_folder(config.resume)
+
     def find_start(self) -> None:
         """Where to go on: ``self.checkpoint`` (None from scratch) and ``self.step``, the steps already done."""
         config = self.config
+        if config.resume == "auto" and config.output_dir is None:
+            raise UserError("--resume auto needs --output-dir, the run to continue if it has begun")
+        if (folder := self.begun_folder()) is not None:
+            check_same_run(config, folder)
         self.step, self.checkpoint = 0, None
         if config.resume == "auto":
-            if config.output_dir is None:
-                raise UserError("--resume auto needs --output-dir, the run to continue if it has begun")
             self.checkpoint = newest_checkpoint(config.output_dir, resumable=True)
         elif config.resume is not None:
             self.checkpoint = resolve(config.resume)
@@ -170,15 +181,12 @@ class Trainer:
     def _make_run_folder(self) -> Path:
         config = self.config
         label = f"{config.model}-{config.mixer}".replace("/", "-").replace(",", "+").replace(":", "-")
-        begun = config.resume == "auto" and config.output_dir and (Path(config.output_dir) / "config.yaml").is_file()
-        if begun:
-            return Path(config.output_dir)
-        if config.resume not in (None, "auto"):
-            return run_folder(config.resume)
-        folder = new_run_folder(config.output_dir, label)
+        folder = self.begun_folder()
+        if folder is None:
+            folder = new_run_folder(config.output_dir, label)
+            self.opened.save_vae(folder / "vae")
         with atomic_write(folder / "config.yaml") as temporary:
-            temporary.write_text(config.to_yaml())
-        self.opened.save_vae(folder / "vae")
+            temporary.write_text(dataclasses.replace(config, resume=None, output_dir=str(folder)).to_yaml())
         return folder
 
     def take_up_state(self) -> None:

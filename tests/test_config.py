@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import yaml
 
-from sit.config import TrainConfig, from_mapping, known_recipes, load_recipe, parse_train_arguments
+from sit.config import TrainConfig, check_same_run, from_mapping, known_recipes, load_recipe, parse_train_arguments
 from sit.errors import UserError
 
 
@@ -21,16 +21,21 @@ def test_every_recipe_loads_and_survives_a_round_trip():
 def test_command_line_over_recipe_over_defaults(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("steps: 7\nbetas: [0.8, 0.95]\nbatch_size: 6\n")
-    config = parse_train_arguments(["--recipe", str(recipe), "--batch-size=4", "--mixer", "attention,atconv"])
+    parsed = parse_train_arguments(["--recipe", str(recipe), "--batch-size=4", "--mixer", "attention,atconv"])
     expected = dict(steps=7, betas=(0.8, 0.95), batch_size=4, mixer="attention,atconv")
-    assert config == dataclasses.replace(TrainConfig(), **expected)
-    assert parse_train_arguments([]) == load_recipe("digits")
+    assert parsed.config == dataclasses.replace(TrainConfig(), **expected)
+    assert parse_train_arguments([]).config == load_recipe("digits")
+    recipe.write_text("base: digits\nsteps: 3")
+    assert load_recipe(str(recipe)) == dataclasses.replace(load_recipe("digits"), steps=3)
 
 
 def test_a_resumed_run_has_its_own_config(tmp_path):
     (tmp_path / "config.yaml").write_text(TrainConfig(steps=3, mixer="atconv").to_yaml())
-    config = parse_train_arguments(["--resume", str(tmp_path), "--steps", "5"])
+    config = parse_train_arguments(["--resume", str(tmp_path), "--steps", "5"]).config
     assert (config.mixer, config.steps, config.resume) == ("atconv", 5, str(tmp_path))
+    check_same_run(config, tmp_path)
+    with pytest.raises(UserError, match="--mixer attention can't continue the run .* begun with atconv"):
+        check_same_run(dataclasses.replace(config, mixer="attention"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +62,8 @@ def test_mistakes_in_a_recipe(tmp_path, content, words):
     "arguments, words",
     [
         (["--recipe", "imaginary"], "--recipe imaginary: neither a file nor a recipe; the recipes are .*digits"),
-        (["--recipe"], "--recipe needs a value"),
+        (["--gpus", "0"], "--gpus must be at least 1"),
+        (["--images-per-second", "-1"], "--images-per-second must be positive"),
         (["--resume", "/nowhere"], "--resume /nowhere: neither a run's folder"),
         (["--recipe", "digits", "--resume", "/nowhere"], "exclude each other"),
     ],

@@ -37,6 +37,7 @@ def small(folder: Path, **changes) -> TrainConfig:
         preview_every=0,
         checkpoint_every=3,
         trackers=(),
+        cpu_threads=1,
         output_dir=str(folder),
     )
     return dataclasses.replace(load_recipe("digits"), **settings | changes)

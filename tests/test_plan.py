@@ -1,0 +1,65 @@
+"""The dry run: counts against closed forms, and that nothing is started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sit.config import TrainConfig, load_recipe
+from sit.errors import UserError
+from sit.model import SiT, create_model
+from sit.plan import multiply_accumulates, plan, saved_bytes
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("mixer, blocks_g", [("attention", 76.1 + 38.0 + 4.2), ("atconv", 76.1 + 19.4)])
+def test_multiply_accumulates_of_xl2(mixer, blocks_g):
+    """The blocks' shares as published, and the embedders, adaLN and output from their shapes."""
+    with torch.device("meta"):
+        network = create_model("SiT-XL/2", mixer=mixer)
+    n, c = 256, 1152
+    rest = n * c * 16 + 256 * c + c * c + 28 * 6 * c * c + 2 * c * c + n * c * 32
+    assert multiply_accumulates(network, (4, 32, 32)) / 1e9 == pytest.approx(blocks_g + rest / 1e9, abs=0.15)
+
+
+def test_saved_bytes_are_those_of_a_real_forward_pass():
+    options = dict(input_size=8, patch_size=2, hidden_size=32, depth=3, num_heads=2, num_classes=5)
+    network = SiT(**options)
+    own = {p.data_ptr() for p in network.parameters()}
+    kept = {}
+    alive = []
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(torch.randn(4, 4, 8, 8), torch.rand(4), torch.zeros(4, dtype=torch.int64))
+    with torch.device("meta"):
+        network = SiT(**options)
+    estimate = saved_bytes(network, (4, 8, 8), 4, half=False, gradient_checkpointing=False)
+    assert estimate == pytest.approx(sum(kept.values()), rel=0.05)
+    assert saved_bytes(network, (4, 8, 8), 4, half=False, gradient_checkpointing=True) < 0.5 * estimate
+
+
+def test_the_table(tmp_path):
+    text = plan(load_recipe("imagenet256-xl2-400k"), gpus=8, images_per_second=1000.0)
+    assert "674,834,720" in text and "4x32x32, 256" in text and "102,400,000" in text
+    assert "256 = 8 GPUs x 1 micro-batches x 32" in text and "1.19 days" in text
+    assert "= 53.4 epochs of 1,797" in plan(load_recipe("digits"), 1, None)
+    with pytest.raises(UserError, match="can't be divided into 3"):
+        plan(TrainConfig(batch_size=64), gpus=3, images_per_second=None)
+
+
+def test_a_dry_run_starts_nothing(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--dry-run", "--mixer", "atconv"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "SiT-XS/2, mixer atconv" in done.stdout
+    assert not list(tmp_path.iterdir())
