@@ -51,11 +51,12 @@ class TrainingData(Protocol):
     flips: bool
 
     def fetch(self, indices: np.ndarray, mirrored: np.ndarray, noise: torch.Tensor) -> Batch:
-        """In a worker: the micro-batch of ``indices`` (b,), ``mirrored`` (b,) bool, posterior noise (b, c, h, w)."""
+        """In a worker, for ``indices`` (b,) and ``mirrored`` (b,) bool: turn the posterior's noise (b, c, h, w) in
+        place into scaled latents; or answer with what :meth:`finish` needs to do so."""
         ...
 
     def finish(self, batch: Batch) -> Batch:
-        """In the main process: whatever is left to do until ``latents`` is in the batch."""
+        """In the main process: whatever is left to do; ``latents`` comes in as :meth:`fetch` left it."""
         ...
 
 
@@ -96,7 +97,8 @@ class LatentData:
 
     def fetch(self, indices: np.ndarray, mirrored: np.ndarray, noise: torch.Tensor) -> Batch:
         chosen = self.moments[torch.from_numpy(indices), torch.from_numpy(mirrored.astype(np.int64))]
-        return {"latents": scale_posterior(chosen, noise, self.scaling)}
+        scale_posterior(chosen, noise, self.scaling)
+        return {}
 
     def finish(self, batch: Batch) -> Batch:
         return batch
@@ -121,19 +123,18 @@ class PixelData:
         pictures = torch.stack([self.images[index][0] for index in indices])
         mirror = torch.from_numpy(mirrored)
         pictures[mirror] = pictures[mirror].flip(-1)
-        return {"images": pictures, "posterior_noise": noise}
+        return {"images": pictures}
 
     def finish(self, batch: Batch) -> Batch:
-        images, noise = batch.pop("images"), batch.pop("posterior_noise").to(self.vae.device)
+        images, noise = batch.pop("images"), batch["latents"].to(self.vae.device)
         mean, std = encode_images(self.vae, images, self.batch_size)
         return batch | {"latents": sample_posterior(mean, std, noise, self.vae.config)}
 
 
-def scale_posterior(moments: torch.Tensor, noise: torch.Tensor, shift_scale: tuple[float, float]) -> torch.Tensor:
-    """(b, 2, c, h, w) float16 mean and std → scaled latents (b, c, h, w) float32; ``noise`` is overwritten."""
+def scale_posterior(moments: torch.Tensor, noise: torch.Tensor, shift_scale: tuple[float, float]) -> None:
+    """Make ``noise`` (b, c, h, w) float32 in place into scaled latents, by (b, 2, c, h, w) float16 mean and std."""
     shift, scale = shift_scale
-    latents = noise.mul_(moments[:, 1]).add_(moments[:, 0])
-    return (latents.sub_(shift) if shift else latents).mul_(scale)
+    noise.mul_(moments[:, 1]).add_(moments[:, 0]).sub_(shift).mul_(scale)
 
 
 def encode_in_memory(
@@ -187,29 +188,39 @@ class Order:
         return indices
 
 
-def draw(seed: int, positions: np.ndarray, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(seed: int, positions: np.ndarray, normal: torch.Tensor) -> torch.Tensor:
     """The random numbers of the images at ``positions`` (b,).
 
-    Returns:
-        uniform (b, 3) float32 in [0, 1): mirroring, t, label dropout; normal (2, b, c, h, w) float32: the
-        posterior's noise and x0.
+    Fills ``normal`` (2, b, c, h, w) float32 with the posterior's noise and x0, standard normal, and returns (b, 3)
+    float32 in [0, 1): the draws for mirroring, t and label dropout.
     """
     uniform = torch.empty(len(positions), 3)
-    normal = torch.empty(2, len(positions), *shape)
-    source = torch.Generator()
+    source, shape = torch.Generator(), normal.shape[2:]
     for row, position in enumerate(positions.tolist()):
         source.manual_seed(key(seed, "train", position))
         torch.rand(3, generator=source, out=uniform[row])
         torch.randn(shape, generator=source, out=normal[0, row])
         torch.randn(shape, generator=source, out=normal[1, row])
-    return uniform, normal
+    return uniform
 
 
 class MicroBatches(torch.utils.data.Dataset):
-    """Micro-batch number k of one rank as an item: what a DataLoader's worker makes whole."""
+    """Micro-batch number k of one rank as an item: what a DataLoader's worker makes whole.
+
+    With ``slots`` > 0, latents and noise don't travel with the item: they are written into slot k mod ``slots`` of
+    shared memory, taken once. Fresh shared memory for every batch would cost as much as all the rest, in page faults.
+    """
 
     def __init__(
-        self, data: TrainingData, seed: int, start: int, global_batch: int, rank: int, world: int, accumulation: int
+        self,
+        data: TrainingData,
+        seed: int,
+        start: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+        accumulation: int,
+        slots: int = 0,
     ) -> None:
         parts = world * accumulation
         if global_batch < 1 or global_batch % parts:
@@ -220,21 +231,33 @@ class MicroBatches(torch.utils.data.Dataset):
         self.data, self.seed, self.start, self.accumulation = data, seed, start, accumulation
         self.global_batch, self.size, self.offset = global_batch, global_batch // parts, rank * global_batch // world
         self.order = Order(len(data.labels), seed)
+        self.shape = (2, self.size, *data.latent_shape)
+        self.slots = torch.empty(slots, *self.shape).share_memory_() if slots else None
 
     def __getitem__(self, number: int) -> Batch:
         step, part = divmod(number, self.accumulation)
         first = self.start + step * self.global_batch + self.offset + part * self.size
         positions = np.arange(first, first + self.size, dtype=np.int64)
         indices = self.order(positions)
-        uniform, normal = draw(self.seed, positions, self.data.latent_shape)
+        normal = torch.empty(self.shape) if self.slots is None else self.slots[number % len(self.slots)]
+        uniform = draw(self.seed, positions, normal)
         mirrored = (uniform[:, 0] < 0.5).numpy() & self.data.flips
-        return self.data.fetch(indices, mirrored, normal[0]) | {
+        fetched = self.data.fetch(indices, mirrored, normal[0])
+        return fetched | {
+            **({"latents": normal[0], "noise": normal[1]} if self.slots is None else {}),
             "labels": torch.from_numpy(self.data.labels[indices]),
             "t_uniform": uniform[:, 1].clone(),
-            "noise": normal[1].clone() if torch.utils.data.get_worker_info() else normal[1],
             "drop": uniform[:, 2].clone(),
             "indices": torch.from_numpy(indices),
         }
+
+    def take(self, number: int) -> Batch:
+        """Latents and noise of item ``number``, copied out of its slot; pinned if there is a GPU."""
+        if self.slots is None:
+            return {}
+        copied = torch.empty(self.shape, pin_memory=torch.cuda.is_available())
+        latents, noise = copied.copy_(self.slots[number % len(self.slots)])
+        return {"latents": latents, "noise": noise}
 
 
 def leave_signals_to_the_main_process(closing: Any, _worker: int) -> None:
@@ -282,7 +305,9 @@ def training_batches(
         UserError: the batch can't be divided so, or a picture can't be read.
     """
     closing = multiprocessing.RawValue("b", 0)
-    micro_batches = MicroBatches(data, seed, start_images, global_batch, rank, world, accumulation)
+    # item k is asked for while item k − workers · prefetch is at hand but not yet copied: one slot more than that
+    slots = workers * prefetch + 1 if workers else 0
+    micro_batches = MicroBatches(data, seed, start_images, global_batch, rank, world, accumulation, slots)
     loader = torch.utils.data.DataLoader(
         micro_batches,
         batch_size=None,
@@ -295,16 +320,17 @@ def training_batches(
     )
     # at exit multiprocessing ends its workers by SIGTERM, after running the finalizers of priority 0 and above
     finalizer = multiprocessing.util.Finalize(None, set_byte, args=(closing,), exitpriority=10)
-    return _finished(loader, data, finalizer)
+    return _finished(loader, finalizer)
 
 
 def set_byte(shared: Any) -> None:
     shared.value = 1
 
 
-def _finished(loader: torch.utils.data.DataLoader, data: TrainingData, finalizer: Any) -> Iterator[Batch]:
+def _finished(loader: torch.utils.data.DataLoader, finalizer: Any) -> Iterator[Batch]:
+    micro_batches: MicroBatches = loader.dataset
     try:
-        for batch in loader:
-            yield data.finish(batch)
+        for number, batch in enumerate(loader):
+            yield micro_batches.data.finish(batch | micro_batches.take(number))
     finally:
         finalizer()  # before the loader's iterator goes, and its workers with it

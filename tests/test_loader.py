@@ -51,7 +51,8 @@ def test_every_epoch_is_another_permutation():
 def test_contents_against_the_formula():
     data = latent_data()
     batch = take(data, 1)[0]
-    uniform, normal = draw(3, np.arange(12), (2, 4, 4))
+    normal = torch.empty(2, 12, 2, 4, 4)
+    uniform = draw(3, np.arange(12), normal)
     indices = Order(50, 3)(np.arange(12))
     side = (uniform[:, 0] < 0.5).long()
     mean, std = data.moments[indices, side].float().unbind(1)
@@ -63,7 +64,8 @@ def test_contents_against_the_formula():
 
 
 def test_draws_have_their_distributions_and_are_independent():
-    uniform, normal = draw(0, np.arange(4000), (1, 4, 4))
+    normal = torch.empty(2, 4000, 1, 4, 4)
+    uniform = draw(0, np.arange(4000), normal)
     for column in uniform.T:
         assert stats.kstest(column.numpy(), "uniform").pvalue > 1e-3
     assert stats.kstest(normal.flatten().numpy(), "norm").pvalue > 1e-3
@@ -109,6 +111,17 @@ def test_flips_show_about_half_mirrored_and_without_them_none():
     assert joined(take(data, 20))["latents"].abs().max() == np.float32(0.05)  # |0 − 0.1| · 0.5
 
 
+def test_batches_that_were_handed_over_are_never_written_again():
+    batches = training_batches(latent_data(), 3, 12, workers=2, prefetch=2)
+    kept = list(itertools.islice(batches, 40))  # many times round the shared slots
+    copies = [{name: values.clone() for name, values in batch.items()} for batch in kept]
+    for _ in itertools.islice(batches, 40):
+        pass
+    for batch, copy, plain in zip(kept, copies, take(latent_data(), 40), strict=True):
+        assert_same(batch, copy)
+        assert_same(batch, plain)
+
+
 def test_a_batch_that_can_not_be_divided():
     for options in ({"global_batch": 10, "world": 4}, {"global_batch": 0}, {"accumulation": 5}):
         with pytest.raises(UserError, match="--batch-size"):
@@ -133,7 +146,7 @@ def test_mirrored_moments_are_those_of_the_mirrored_picture():
     mean, std = encode_images(vae, images[5][0].flip(-1)[None])
     assert torch.allclose(data.moments[5, 1].float(), torch.cat([mean, std]), rtol=2e-3, atol=2e-3)
     noise = torch.randn(1, 4, 8, 8)
-    shown = data.fetch(np.array([5]), np.array([True]), noise.clone())["latents"]
+    data.fetch(np.array([5]), np.array([True]), shown := noise.clone())
     assert torch.allclose(shown, sample_posterior(mean, std, noise, vae.config), atol=5e-3)
 
 
