@@ -1,49 +1,121 @@
-"""ATConv's mathematics on plain tensors: kernels from tokens, lateral inhibition, per-image depthwise convolution."""
+"""ATConv's mathematics on plain tensors: pooling, kernel generation, lateral inhibition, per-image depthwise convolution.
+
+All of it works in the token layout, channels last, so nothing is transposed around the projections.
+"""
 
 from __future__ import annotations
 
-import functools
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-
-@functools.lru_cache(maxsize=64)
-def _pooling_matrix(bins: int, tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    matrix = torch.zeros(bins, tokens, dtype=dtype)
-    for j in range(bins):
-        start, end = j * tokens // bins, -((-(j + 1) * tokens) // bins)
-        matrix[j, start:end] = 1 / (end - start)
-    return matrix.to(device)
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+"""Activations of the kernel branch: the published SiT variant's, AttNet's, and the REPA variant's."""
 
 
 def pool_tokens(x: torch.Tensor, bins: int) -> torch.Tensor:
-    """Adaptive average pooling over the flattened tokens: (B, N, C) to (B, bins, C)."""
-    return _pooling_matrix(bins, x.shape[1], x.dtype, x.device) @ x
+    """Adaptive average pooling over the flattened, row-major tokens: (B, N, C) to (B, bins, C).
+
+    Bin j is the mean of the tokens ⌊jN/bins⌋ … ⌈(j+1)N/bins⌉ − 1, as in PyTorch's ``adaptive_avg_pool1d``; written
+    as a product with a bins × N matrix, which needs no transposed copy of the tokens.
+    """
+    tokens = x.shape[1]
+    edges = torch.arange(bins, device=x.device)
+    start, end = edges * tokens // bins, -((-(edges + 1) * tokens) // bins)
+    place = torch.arange(tokens, device=x.device)
+    inside = (place >= start[:, None]) & (place < end[:, None])
+    return torch.matmul(inside.to(x.dtype) / (end - start)[:, None].to(x.dtype), x)
+
+
+def generate_kernels(
+    x: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    mix_weight: torch.Tensor,
+    mix_bias: torch.Tensor,
+    activation: str = "gelu_tanh",
+) -> torch.Tensor:
+    """Adaptive routing: one k×k kernel for every image and channel, from the image's own tokens.
+
+    Pooling is linear and its rows sum to one, so pooling before the projection equals the published order
+    (projection of all N tokens, then pooling) and projects k² rows instead of N.
+
+    Args:
+        x: tokens (B, N, C).
+        proj_weight, proj_bias: (C, C) and (C,), the projection of the pooled context.
+        mix_weight, mix_bias: (k², k²) and (k²,), which mix the taps.
+        activation: a name of :data:`ACTIVATIONS`.
+
+    Returns:
+        (B, k², C) kernels before inhibition, row-major taps, in x's dtype.
+    """
+    pooled = pool_tokens(x, mix_weight.shape[0])
+    logits = ACTIVATIONS[activation](F.linear(pooled, proj_weight, proj_bias))
+    return torch.matmul(mix_weight, logits) + mix_bias[:, None]
 
 
 def inhibit(kernels: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
-    """Lateral inhibition: kernels (…, taps, C) less sigmoid(control) (C,) of their mean over the taps."""
+    """Lateral inhibition: kernels (…, k², C) less σ(control), control (C,), of their mean over the taps."""
     return kernels - control.sigmoid() * kernels.mean(dim=-2, keepdim=True)
 
 
-def depthwise_conv(v: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-    """Zero-padded k×k cross-correlation of each image and channel with its own kernel.
+def depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, backend: str | None = None) -> torch.Tensor:
+    """Zero-padded k×k cross-correlation of every image and channel with its own kernel; k odd.
 
     Args:
         v: values (B, H, W, C).
-        kernels: (B, k·k, C), row-major taps; or (1, k·k, C) for the same kernels in all images.
+        kernels: (B, k², C) row-major taps, of v's dtype; or (1, k², C), the same kernels for all images.
+        backend: a name of :data:`BACKENDS`; None takes what measured fastest on v's device.
 
     Returns:
-        (B, H, W, C).
+        (B, H, W, C) in v's dtype.
+
+    Raises:
+        ValueError: shapes that don't fit, an even k, or an unknown backend.
     """
-    side = int(kernels.shape[1] ** 0.5)
+    taps, side = kernels.shape[1], math.isqrt(kernels.shape[1])
+    if side * side != taps or side % 2 == 0:
+        raise ValueError(f"kernels of {taps} taps are not k x k with odd k")
+    if kernels.shape[0] not in (1, v.shape[0]) or kernels.shape[2] != v.shape[3]:
+        raise ValueError(f"kernels {tuple(kernels.shape)} don't fit values {tuple(v.shape)}")
+    if backend is None:
+        backend = "channels_last" if v.device.type == "cpu" else "taps"
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known backends: {', '.join(BACKENDS)}")
+    return BACKENDS[backend](v, kernels, side)
+
+
+def _taps(v: torch.Tensor, kernels: torch.Tensor, side: int) -> torch.Tensor:
+    """One multiply-add a tap, over shifted views of the padded values: the reference; torch.compile fuses it."""
     height, width = v.shape[1:3]
-    pad = side // 2
-    padded = F.pad(v, (0, 0, pad, pad, pad, pad))
-    out = None
+    margin = side // 2
+    padded = F.pad(v, (0, 0, margin, margin, margin, margin))
+    total = None
     for tap in range(side * side):
         row, column = divmod(tap, side)
-        term = padded[:, row : row + height, column : column + width] * kernels[:, tap, None, None]
-        out = term if out is None else out + term
-    return out
+        shifted = padded[:, row : row + height, column : column + width]
+        kernel = kernels[:, tap, None, None]
+        total = shifted * kernel if total is None else torch.addcmul(total, shifted, kernel)
+    return total
+
+
+def _channels_last(v: torch.Tensor, kernels: torch.Tensor, side: int) -> torch.Tensor:
+    """One depthwise convolution over B·C channels of a single image, channels last, so that no image is transposed."""
+    batch, height, width, channels = v.shape
+    kernels = kernels.expand(batch, -1, -1)
+    values = v.permute(1, 2, 0, 3).reshape(1, height, width, batch * channels).permute(0, 3, 1, 2)
+    weight = kernels.transpose(1, 2).reshape(batch * channels, 1, side, side)
+    out = F.conv2d(values, weight, padding=side // 2, groups=batch * channels)
+    return out.permute(0, 2, 3, 1).reshape(height, width, batch, channels).permute(2, 0, 1, 3)
+
+
+BACKENDS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
+    "taps": _taps,
+    "channels_last": _channels_last,
+}

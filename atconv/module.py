@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from atconv.functional import depthwise_conv, inhibit, pool_tokens
-
-ACTIVATIONS = {
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "silu": F.silu,
-}
+from atconv.functional import ACTIVATIONS, BACKENDS, depthwise_conv, generate_kernels, inhibit
 
 
 class ATConv(nn.Module):
-    """Attentive Convolution (arXiv 2510.20092): (B, N, C) tokens to (B, N, C)."""
+    """Attentive Convolution (arXiv 2510.20092) in place of self-attention: tokens (B, N, C) to (B, N, C).
+
+    A depthwise k×k convolution of the projected tokens on their grid, with kernels that each image generates for
+    each channel (*adaptive routing*) and whose taps compete (*lateral inhibition*). It has no positional embedding:
+    the zero padding tells where the border is.
+
+    Args:
+        dim: C.
+        num_heads: accepted as every mixer gets it; a convolution has no heads.
+        kernel_size: k, odd.
+        inhibition: False leaves out lateral inhibition (the paper's ablation).
+        routing: False replaces the generated kernels by learned ones, the same for all images (the paper's ablation).
+        activation: of the kernel branch: ``gelu_tanh`` (published SiT variant), ``gelu`` (AttNet), ``silu`` (REPA).
+        backend: forces a backend of :func:`atconv.functional.depthwise_conv`.
+
+    Raises:
+        ValueError: an even kernel size, or an unknown activation or backend.
+    """
 
     positional_embedding = False
 
@@ -28,39 +38,84 @@ class ATConv(nn.Module):
         inhibition: bool = True,
         routing: bool = True,
         activation: str = "gelu_tanh",
+        backend: str | None = None,
     ) -> None:
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, not {kernel_size}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-        self.taps = kernel_size**2
-        self.activation = activation
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be an odd number, not {kernel_size}")
+        for value, known, what in ((activation, ACTIVATIONS, "activation"), (backend, BACKENDS, "backend")):
+            if value is not None and value not in known:
+                raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+        self.kernel_size, self.inhibition, self.routing = kernel_size, inhibition, routing
+        self.activation, self.backend = activation, backend
+        taps = kernel_size**2
         if routing:
             self.kernel_proj = nn.Linear(dim, dim)
-            self.kernel_gen = nn.Linear(self.taps, self.taps)
+            self.kernel_gen = nn.Linear(taps, taps)
         else:
-            self.kernel = nn.Parameter(torch.empty(self.taps, dim).uniform_(-1 / kernel_size, 1 / kernel_size))
-        if inhibition:
-            self.difference_control = nn.Parameter(torch.zeros(dim))
+            self.kernel = nn.Parameter(torch.empty(taps, dim))
         self.x_proj = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
-        self.routing, self.inhibition = routing, inhibition
+        if inhibition:
+            self.difference_control = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
 
-    def kernels(self, x: torch.Tensor) -> torch.Tensor:
-        """The kernels (B or 1, taps, C) in float32 before inhibition."""
+    def reset_parameters(self) -> None:
+        """The published initial values: Xavier-uniform linear layers, zero biases, half the mean inhibited."""
+        for module in self.children():
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
         if not self.routing:
-            return self.kernel[None].float()
-        g = ACTIVATIONS[self.activation](self.kernel_proj(pool_tokens(x, self.taps)))
-        return self.kernel_gen.weight @ g + self.kernel_gen.bias[:, None]
+            bound = 1 / self.kernel_size  # PyTorch's for a depthwise convolution
+            nn.init.uniform_(self.kernel, -bound, bound)
+        if self.inhibition:
+            nn.init.zeros_(self.difference_control)
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, inhibition={self.inhibition}, routing={self.routing}"
+
+    def kernels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The kernels before and after inhibition, for tokens x (B, N, C).
+
+        Computed in float32 at least, under autocast too: nine rows cost nothing, and their mean is subtracted.
+
+        Returns:
+            Two tensors (B, k², C), row-major taps; (1, k², C) with routing off.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(x.dtype, torch.float32)
+            if self.routing:
+                projection, mixing = self.kernel_proj, self.kernel_gen
+                weights = (projection.weight, projection.bias, mixing.weight, mixing.bias)
+                raw = generate_kernels(x.to(wide), *(weight.to(wide) for weight in weights), self.activation)
+            else:
+                raw = self.kernel[None].to(wide)
+            return raw, inhibit(raw, self.difference_control.to(wide)) if self.inhibition else raw
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Whether the mixer can work on a grid; a network asks when it is built.
+
+        Raises:
+            ValueError: there are fewer tokens than kernel taps.
+        """
+        tokens, side = grid[0] * grid[1], self.kernel_size
+        if self.routing and tokens < side**2:
+            raise ValueError(
+                f"the {tokens} tokens of a {grid[0]} x {grid[1]} grid can't be pooled into the {side**2} taps of a "
+                f"{side}x{side} kernel: use a smaller kernel_size or smaller patches"
+            )
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Mix tokens x (B, N, C), row-major over ``grid`` = (H, W).
+
+        Raises:
+            ValueError: N is not H·W, or there are fewer tokens than kernel taps.
+        """
         batch, tokens, dim = x.shape
         if tokens != grid[0] * grid[1]:
-            raise ValueError(f"{tokens} tokens are no grid of {grid[0]}x{grid[1]}")
-        kernels = self.kernels(x)
-        if self.inhibition:
-            kernels = inhibit(kernels, self.difference_control)
+            raise ValueError(f"{tokens} tokens are no grid of {grid[0]} x {grid[1]}")
+        self.check_grid(grid)
+        _, kernels = self.kernels(x)
         v = self.x_proj(x)
-        y = depthwise_conv(v.view(batch, *grid, dim), kernels.to(v.dtype))
+        y = depthwise_conv(v.view(batch, *grid, dim), kernels.to(v.dtype), self.backend)
         return self.proj(y.reshape(batch, tokens, dim))

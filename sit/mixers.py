@@ -3,6 +3,7 @@
 A mixer is any ``nn.Module`` called as ``mixer(x, grid)`` with tokens ``x`` (B, N, C) in row-major order over
 ``grid = (H, W)``, N = H·W, that returns (B, N, C). A *factory* ``factory(dim, num_heads, **options)`` makes it, and
 the factory's attribute ``positional_embedding`` (bool) says whether a network of it needs a positional embedding.
+A mixer that can't work on every grid has a method ``check_grid(grid)``, which raises ValueError.
 
 A factory is found under its name if it was registered with :func:`register_mixer`, or if an installed package
 names it in the entry-point group ``sit.mixers``.
@@ -114,14 +115,17 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
             raise UserError(f"mixer {name!r} has no option {option!r}; {has}")
 
 
-def build_mixer(spec: MixerSpec, dim: int, num_heads: int) -> nn.Module:
-    """Make one mixer for tokens of ``dim`` channels.
+def build_mixer(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int] | None = None) -> nn.Module:
+    """Make one mixer for tokens of ``dim`` channels, on ``grid`` if that is known.
 
     Raises:
-        UserError: the factory refuses the values of its options.
+        UserError: the mixer refuses the values of its options, or the grid.
     """
     try:
-        return _factory(spec.name)(dim, num_heads, **spec.options)
+        mixer = _factory(spec.name)(dim, num_heads, **spec.options)
+        if grid is not None and hasattr(mixer, "check_grid"):
+            mixer.check_grid(grid)
+        return mixer
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"mixer {str(spec)!r} with {dim} channels and {num_heads} heads: {error}") from error
 

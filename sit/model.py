@@ -107,10 +107,12 @@ class LabelEmbedder(nn.Module):
 class SiTBlock(nn.Module):
     """A transformer block with adaLN-Zero conditioning, whose token mixer is given by a :class:`MixerSpec`."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, mixer: MixerSpec) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, mixer: MixerSpec, grid: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = build_mixer(mixer, hidden_size, num_heads)
+        self.attn = build_mixer(mixer, hidden_size, num_heads, grid)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
@@ -199,7 +201,7 @@ class SiT(ModelMixin, ConfigMixin):
             table = sincos_table(hidden_size, *(torch.arange(side) for side in self.grid))
             self.register_buffer("pos_embed", table)
         self.blocks = nn.ModuleList(
-            SiTBlock(hidden_size, num_heads, mlp_ratio, specs[index % len(specs)]) for index in range(depth)
+            SiTBlock(hidden_size, num_heads, mlp_ratio, specs[index % len(specs)], self.grid) for index in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * self.out_channels)
         self.initialize_weights()

@@ -190,6 +190,8 @@ def test_mistakes_are_named():
         small(mixer="atconv:heads=3")
     with pytest.raises(UserError, match="kernel"):
         small(mixer="atconv:kernel_size=4")
+    with pytest.raises(UserError, match="mixer 'atconv' .* 4 tokens of a 2 x 2 grid"):
+        small(mixer="atconv", input_size=4)
     with pytest.raises(UserError, match="--cfg-scale"):
         _ = small(class_dropout=0.0).null_class
 

@@ -316,9 +316,9 @@ def test_sizes_are_told_from_shapes(tmp_path):
     ["attention:qk_norm=true", "atconv:kernel_size=5:inhibition=false", "atconv:routing=false", "atconv,attention"],
 )
 def test_bare_weights_of_our_own_networks(mixer, tmp_path):
-    model = SiT(8, hidden_size=48, depth=4, num_heads=3, num_classes=7, mixer=mixer, learn_sigma=False)
+    model = SiT(16, hidden_size=48, depth=4, num_heads=3, num_classes=7, mixer=mixer, learn_sigma=False)
     save_file(model.state_dict(), tmp_path / "x.safetensors")
-    hints = Hints(image_size=64, num_heads=None if "qk_norm" in mixer else 3)
+    hints = Hints(image_size=128, num_heads=None if "qk_norm" in mixer else 3)
     config = read_published(tmp_path / "x.safetensors", hints).network().config
     assert config.mixer == mixer and config.num_classes == 7
     assert config.num_heads == 3
