@@ -16,16 +16,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from diffusers import AutoencoderKL
 
-from sit.data import CROP, ImageData
 from sit.errors import UserError
-from sit.latents import downsampling, latent_shape, scaling, vae_fingerprint
-from sit.loader import Batch, scale_posterior
+
+if TYPE_CHECKING:  # opening a cache takes NumPy alone: torch would add half a gigabyte and seconds to looking into one
+    import torch
+    from diffusers import AutoencoderKL
+
+    from sit.data import ImageData
+    from sit.loader import Batch
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -65,6 +67,9 @@ class Manifest:
         cls, images: ImageData, vae: AutoencoderKL, vae_name: str, mirrored: bool, shard_size: int = SHARD_SIZE
     ) -> Manifest:
         """The manifest of what encoding ``images`` by ``vae`` gives."""
+        from sit.data import CROP
+        from sit.latents import downsampling, latent_shape, scaling, vae_fingerprint
+
         shift, scale = scaling(vae.config)
         return cls(
             data=images.name, files=images.fingerprint(), count=len(images), classes=images.classes,
@@ -156,16 +161,20 @@ class CachedLatents:
     def __len__(self) -> int:
         return self.manifest.count
 
-    def moments(self, indices: np.ndarray, mirrored: np.ndarray) -> torch.Tensor:
+    def moments(self, indices: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
         """(b,) indices and (b,) bool → (b, 2, c, h, w) float16, mean and standard deviation, unscaled."""
         out = np.empty((len(indices), 2, *self.latent_shape), dtype=np.float16)
         shards, rows = np.divmod(indices, self.manifest.shard_size)
         for place, (shard, row, side) in enumerate(zip(shards.tolist(), rows.tolist(), mirrored.tolist(), strict=True)):
             out[place] = self.shards[shard][row, int(side)]
-        return torch.from_numpy(out)
+        return out
 
     def fetch(self, indices: np.ndarray, mirrored: np.ndarray, noise: torch.Tensor) -> Batch:
-        scale_posterior(self.moments(indices, mirrored), noise, self.scaling)
+        import torch
+
+        from sit.loader import scale_posterior
+
+        scale_posterior(torch.from_numpy(self.moments(indices, mirrored)), noise, self.scaling)
         return {}
 
     def finish(self, batch: Batch) -> Batch:
@@ -177,6 +186,8 @@ class CachedLatents:
         Raises:
             UserError: naming what differs and the flag that mends it.
         """
+        from sit.latents import scaling, vae_fingerprint
+
         made = self.manifest
         if image_size is not None and image_size != made.image_size:
             raise UserError(

@@ -266,7 +266,7 @@ def verify(config: Verify) -> dict[str, float]:
         for mirrored in range(1 + made.mirrored):
             shown = pixels.flip(-1) if mirrored else pixels
             again = torch.stack(encode_images(vae, shown[None], 32), dim=1).cpu()[0]
-            there = cache.moments(np.array([index]), np.array([mirrored]))[0].float()
+            there = torch.from_numpy(cache.moments(np.array([index]), np.array([mirrored]))[0]).float()
             difference = float((again - there).square().mean().sqrt()) * made.scaling_factor
             if not difference <= config.tolerance:
                 raise UserError(

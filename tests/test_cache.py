@@ -69,7 +69,7 @@ def test_entries_are_the_moments_of_pictures_and_mirror_images(whole, pictures):
         for mirrored in (False, True):
             pixels = images[index][0].flip(-1) if mirrored else images[index][0]
             expected = torch.cat(encode_images(vae, pixels[None], 4)).half()
-            assert torch.equal(cache.moments(np.array([index]), np.array([mirrored]))[0], expected)
+            assert np.array_equal(cache.moments(np.array([index]), np.array([mirrored]))[0], expected.numpy())
 
 
 def test_training_from_the_cache_is_bitwise_training_from_memory(tmp_path):
@@ -223,17 +223,16 @@ def test_pickled_for_a_worker_it_takes_paths_not_data(whole):
     packed = pickle.dumps(cache)
     assert len(packed) < 5_000
     some = (np.array([40, 2]), np.array([True, False]))
-    assert torch.equal(pickle.loads(packed).moments(*some), cache.moments(*some))
+    assert np.array_equal(pickle.loads(packed).moments(*some), cache.moments(*some))
 
 
 OPENED = """
-import sys, time
+import sys
 from sit.cache import CachedLatents
 import numpy as np, psutil
-before = psutil.Process().memory_info().rss
 cache = CachedLatents(sys.argv[1])
 cache.moments(np.arange(0, len(cache), 10_007), np.zeros(129, dtype=bool))
-print(len(cache), psutil.Process().memory_info().rss - before)
+print(len(cache), psutil.Process().memory_info().rss, "torch" in sys.modules)
 """
 
 
@@ -255,5 +254,5 @@ def test_a_cache_of_imagenets_size_opens_in_little_memory(whole, tmp_path):
     command = [sys.executable, "-c", OPENED, str(tmp_path / "large")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
-    count, grown = map(int, ended.stdout.split())
-    assert count == 1_281_167 and 10e6 < grown < 60e6  # the labels are 10 MB
+    count, resident, with_torch = ended.stdout.split()
+    assert int(count) == 1_281_167 and 10e6 < int(resident) < 200e6 and with_torch == "False"

@@ -39,7 +39,7 @@ class Config:
 
     output_dir: Path = DIGITS_VAE
     """replaced by the new VAE"""
-    steps: int = 1500
+    steps: int = 900
     batch_size: int = 64
     lr: float = 3e-3
     kl_weight: float = 3e-3
