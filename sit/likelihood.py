@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 
 import torch
-from torchdiffeq import odeint
 
-from sit.sampler import Prediction, SamplerConfig, times
+from sit.errors import UserError
+from sit.sampler import Prediction, SamplerConfig, solve, times
 from sit.transport import Transport
 
 
@@ -24,12 +24,17 @@ def log_likelihood(
     Args:
         prediction: the network's prediction, as :class:`sit.sampler.Prediction`.
         x: data (B, C, h, w).
-        config: the solver (an adaptive one) and its tolerances.
+        config: an ODE solver and its tolerances or steps.
         probes: (K, B, C, h, w) random vectors of unit covariance, e.g. random signs; the estimate is their mean.
 
     Returns:
         (log-density (B,) in nats, the noise (B, C, h, w) that the data flows back to).
+
+    Raises:
+        UserError: the config is one of the SDE.
     """
+    if config.sampler != "ode":
+        raise UserError("the likelihood is computed along the ODE: use --sampler ode")
 
     def right(t: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]):
         with torch.enable_grad():
@@ -42,10 +47,8 @@ def log_likelihood(
         return velocity.detach(), divergence.detach()
 
     start, end = transport.ode_interval()
-    ends = torch.tensor([end, start], dtype=x.dtype, device=x.device)
     state = (x, torch.zeros(len(x), dtype=x.dtype, device=x.device))
-    noise, change = odeint(right, state, ends, rtol=config.rtol, atol=config.atol, method=config.resolved_method)
-    noise, change = noise[-1], change[-1]
+    noise, change = solve(right, state, (end, start), config)
     normal = -0.5 * (noise.flatten(1).square() + math.log(2 * math.pi)).sum(1)
     # d log p / dt = -div v along the path: from data back to noise the integral of div v has gathered as `change`
     return normal + change, noise

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torchdiffeq import odeint
 
+from sit.diffusion import DIFFUSION_FORMS
 from sit.errors import UserError
 from sit.interpolant import per_image
 from sit.model import SiT
@@ -79,11 +80,11 @@ class SamplerConfig:
             raise UserError(f"--steps must be at least 1, not {self.steps}")
         if self.sampler == "sde" and self.last_step != "none" and self.steps < 2:
             raise UserError("--steps 1 leaves the SDE no step before its last one: use at least 2, or --last-step none")
-        if self.diffusion_norm < 0:
-            raise UserError(f"--diffusion-norm can't be negative: {self.diffusion_norm}")
+        if not 0 <= self.diffusion_norm < math.inf:
+            raise UserError(f"--diffusion-norm must be a number of at least 0, not {self.diffusion_norm}")
         if not 0 < self.last_step_size < 1:
             raise UserError(f"--last-step-size must be between 0 and 1, not {self.last_step_size}")
-        if self.atol <= 0 or self.rtol <= 0:
+        if not (self.atol > 0 and self.rtol > 0):
             raise UserError("--atol and --rtol must be positive")
         if self.cfg_scale < 0 or not math.isfinite(self.cfg_scale):
             raise UserError(f"--cfg-scale must be a number of at least 0, not {self.cfg_scale}")
@@ -148,21 +149,6 @@ def times(t: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 # ---------------------------------------------------------------------- the SDE
 
-DIFFUSION_FORMS: dict[str, Callable] = {
-    "constant": lambda path, t, norm: torch.full_like(t, norm),
-    "sbdm": lambda path, t, norm: norm * path.noise_rate(t),
-    "sigma": lambda path, t, norm: norm * path.sigma(t),
-    "linear": lambda path, t, norm: norm * (1 - t),
-    "decreasing": lambda path, t, norm: 0.25 * (norm * torch.cos(math.pi * t) + 1) ** 2,
-    "increasing-decreasing": lambda path, t, norm: norm * torch.sin(math.pi * t) ** 2,
-}
-"""w(t) ≥ 0 of SiT (section 3.3 and appendix): the SDE adds w·score to the drift and √(2w)·dW."""
-
-
-def diffusion(transport: Transport, config: SamplerConfig, t: torch.Tensor) -> torch.Tensor:
-    """The diffusion coefficient w at times t (any shape)."""
-    return DIFFUSION_FORMS[config.diffusion_form](transport.interpolant, t, config.diffusion_norm)
-
 
 def sde_times(transport: Transport, config: SamplerConfig) -> list[float]:
     """The times between which the SDE steps go; the last step, if any, starts at the last of them."""
@@ -172,6 +158,8 @@ def sde_times(transport: Transport, config: SamplerConfig) -> list[float]:
         start = SINGULAR_EPS
     if end == 1 and config.resolved_method == "heun":
         end = 1 - SINGULAR_EPS
+    if end <= start:
+        raise UserError(f"--last-step-size {config.last_step_size} leaves no time for the steps before it: make it less")
     count = config.steps - 1 if has_last else config.steps
     return torch.linspace(start, end, count + 1).tolist()
 
@@ -190,16 +178,19 @@ def sample_sde(
     """
     path = transport.interpolant
 
+    def diffusion(t: torch.Tensor) -> torch.Tensor:
+        return DIFFUSION_FORMS[config.diffusion_form](path, t, config.diffusion_norm)
+
     def drift(x: torch.Tensor, t: float) -> torch.Tensor:
         when, out = times(t, x), prediction(x, t)
-        weight = per_image(diffusion(transport, config, when), x)
+        weight = diffusion(per_image(when, x))
         return transport.velocity_of(out, x, when) + weight * transport.score_of(out, x, when)
 
     grid = sde_times(transport, config)
     dt = (torch.tensor(grid[1]) - torch.tensor(grid[0])).item()  # float32, as published
     for step, t in enumerate(grid[:-1]):
         noise = step_noise(step) * math.sqrt(dt)
-        kick = torch.sqrt(2 * per_image(diffusion(transport, config, times(t, x)), x)) * noise
+        kick = torch.sqrt(2 * diffusion(per_image(times(t, x), x))) * noise
         if config.resolved_method == "euler":
             x = x + drift(x, t) * dt + kick
         else:
@@ -226,6 +217,23 @@ def sample_sde(
 
 
 # ---------------------------------------------------------------------- the ODE
+
+
+def solve(
+    right: Callable, state: torch.Tensor | tuple[torch.Tensor, ...], interval: tuple[float, float], config: SamplerConfig
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """The state (a tensor or a tuple of them) at the end of the interval, by torchdiffeq as the config says."""
+    like = state[0] if isinstance(state, tuple) else state
+    ends = torch.tensor(interval, dtype=like.dtype, device=like.device)
+    options = {}
+    if not config.adaptive:
+        # a grid of our own: torchdiffeq's step_size adds a sliver of a step where rounding leaves one
+        grid = torch.linspace(*interval, config.steps + 1, dtype=like.dtype, device=like.device)
+        options["grid_constructor"] = lambda right, x, t: grid
+    elif config.resolved_method == "scipy_solver":
+        options["solver"] = "RK45"
+    end = odeint(right, state, ends, rtol=config.rtol, atol=config.atol, method=config.resolved_method, options=options)
+    return tuple(part[-1] for part in end) if isinstance(state, tuple) else end[-1]
 
 
 class _OdeRight:
@@ -266,16 +274,7 @@ def sample_ode(
     total = None if config.adaptive else config.steps
     right = _OdeRight(velocity, total, on_step)
     start, end = transport.ode_interval()
-    ends = torch.tensor([end, start] if reverse else [start, end], dtype=x.dtype, device=x.device)
-    options = {}
-    if not config.adaptive:
-        # a grid of our own: torchdiffeq's step_size adds a sliver of a step where rounding leaves one
-        options["grid_constructor"] = lambda right, x, t: torch.linspace(
-            float(t[0]), float(t[-1]), config.steps + 1, dtype=t.dtype, device=t.device
-        )
-    elif config.resolved_method == "scipy_solver":
-        options["solver"] = "RK45"
-    x = odeint(right, x, ends, rtol=config.rtol, atol=config.atol, method=config.resolved_method, options=options)[-1]
+    x = solve(right, x, (end, start) if reverse else (start, end), config)
     if on_step is not None:
         on_step(right.step, total, x)
     return x
@@ -307,19 +306,25 @@ def sample(
     config: SamplerConfig,
     step_noise: Callable[[int], torch.Tensor] | None = None,
     on_step: OnStep | None = None,
+    reverse: bool = False,
 ) -> torch.Tensor:
-    """Latents (B, C, h, w) from noise (B, C, h, w) and labels (B,), in the noise's dtype (float32 or better).
+    """Latents (B, C, h, w) from noise (B, C, h, w) and labels (B,), integrated in float32, or float64 if given it.
 
     Args:
         step_noise: see :func:`sample_sde`; None draws from torch's global generator.
+        reverse: take ``noise`` for latents and return the noise that the ODE makes them from.
 
     Raises:
-        UserError: guidance of a network that has no null class.
+        UserError: guidance of a network that has no null class, or an SDE in reverse.
     """
+    if reverse and config.sampler != "ode":
+        raise UserError("only the ODE runs from an image back to its noise: use --sampler ode")
+    if noise.dtype not in (torch.float32, torch.float64):
+        noise = noise.float()
     with torch.no_grad():
         prediction = Prediction(model, labels, config)
         if config.sampler == "ode":
-            return sample_ode(prediction, transport, noise, config, on_step=on_step)
+            return sample_ode(prediction, transport, noise, config, reverse, on_step)
         step_noise = step_noise or (lambda step: torch.randn_like(noise))
         return sample_sde(prediction, transport, noise, config, step_noise, on_step)
 
@@ -328,9 +333,25 @@ def computing_group(config: SamplerConfig, tokens: int) -> int:
     """How many samples the network is shown at a time on a CPU, whatever the batch size.
 
     A matrix product rounds differently with another number of rows, so on the CPU, where it costs little, the number
-    is fixed. An adaptive solver's steps depend on all samples it is shown together: there it is one.
+    is fixed, and so is each sample's row. An adaptive solver's steps depend on all samples it is shown: there it is one.
     """
     return 1 if config.adaptive else max(4, min(16, 1024 // tokens))
+
+
+def grouped(indices: Sequence[int], group: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Cut samples into groups in which sample i stands in row i mod ``group``, keeping their order as far as it goes.
+
+    Yields:
+        (positions in ``indices``, their rows): as many as find their row free, at most ``group``.
+    """
+    positions, rows = [], []
+    for position, index in enumerate(indices):
+        if index % group in rows:
+            yield positions, rows
+            positions, rows = [], []
+        positions.append(position)
+        rows.append(index % group)
+    yield positions, rows
 
 
 def generate(
@@ -351,6 +372,9 @@ def generate(
     Sample i depends on the seed, i, its label and the config. On a CPU it is the same to the bit whatever the batch
     size and the company; on an accelerator it is so to rounding (adaptive ODE solvers: to their tolerance).
 
+    Raises:
+        UserError: a batch size below 1.
+
     Args:
         indices: (n,) int64 numbers of the samples.
         labels: (n,) int64.
@@ -360,16 +384,23 @@ def generate(
     Yields:
         (indices (b,), latents (b, C, h, w) float32 on ``device``), in order.
     """
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {batch_size}")
     patch = model.config.patch_size
     tokens = latent_shape[1] * latent_shape[2] // patch**2
     on_cpu = torch.device(device).type == "cpu"
     for start in range(0, len(indices), batch_size):
         chosen, wanted = indices[start : start + batch_size], labels[start : start + batch_size]
-        group = computing_group(config, tokens) if on_cpu else len(chosen)
-        parts = []
-        for first in range(0, len(chosen), group):
-            rows = [min(row, len(chosen) - 1) for row in range(first, first + group)]  # filled up with the last one
-            noise = KeyedNoise(seed, chosen[rows].tolist(), latent_shape, device)
-            x = sample(model, transport, noise(), wanted[rows].to(device), config, noise, on_step)
-            parts.append(x[: len(chosen) - first])
+        if not on_cpu:
+            noise = KeyedNoise(seed, chosen.tolist(), latent_shape, device)
+            yield chosen, sample(model, transport, noise(), wanted.to(device), config, noise, on_step)
+            continue
+        group, parts = computing_group(config, tokens), []
+        for positions, rows in grouped(chosen.tolist(), group):
+            filled = [positions[0]] * group  # rows that no sample stands in
+            for position, row in zip(positions, rows, strict=True):
+                filled[row] = position
+            noise = KeyedNoise(seed, chosen[filled].tolist(), latent_shape, device)
+            x = sample(model, transport, noise(), wanted[filled].to(device), config, noise, on_step)
+            parts.append(x[rows])
         yield chosen, torch.cat(parts)

@@ -28,11 +28,12 @@ class Transport(SchedulerMixin, ConfigMixin):
         prediction: what the network's output is: ``velocity``, ``score`` or ``noise``.
         loss_weight: for score and noise: ``none``, ``velocity`` (the loss of the implied velocity) or
             ``likelihood``. The velocity prediction has no weight.
-        train_eps: how far training stays from the singular ends of [0, 1]; None is the published value.
+        train_eps: how far training stays from the singular ends of [0, 1]; None is the published value. As published,
+            the velocity prediction under ``linear`` and ``gvp``, which has no singular end, takes no ε.
         sample_eps: the same for sampling.
 
     Raises:
-        UserError: an unknown name or an ε outside [0, 0.5).
+        UserError: an unknown name, an ε outside [0, 0.5), or a sampling ε of 0 where the ends are singular.
     """
 
     config_name = "transport_config.json"
@@ -58,10 +59,12 @@ class Transport(SchedulerMixin, ConfigMixin):
         for name, value in (("train", train_eps), ("sample", sample_eps)):
             if value is not None and not 0 <= value < 0.5:
                 raise UserError(f"--{name}-eps must be in [0, 0.5), not {value}")
-        singular = prediction != "velocity"
-        published = (1e-5, 1e-3) if interpolant == "vp" else (1e-3, 1e-3) if singular else (0.0, 0.0)
-        self.train_eps = published[0] if train_eps is None else train_eps
-        self.sample_eps = published[1] if sample_eps is None else sample_eps
+        if sample_eps == 0 and prediction != "velocity":
+            raise UserError(f"--sample-eps 0: the prediction {prediction} has no finite drift at the ends; leave it out")
+        if interpolant != "vp" and prediction == "velocity":
+            train_eps = sample_eps = 0.0
+        self.train_eps = (1e-5 if interpolant == "vp" else 1e-3) if train_eps is None else train_eps
+        self.sample_eps = 1e-3 if sample_eps is None else sample_eps
 
     # ------------------------------------------------------------------ intervals
 
