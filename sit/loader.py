@@ -191,16 +191,15 @@ class Order:
 def draw(seed: int, positions: np.ndarray, normal: torch.Tensor) -> torch.Tensor:
     """The random numbers of the images at ``positions`` (b,).
 
-    Fills ``normal`` (2, b, c, h, w) float32 with the posterior's noise and x0, standard normal, and returns (b, 3)
+    Fills ``normal`` (b, 2, c, h, w) float32 with the posterior's noise and x0, standard normal, and returns (b, 3)
     float32 in [0, 1): the draws for mirroring, t and label dropout.
     """
     uniform = torch.empty(len(positions), 3)
-    source, shape = torch.Generator(), normal.shape[2:]
-    for row, position in enumerate(positions.tolist()):
+    source, shape = torch.Generator(), normal.shape[1:]
+    for position, three, pair in zip(positions.tolist(), uniform.unbind(), normal.unbind(), strict=True):
         source.manual_seed(key(seed, "train", position))
-        torch.rand(3, generator=source, out=uniform[row])
-        torch.randn(shape, generator=source, out=normal[0, row])
-        torch.randn(shape, generator=source, out=normal[1, row])
+        torch.rand(3, generator=source, out=three)
+        torch.randn(shape, generator=source, out=pair)
     return uniform
 
 
@@ -231,7 +230,7 @@ class MicroBatches(torch.utils.data.Dataset):
         self.data, self.seed, self.start, self.accumulation = data, seed, start, accumulation
         self.global_batch, self.size, self.offset = global_batch, global_batch // parts, rank * global_batch // world
         self.order = Order(len(data.labels), seed)
-        self.shape = (2, self.size, *data.latent_shape)
+        self.shape = (self.size, 2, *data.latent_shape)
         self.slots = torch.empty(slots, *self.shape).share_memory_() if slots else None
 
     def __getitem__(self, number: int) -> Batch:
@@ -242,22 +241,24 @@ class MicroBatches(torch.utils.data.Dataset):
         normal = torch.empty(self.shape) if self.slots is None else self.slots[number % len(self.slots)]
         uniform = draw(self.seed, positions, normal)
         mirrored = (uniform[:, 0] < 0.5).numpy() & self.data.flips
-        fetched = self.data.fetch(indices, mirrored, normal[0])
+        fetched = self.data.fetch(indices, mirrored, normal[:, 0])
         return fetched | {
-            **({"latents": normal[0], "noise": normal[1]} if self.slots is None else {}),
+            **(self.take(normal) if self.slots is None else {}),
             "labels": torch.from_numpy(self.data.labels[indices]),
             "t_uniform": uniform[:, 1].clone(),
             "drop": uniform[:, 2].clone(),
             "indices": torch.from_numpy(indices),
         }
 
-    def take(self, number: int) -> Batch:
-        """Latents and noise of item ``number``, copied out of its slot; pinned if there is a GPU."""
-        if self.slots is None:
-            return {}
-        copied = torch.empty(self.shape, pin_memory=torch.cuda.is_available())
-        latents, noise = copied.copy_(self.slots[number % len(self.slots)])
-        return {"latents": latents, "noise": noise}
+    def take(self, normal: torch.Tensor) -> Batch:
+        """Latents and noise as tensors of their own, pinned if there is a GPU; from (b, 2, c, h, w)."""
+        shape = (2, self.size, *self.data.latent_shape)
+        copied = torch.empty(shape, pin_memory=torch.cuda.is_available()).copy_(normal.transpose(0, 1))
+        return {"latents": copied[0], "noise": copied[1]}
+
+    def from_slot(self, number: int) -> Batch:
+        """What item ``number`` left in its slot."""
+        return {} if self.slots is None else self.take(self.slots[number % len(self.slots)])
 
 
 def leave_signals_to_the_main_process(closing: Any, _worker: int) -> None:
@@ -331,6 +332,6 @@ def _finished(loader: torch.utils.data.DataLoader, finalizer: Any) -> Iterator[B
     micro_batches: MicroBatches = loader.dataset
     try:
         for number, batch in enumerate(loader):
-            yield micro_batches.data.finish(batch | micro_batches.take(number))
+            yield micro_batches.data.finish(batch | micro_batches.from_slot(number))
     finally:
         finalizer()  # before the loader's iterator goes, and its workers with it

@@ -51,28 +51,28 @@ def test_every_epoch_is_another_permutation():
 def test_contents_against_the_formula():
     data = latent_data()
     batch = take(data, 1)[0]
-    normal = torch.empty(2, 12, 2, 4, 4)
+    normal = torch.empty(12, 2, 2, 4, 4)
     uniform = draw(3, np.arange(12), normal)
     indices = Order(50, 3)(np.arange(12))
     side = (uniform[:, 0] < 0.5).long()
     mean, std = data.moments[indices, side].float().unbind(1)
-    expected = (mean + std * normal[0] - 0.1) * 0.5
+    expected = (mean + std * normal[:, 0] - 0.1) * 0.5
     assert torch.allclose(batch["latents"], expected, atol=1e-6) and batch["latents"].dtype == torch.float32
     assert torch.equal(batch["labels"], torch.from_numpy(indices % 7)) and batch["labels"].dtype == torch.int64
-    assert torch.equal(batch["noise"], normal[1])
+    assert torch.equal(batch["noise"], normal[:, 1])
     assert torch.equal(batch["t_uniform"], uniform[:, 1]) and torch.equal(batch["drop"], uniform[:, 2])
 
 
 def test_draws_have_their_distributions_and_are_independent():
-    normal = torch.empty(2, 4000, 1, 4, 4)
+    normal = torch.empty(4000, 2, 1, 4, 4)
     uniform = draw(0, np.arange(4000), normal)
     for column in uniform.T:
         assert stats.kstest(column.numpy(), "uniform").pvalue > 1e-3
     assert stats.kstest(normal.flatten().numpy(), "norm").pvalue > 1e-3
-    rows = torch.cat([uniform, normal[0].flatten(1), normal[1].flatten(1)], dim=1)
+    rows = torch.cat([uniform, normal.flatten(1)], dim=1)
     correlation = torch.corrcoef(rows.T) - torch.eye(rows.shape[1])
     assert correlation.abs().max() < 0.08
-    assert torch.corrcoef(torch.stack([normal[0, 1:].flatten(), normal[0, :-1].flatten()]))[0, 1].abs() < 0.02
+    assert torch.corrcoef(torch.stack([normal[1:].flatten(), normal[:-1].flatten()]))[0, 1].abs() < 0.02
 
 
 @pytest.mark.parametrize("workers", [0, 2])
