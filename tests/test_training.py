@@ -215,3 +215,12 @@ def test_mistakes_leave_no_run_folder(tmp_path, changes, words):
 def test_a_folder_with_another_run_is_refused(finished):
     with pytest.raises(UserError, match="exists and is not empty"):
         train(small(finished))
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit():
+    """The short form of benchmarks/kill_resume.py: SIGKILL at random moments."""
+    script = [sys.executable, "benchmarks/kill_resume.py", "--kills", "2", "--steps", "40", "--mixer", "attention"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 kills" in done.stdout and "DIFFERENT" not in done.stdout
