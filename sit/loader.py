@@ -105,10 +105,26 @@ class LatentData:
 
 
 class PixelData:
-    """Pictures encoded while training: read, cropped and mirrored in the workers, encoded on the VAE's device."""
+    """Pictures encoded while training: read, cropped and mirrored in the workers, encoded on the VAE's device.
 
-    def __init__(self, images: ImageData, vae: AutoencoderKL, flips: bool = False, batch_size: int = 64) -> None:
-        self.images, self.flips, self.batch_size = images, flips, batch_size
+    Args:
+        images: where they come from.
+        vae: encodes them.
+        flips: mirror at random.
+        batch_size: pictures given to the VAE at once.
+        keep_images: leave the pictures in the batch as ``images`` (b, 3, H, W) uint8 beside their latents, for losses
+            that look at them (REPA).
+    """
+
+    def __init__(
+        self,
+        images: ImageData,
+        vae: AutoencoderKL,
+        flips: bool = False,
+        batch_size: int = 64,
+        keep_images: bool = False,
+    ) -> None:
+        self.images, self.flips, self.batch_size, self.keep_images = images, flips, batch_size, keep_images
         self.name, self.classes, self.labels = images.name, images.classes, images.labels
         self.latent_shape = latent_shape(vae, images.image_size)
         self.vae: AutoencoderKL | None = vae
@@ -126,8 +142,10 @@ class PixelData:
         return {"images": pictures}
 
     def finish(self, batch: Batch) -> Batch:
-        images, noise = batch.pop("images"), batch["latents"].to(self.vae.device)
+        images, noise = batch["images"], batch["latents"].to(self.vae.device)
         mean, std = encode_images(self.vae, images, self.batch_size)
+        if not self.keep_images:
+            del batch["images"]
         return batch | {"latents": sample_posterior(mean, std, noise, self.vae.config)}
 
 

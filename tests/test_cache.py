@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -189,9 +190,39 @@ def test_another_wish_is_refused_and_what_is_there_kept(wish, copy, tmp_path):
 
 def test_a_disk_too_small_is_told_before_anything_is_written(wish, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
-    with pytest.raises(UserError, match="GB free"):
+    with pytest.raises(UserError, match="MB free"):
         encode(wish)
     assert not any(wish.out.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_a_restartable_encoding(wish, whole, monkeypatch):
+    from sit import encode as module
+
+    written = []
+
+    def full(*arguments) -> None:
+        if len(written) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(write_rows(*arguments))
+
+    write_rows = module._write_rows
+    monkeypatch.setattr(module, "_write_rows", full)
+    with pytest.raises(UserError, match="disk is full"):
+        encode(wish)
+    monkeypatch.setattr(module, "_write_rows", write_rows)
+    encode(wish)
+    assert contents(wish.out) == contents(whole)
+
+
+def test_a_corrupt_picture_stops_the_encoding_and_is_named(wish, tmp_path):
+    moved = Path(shutil.copytree(wish.data, tmp_path / "moved"))
+    mended = (moved / "class1" / "25.png").read_bytes()
+    (moved / "class1" / "25.png").write_bytes(mended[:60])
+    wish = replace(wish, data=str(moved), workers=1)
+    with pytest.raises(UserError, match=r"25\.png"):
+        encode(wish)
+    (moved / "class1" / "25.png").write_bytes(mended)
+    assert len(CachedLatents(encode(wish))) == COUNT
 
 
 def test_damaged_caches_are_refused(copy):

@@ -140,6 +140,15 @@ def test_encoding_while_training_shows_what_the_latents_in_memory_show():
         memory = take(encode_in_memory(images, vae, flips=True, progress=False), 3)
 
 
+def test_pictures_can_stay_beside_their_latents():
+    vae, images = load_vae("digits"), open_images("digits:heldout")
+    batch = take(PixelData(images, vae, flips=True, keep_images=True), 1, workers=1)[0]
+    shown = [images[index][0] for index in batch["indices"].tolist()]
+    mirrored = [not torch.equal(a, b) for a, b in zip(batch["images"], shown, strict=True)]
+    assert 0 < sum(mirrored) < 12 and batch["images"].dtype == torch.uint8
+    assert all(torch.equal(a, b.flip(-1) if m else b) for a, b, m in zip(batch["images"], shown, mirrored, strict=True))
+
+
 def test_mirrored_moments_are_those_of_the_mirrored_picture():
     vae, images = load_vae("digits"), open_images("digits:heldout")
     data = encode_in_memory(images, vae, flips=True, progress=False)
