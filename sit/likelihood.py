@@ -46,9 +46,8 @@ def log_likelihood(
                 divergence = divergence + (product * probe).flatten(1).sum(1) / len(probes)
         return velocity.detach(), divergence.detach()
 
-    start, end = transport.ode_interval()
     state = (x, torch.zeros(len(x), dtype=x.dtype, device=x.device))
-    noise, change = solve(right, state, (end, start), config)
+    noise, change = solve(right, state, transport, config, reverse=True)
     normal = -0.5 * (noise.flatten(1).square() + math.log(2 * math.pi)).sum(1)
     # d log p / dt = -div v along the path: from data back to noise the integral of div v has gathered as `change`
     return normal + change, noise

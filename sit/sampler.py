@@ -220,9 +220,18 @@ def sample_sde(
 
 
 def solve(
-    right: Callable, state: torch.Tensor | tuple[torch.Tensor, ...], interval: tuple[float, float], config: SamplerConfig
+    right: Callable,
+    state: torch.Tensor | tuple[torch.Tensor, ...],
+    transport: Transport,
+    config: SamplerConfig,
+    reverse: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """The state (a tensor or a tuple of them) at the end of the interval, by torchdiffeq as the config says."""
+    """The state (a tensor or a tuple of them) at the ODE's end, or with ``reverse`` at its start, by torchdiffeq.
+
+    Its adaptive solvers step past the end and interpolate, as they do in the published programs; where the drift does
+    not exist there, they are made to land on the end.
+    """
+    interval = transport.ode_interval()[:: -1 if reverse else 1]
     like = state[0] if isinstance(state, tuple) else state
     ends = torch.tensor(interval, dtype=like.dtype, device=like.device)
     options = {}
@@ -232,6 +241,8 @@ def solve(
         options["grid_constructor"] = lambda right, x, t: grid
     elif config.resolved_method == "scipy_solver":
         options["solver"] = "RK45"
+    elif transport.must_stop(reverse):
+        options["step_t"] = ends[1:]
     end = odeint(right, state, ends, rtol=config.rtol, atol=config.atol, method=config.resolved_method, options=options)
     return tuple(part[-1] for part in end) if isinstance(state, tuple) else end[-1]
 
@@ -273,8 +284,7 @@ def sample_ode(
 
     total = None if config.adaptive else config.steps
     right = _OdeRight(velocity, total, on_step)
-    start, end = transport.ode_interval()
-    x = solve(right, x, (end, start) if reverse else (start, end), config)
+    x = solve(right, x, transport, config, reverse)
     if on_step is not None:
         on_step(right.step, total, x)
     return x

@@ -85,6 +85,11 @@ class Transport(SchedulerMixin, ConfigMixin):
             return eps, 1 - eps
         return 0.0, 1.0
 
+    def must_stop(self, reverse: bool) -> bool:
+        """Whether the ODE's drift does not exist just past its interval's end, where adaptive solvers would look."""
+        vp, prediction = self.config.interpolant == "vp", self.config.prediction
+        return (not vp and prediction != "velocity") if reverse else (vp and prediction == "noise")
+
     def sde_interval(self, diffusion_form: str, last_step_size: float) -> tuple[float, float]:
         """Where the SDE starts and where its last step, of that size, begins (0: no last step, ends at 1 − ε)."""
         eps = self.sample_eps
