@@ -47,7 +47,12 @@ class FilePerImage:
 
     def __init__(self, folder: Path, cache: CachedLatents) -> None:
         self.folder, self.flips, self.scaling = folder, True, cache.scaling
-        self.name, self.classes, self.labels, self.latent_shape = "files", cache.classes, cache.labels, cache.latent_shape
+        self.name, self.classes, self.labels, self.latent_shape = (
+            "files",
+            cache.classes,
+            cache.labels,
+            cache.latent_shape,
+        )
 
     def fetch(self, indices: np.ndarray, mirrored: np.ndarray, noise: torch.Tensor) -> Batch:
         moments = [
@@ -131,7 +136,9 @@ def main() -> None:
                     figures[name].append(speed)
         for name, speeds in figures.items():
             median = statistics.median(speeds)
-            print(f"{name:20} {median:10,.0f} samples/s   ({min(speeds):,.0f} … {max(speeds):,.0f}, {len(speeds)} rounds)")
+            print(
+                f"{name:20} {median:10,.0f} samples/s   ({min(speeds):,.0f} … {max(speeds):,.0f}, {len(speeds)} rounds)"
+            )
         ratio = statistics.median(a / b for a, b in zip(*figures.values(), strict=True))
         print(f"ratio, round by round: {ratio:.2f}")
         print("sparse cache of ImageNet's size:", open_large(Path(temporary) / "large"))

@@ -85,7 +85,9 @@ class Manifest:
         try:
             values = json.loads(path.read_text())
             if values["format"] != FORMAT:
-                raise UserError(f"{path} is of format {values['format']}, and this version reads {FORMAT}; encode again")
+                raise UserError(
+                    f"{path} is of format {values['format']}, and this version reads {FORMAT}; encode again"
+                )
             values["latent_shape"] = tuple(values["latent_shape"])
             return cls(**{field.name: values[field.name] for field in fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
@@ -126,7 +128,9 @@ class CachedLatents:
         self.folder, self.name, self.flips = Path(folder), str(folder), flips
         if not (self.folder / MANIFEST).is_file():
             if (self.folder / "encoding.json").is_file():
-                raise UserError(f"--data {folder} is a latent cache not yet finished; start its encoding again to go on")
+                raise UserError(
+                    f"--data {folder} is a latent cache not yet finished; start its encoding again to go on"
+                )
             raise UserError(f"--data {folder} is no latent cache: it has no {MANIFEST}")
         self.manifest = Manifest.read(self.folder / MANIFEST)
         if flips and not self.manifest.mirrored:
@@ -135,7 +139,9 @@ class CachedLatents:
         self.scaling = (self.manifest.shift_factor, self.manifest.scaling_factor)
         self.labels = self._map("labels.npy", (self.manifest.count,), np.int64, mmap_mode=None)
         if self.manifest.count < 1 or self.labels.min() < 0 or self.labels.max() >= len(self.classes):
-            raise UserError(f"--data {folder}: labels.npy has labels outside its {len(self.classes)} classes; encode again")
+            raise UserError(
+                f"--data {folder}: labels.npy has labels outside its {len(self.classes)} classes; encode again"
+            )
         self._open()
 
     def _open(self) -> None:
@@ -146,7 +152,9 @@ class CachedLatents:
             array = np.load(self.folder / name, mmap_mode=mmap_mode)
         except (OSError, ValueError, EOFError) as error:  # np.load checks the size that the header promises
             reason = str(error).splitlines()[0]
-            raise UserError(f"--data {self.folder}: {name} is missing or damaged ({reason}); encode it again") from error
+            raise UserError(
+                f"--data {self.folder}: {name} is missing or damaged ({reason}); encode it again"
+            ) from error
         if array.shape != shape or array.dtype != dtype:
             raise UserError(f"--data {self.folder}: {name} doesn't match {MANIFEST}; encode it again")
         return array
@@ -191,14 +199,14 @@ class CachedLatents:
         made = self.manifest
         if image_size is not None and image_size != made.image_size:
             raise UserError(
-                f"--data {self.name} holds latents of {made.image_size}-pixel images, not of --image-size {image_size}; "
+                f"--data {self.name} holds latents of {made.image_size}-pixel images, not --image-size {image_size}; "
                 f"give --image-size {made.image_size} or encode again"
             )
         shift, scale = scaling(vae.config)
         if (shift, scale) != (made.shift_factor, made.scaling_factor):
             raise UserError(
                 f"--data {self.name} was made by --vae {made.vae}, scaling {made.scaling_factor:g} and shift "
-                f"{made.shift_factor:g}; --vae {vae_name} has {scale:g} and {shift:g}; give the same VAE or encode again"
+                f"{made.shift_factor:g}; --vae {vae_name} has {scale:g} and {shift:g}; give the same or encode again"
             )
         if vae_fingerprint(vae) != made.vae_fingerprint:
             raise UserError(

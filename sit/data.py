@@ -124,7 +124,9 @@ def open_images(spec: str, image_size: int | None = None) -> ImageData:
 
 def _only_tars(folder: Path) -> bool:
     try:
-        return folder.is_dir() and any(folder.glob("*.tar")) and not any(_is_class(entry) for entry in os.scandir(folder))
+        return (
+            folder.is_dir() and any(folder.glob("*.tar")) and not any(_is_class(entry) for entry in os.scandir(folder))
+        )
     except OSError:
         return False  # FolderSource says why
 

@@ -149,7 +149,9 @@ def _prepare(out: Path, manifest: Manifest, plan: dict[str, object]) -> None:
         need = sum(int(np.prod(shape)) * 2 for _, shape in manifest.shards())
         free = shutil.disk_usage(out).free
         if need > free:
-            raise UserError(f"--out {out}: the cache needs {need / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB free")
+            raise UserError(
+                f"--out {out}: the cache needs {need / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB free"
+            )
         for name, shape in manifest.shards():
             with atomic_write(out / name) as temporary:
                 np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape).flush()

@@ -39,7 +39,9 @@ def load_vae(
         if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
             folder = folder / "vae"
         if not (folder / "config.json").is_file():
-            raise UserError(f"--vae {name}: neither config.json nor vae/config.json in this folder; give a VAE's folder")
+            raise UserError(
+                f"--vae {name}: neither config.json nor vae/config.json in this folder; give a VAE's folder"
+            )
         vae = _from_pretrained(str(folder), name, dtype, {"local_files_only": True})
     elif folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", ".."):
         raise UserError(f"--vae {name}: no such folder, and not a Hub name like stabilityai/sd-vae-ft-ema")
@@ -102,7 +104,9 @@ def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tens
     """
     factor = downsampling(vae)
     if images.shape[-1] % factor or images.shape[-2] % factor:
-        raise ValueError(f"image sides {tuple(images.shape[-2:])} must be multiples of {factor}, the VAE's downsampling")
+        raise ValueError(
+            f"image sides {tuple(images.shape[-2:])} must be multiples of {factor}, the VAE's downsampling"
+        )
     posterior = vae.encode(images.to(device=vae.device, dtype=vae.dtype)).latent_dist
     return posterior.mean.float(), posterior.std.float()
 
@@ -121,9 +125,7 @@ def scaling(config: Mapping[str, Any]) -> tuple[float, float]:
     return float(config.get("shift_factor") or 0.0), float(config["scaling_factor"])
 
 
-def encode_images(
-    vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_images(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 images (B, 3, H, W) → mean and std as :func:`encode_moments`, the same whatever batch they come in."""
     size = fixed_batch(images.shape[-1], batch_size, vae.device)
     moments = [encode_moments(vae, to_unit(chunk.to(vae.device))) for chunk in _padded_chunks(images, size)]

@@ -107,7 +107,7 @@ class _Part(io.RawIOBase):
 
 
 def _pictures(stream: io.BufferedReader, class_name: str | None) -> Iterator[tuple[str, bytes, int, int]]:
-    """(class, name, offset, size) of the pictures in a tar; ``class_name`` None takes it from folders and inner tars."""
+    """(class, name, offset, size) of a tar's pictures; ``class_name`` None takes it from folders and inner tars."""
     end = os.fstat(stream.fileno()).st_size
     with tarfile.open(fileobj=stream, mode="r:") as archive:
         for member in archive:
@@ -153,7 +153,9 @@ class TorchvisionSource:
             how = f"python -c \"import torchvision; torchvision.datasets.{maker}('{folder}', download=True)\""
             mend = "put it and the devkit there" if base == "imagenet" else f"fetch it by: {how}"
             reason = str(error).splitlines()[0]
-            raise UserError(f"--data {self.name}: torchvision's {maker} is not whole there ({reason}); {mend}") from error
+            raise UserError(
+                f"--data {self.name}: torchvision's {maker} is not whole there ({reason}); {mend}"
+            ) from error
         self.classes = [name if isinstance(name, str) else name[0] for name in self.data.classes]
         self.labels = np.asarray(self.data.targets, dtype=np.int64)
 
@@ -177,7 +179,9 @@ class HubSource:
         try:
             import datasets
         except ImportError as error:
-            raise UserError(f"--data {self.name} needs the datasets library; install it by: pip install datasets") from error
+            raise UserError(
+                f"--data {self.name} needs the datasets library; install it by: pip install datasets"
+            ) from error
         where, _, split = name.partition("@")
         try:
             if Path(where).is_dir() and any((Path(where) / n).exists() for n in ("state.json", "dataset_dict.json")):

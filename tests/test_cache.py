@@ -78,10 +78,9 @@ def test_training_from_the_cache_is_bitwise_training_from_memory(tmp_path):
     memory = encode_in_memory(open_images("digits:heldout"), load_vae("digits"), flips=True, progress=False)
     options = {"seed": 1, "global_batch": 24, "start_images": 340}
     for workers in (0, 2):
-        pairs = zip(
-            training_batches(memory, **options), training_batches(CachedLatents(out, True), workers=workers, **options)
-        )
-        for a, b in itertools.islice(pairs, 4):
+        remembered = training_batches(memory, **options)
+        cached = training_batches(CachedLatents(out, True), workers=workers, **options)
+        for a, b in itertools.islice(zip(remembered, cached, strict=True), 4):
             assert all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
 
 
@@ -102,13 +101,38 @@ def test_an_encoding_that_stopped_goes_on_to_the_same_bytes(wish, whole, stops):
 
 def test_killed_at_any_moment_and_on_two_processes(wish, whole):
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"),
-        *("-m", "sit.latents", "encode", "--out", wish.out, "--data", wish.data, "--image-size", "16", "--workers", "0"),
+        *(
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "0",
+        ),
+        *(
+            "-m",
+            "sit.latents",
+            "encode",
+            "--out",
+            wish.out,
+            "--data",
+            wish.data,
+            "--image-size",
+            "16",
+            "--workers",
+            "0",
+        ),
         *("--batch-size", "4", "--chunk", "8", "--shard-size", "19"),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(
-        list(map(str, command)), env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        list(map(str, command)),
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and running.poll() is None and not any(wish.out.glob("journal-*")):

@@ -66,7 +66,9 @@ def test_crop_by_halving_is_the_block_mean():
     assert np.array_equal(np.asarray(centre_crop(image, 16)), reference_crop(np.asarray(image, dtype=int), 16))
 
 
-@pytest.mark.parametrize(("width", "height", "size"), [(50, 31, 16), (31, 50, 16), (500, 7, 16), (16, 16, 16), (17, 40, 33)])
+@pytest.mark.parametrize(
+    ("width", "height", "size"), [(50, 31, 16), (31, 50, 16), (500, 7, 16), (16, 16, 16), (17, 40, 33)]
+)
 def test_crop_gives_the_size_from_any_shape(width, height, size):
     assert centre_crop(picture(2, width, height), size).size == (size, size)
 
@@ -198,7 +200,10 @@ def test_torchvision_sets(tmp_path):
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     pixels = np.random.RandomState(0).randint(0, 255, (5, 28, 28), dtype=np.uint8)
-    for name, shape, content in [("images-idx3", (5, 28, 28), pixels), ("labels-idx1", (5,), np.arange(5, dtype=np.uint8))]:
+    for name, shape, content in [
+        ("images-idx3", (5, 28, 28), pixels),
+        ("labels-idx1", (5,), np.arange(5, dtype=np.uint8)),
+    ]:
         header = bytes([0, 0, 8, len(shape)]) + b"".join(int(side).to_bytes(4, "big") for side in shape)
         for part in ("train", "t10k"):
             (raw / f"{part}-{name}-ubyte").write_bytes(header + content.tobytes())
