@@ -315,9 +315,9 @@ def test_weak_order_of_sde_solvers(interpolant, method):
 @pytest.mark.parametrize("form", DIFFUSION_FORMS)
 @pytest.mark.parametrize("interpolant", formulas.INTERPOLANTS)
 def test_sde_reaches_the_mixture(interpolant, form):
-    """All forms have the same marginals: moments within the error of 20,000 samples and 200 steps."""
+    """All forms have the same marginals: moments within the error of 10,000 samples and 200 steps."""
     source, transport = torch.Generator().manual_seed(4), Transport(interpolant)
-    draw = lambda step=0: torch.randn(1, 1, 1, 20_000, generator=source, dtype=torch.float64)  # noqa: E731
+    draw = lambda step=0: torch.randn(1, 1, 1, 10_000, generator=source, dtype=torch.float64)  # noqa: E731
     config = SamplerConfig(steps=200, diffusion_form=form, last_step="mean", last_step_size=0.005)
     x = sample(mixture(interpolant), transport, draw(), None, config, draw)
     moments = np.array([x.mean(), x.square().mean()])
