@@ -1,0 +1,140 @@
+"""Evaluate samples against a reference: ``python eval_fid.py --ckpt RUN --reference digits``.
+
+``accelerate launch eval_fid.py …`` uses all GPUs; ``eval_fid.py reference --data … --out stats.npz`` makes a reference.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from accelerate import PartialState
+
+from sit.checkpoint import load_for_sampling
+from sit.device import pick_device
+from sit.errors import UserError, door
+from sit.files import atomic_write
+from sit.metrics.evaluate import GeneratedImages, evaluate
+from sit.metrics.extractors import get_extractor
+from sit.metrics.reference import make_reference
+from sit.metrics.sources import open_reference, open_samples
+from sit.published import FileHints
+from sit.sampler import SamplerConfig
+
+
+@dataclass
+class Arguments:
+    """Evaluate samples, or the samples that a checkpoint makes, against a reference."""
+
+    reference: str
+    """digits, a folder or npz of images, ADM statistics (npz with mu and sigma), or another data set"""
+    ckpt: str | None = None
+    """a run, a checkpoint or a published file, to sample from"""
+    samples: str | None = None
+    """a folder or npz of samples, or a data set, instead of --ckpt"""
+    num_samples: int | None = None
+    """how many; None: 50,000 of a checkpoint (1,000 on digits features), all of given samples"""
+    label_order: Literal["balanced", "uniform"] = "balanced"
+    """the classes of a checkpoint's samples: each as often, or drawn at random"""
+    seed: int = 0
+    """sample i under a seed is the same image however it is made"""
+    features: str | None = None
+    """digits or inception; None takes digits where the reference is digits, else inception"""
+    inception_weights: str | None = None
+    """the Inception weights file; None looks in torch-fidelity's usual place"""
+    batch_size: int = 64
+    """images made and judged at a time"""
+    work_dir: str | None = None
+    """keeps what is done, so that the same command goes on after a crash"""
+    json: str | None = None
+    """a file for all the numbers"""
+    vae: str | None = None
+    """a VAE's name on the Hub or folder, instead of the checkpoint's"""
+    device: str | None = None
+    """None takes the accelerator, if there is one"""
+    published: Annotated[FileHints, tyro.conf.OmitArgPrefixes] = field(default_factory=FileHints)
+    sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
+
+
+@dataclass
+class ReferenceArguments:
+    """Make reference statistics in ADM's format: mu, sigma, mu_s, sigma_s and some of the images."""
+
+    data: str
+    """a folder or npz of images, or a data set as train.py takes it"""
+    out: str
+    """the npz to write; must not exist"""
+    image_size: int | None = None
+    """side to crop to; None as the data are"""
+    features: str = "inception"
+    """inception or digits"""
+    inception_weights: str | None = None
+    """the Inception weights file; None looks in torch-fidelity's usual place"""
+    images: int = 10_000
+    """how many of the images are kept, for precision and recall"""
+    batch_size: int = 64
+    """images judged at a time"""
+    device: str | None = None
+    """None takes the accelerator, if there is one"""
+
+
+def main(arguments: Arguments) -> None:
+    if (arguments.ckpt is None) == (arguments.samples is None):
+        raise UserError("give either --ckpt, to sample from, or --samples, a folder or npz")
+    for name in ("num_samples", "batch_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    state = PartialState()
+    device = pick_device(arguments.device) if arguments.device or state.num_processes == 1 else state.device
+    on_digits = arguments.reference.split(":")[0] == "digits"
+    name = arguments.features or ("digits" if on_digits else "inception")
+    extractor = get_extractor(name, device, arguments.inception_weights)
+
+    if arguments.ckpt is not None:
+        loaded = load_for_sampling(arguments.ckpt, vae=arguments.vae, device=device, **vars(arguments.published))
+        count = arguments.num_samples or (1_000 if name == "digits" else 50_000)
+        samples = GeneratedImages(loaded, count, arguments.seed, arguments.label_order, arguments.sampler)
+        side = loaded.info.image_size[0] if loaded.info.image_size else None
+    else:
+        samples = open_samples(arguments.samples)
+        samples.limit(arguments.num_samples)
+        side = None
+    reference = open_reference(arguments.reference, side)
+
+    report = evaluate(
+        samples,
+        reference,
+        extractor,
+        device=device,
+        batch_size=arguments.batch_size,
+        work_dir=arguments.work_dir,
+    )
+    if report is not None:
+        print(report)
+        if arguments.json:
+            with atomic_write(arguments.json) as temporary:
+                temporary.write_text(report.to_json())
+
+
+def reference_main(arguments: ReferenceArguments) -> None:
+    device = pick_device(arguments.device)
+    extractor = get_extractor(arguments.features, device, arguments.inception_weights)
+    images = open_samples(arguments.data, arguments.image_size)
+    make_reference(images, extractor, Path(arguments.out), arguments.images, device, arguments.batch_size)
+    print(f"reference: {arguments.out}")
+
+
+@door
+def run() -> None:
+    if sys.argv[1:2] == ["reference"]:
+        reference_main(tyro.cli(ReferenceArguments, prog="eval_fid.py reference", args=sys.argv[2:]))
+    else:
+        main(tyro.cli(Arguments, prog="eval_fid.py", description=__doc__))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,121 @@
+"""Feature extractors: what turns uint8 images into the features that distances are measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from sit.errors import UserError
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+SPATIAL_CHANNELS = 7
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A way from images to features.
+
+    Attributes:
+        name: as ``--features`` takes it.
+        label: what its distances must be called, so that nobody compares the incomparable.
+        network: uint8 images (B, 3, H, W) to a tuple of tensors, named by ``outputs``.
+        outputs: of ``features`` (B, D), ``logits`` (B, classes) and ``spatial`` (B, 2023).
+    """
+
+    name: str
+    label: str
+    network: nn.Module
+    outputs: tuple[str, ...]
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> dict[str, np.ndarray]:
+        """Features of images (B, 3, H, W) uint8, as float32 arrays."""
+        return {
+            name: values.float().cpu().numpy()
+            for name, values in zip(self.outputs, self.network(images), strict=True)
+        }
+
+
+def digits_extractor(device: torch.device, weights: str | None = None) -> Extractor:
+    """The committed digit classifier."""
+    from torch_fidelity.utils import create_feature_extractor
+
+    from sit.metrics.digits import EXTRACTOR
+
+    network = create_feature_extractor(EXTRACTOR, ["features", "logits"], cuda=False, verbose=False).to(device)
+    label = "digits features, not comparable with Inception FID"
+    return Extractor("digits", label, network, ("features", "logits"))
+
+
+class _InceptionWithSpatial(nn.Module):
+    """torch-fidelity's Inception, with the map that the spatial FID is measured on.
+
+    ADM takes the first 7 channels after the first 1×1 branch of TensorFlow's ``mixed_6``, which is torch's
+    ``Mixed_6d``: 17·17·7 numbers, in TensorFlow's order (row, column, channel).
+    """
+
+    def __init__(self, inception: nn.Module) -> None:
+        super().__init__()
+        self.inception = inception
+        inception.Mixed_6d.branch1x1.register_forward_hook(self._note)
+
+    def _note(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features, logits = self.inception(images)
+        return features, logits, self.spatial
+
+
+def inception_extractor(device: torch.device, weights: str | None = None) -> Extractor:
+    """torch-fidelity's port of the 2015-12-05 TensorFlow graph (``inception-v3-compat``).
+
+    Args:
+        device: where it runs.
+        weights: the weights file; None looks in torch-fidelity's usual place.
+
+    Raises:
+        UserError: the weights can't be had or are not Inception's.
+    """
+    from torch_fidelity.utils import create_feature_extractor
+
+    usual = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    path = Path(weights) if weights else usual
+    if not path.is_file():
+        hint = f"put {INCEPTION_FILE} (torch-fidelity's release v0.2.0) at {usual}, or pass --inception-weights FILE"
+        raise UserError(f"the Inception weights {path} are missing: {hint}")
+    try:
+        inception = create_feature_extractor(
+            "inception-v3-compat",
+            ["2048", "logits_unbiased"],
+            cuda=False,
+            verbose=False,
+            feature_extractor_weights_path=str(path),
+        )
+    except Exception as error:  # torch's readers raise whatever they meet
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--inception-weights {path}: not the weights of {INCEPTION_FILE}: {reason}") from error
+    network = _InceptionWithSpatial(inception).to(device).eval()
+    return Extractor("inception", "Inception features", network, ("features", "logits", "spatial"))
+
+
+EXTRACTORS: dict[str, Callable[[torch.device, str | None], Extractor]] = {
+    "digits": digits_extractor,
+    "inception": inception_extractor,
+}
+
+
+def get_extractor(name: str, device: torch.device, weights: str | None = None) -> Extractor:
+    """The extractor of that name.
+
+    Raises:
+        UserError: an unknown name, or weights that can't be had.
+    """
+    if name not in EXTRACTORS:
+        raise UserError(f"--features {name}: unknown; known features: {', '.join(EXTRACTORS)}")
+    return EXTRACTORS[name](device, weights)

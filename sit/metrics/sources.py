@@ -1,0 +1,172 @@
+"""Where images to be judged come from: folders, npz files, data sets, ADM statistics, and checkpoints."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from sit.data import EXTENSIONS, open_images
+from sit.errors import UserError
+from sit.metrics.distances import Moments
+
+
+class Images:
+    """Images that can be had by number: ``len``, ``batch(numbers)`` → (b, 3, H, W) uint8, and labels, if known.
+
+    Attributes:
+        name: what to call them.
+        count: how many there are.
+        labels: (count,) integers, or None.
+    """
+
+    name: str
+    count: int
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def limit(self, count: int | None) -> None:
+        """Use only the first ``count``.
+
+        Raises:
+            UserError: there are fewer.
+        """
+        if count is None:
+            return
+        if count > self.count:
+            raise UserError(f"--num-samples {count}: {self.name} has only {self.count} images")
+        self.count = count
+
+    def batch(self, numbers: np.ndarray) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class ArrayImages(Images):
+    """The ``arr_0`` of an ADM-style npz: (N, H, W, 3) uint8; ``arr_1``, if it is there, has the labels."""
+
+    def __init__(self, path: Path, array: np.ndarray, labels: np.ndarray | None) -> None:
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not len(array):
+            raise UserError(
+                f"{path}: arr_0 must be uint8 images of shape (N, H, W, 3), not {array.dtype} {array.shape}"
+            )
+        if labels is not None and len(labels) != len(array):
+            raise UserError(f"{path}: arr_1 has {len(labels)} labels for {len(array)} images")
+        self.name, self.count, self.array, self.labels = str(path), len(array), array, labels
+
+    def batch(self, numbers: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.array[numbers]).permute(0, 3, 1, 2)
+
+
+class FileImages(Images):
+    """The images of a folder, in the order of their names, whatever subfolders they are in; all of one size."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name = str(folder)
+        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        # the labelled overview that sample.py leaves among the samples is none of them
+        self.paths = [path for path in self.paths if path.name != "grid.png"]
+        if not self.paths:
+            raise UserError(f"{folder} has no images ({', '.join(EXTENSIONS)} are looked for)")
+        self.count = len(self.paths)
+
+    def batch(self, numbers: np.ndarray) -> torch.Tensor:
+        arrays = []
+        for number in numbers:
+            try:
+                with Image.open(self.paths[number]) as image:
+                    arrays.append(np.array(image.convert("RGB")))
+            except (OSError, UnidentifiedImageError, SyntaxError) as error:
+                raise UserError(f"corrupt image {self.paths[number]} ({error}); repair or remove it") from error
+        if len({array.shape for array in arrays}) > 1:
+            raise UserError(f"the images of {self.name} are of different sizes: crop them to one first")
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+class DataImages(Images):
+    """A data set as ``--data`` names it, cropped to a size."""
+
+    def __init__(self, spec: str, image_size: int | None) -> None:
+        self.data = open_images(spec, image_size)
+        self.name, self.count, self.labels = spec, len(self.data), np.asarray(self.data.labels)
+
+    def batch(self, numbers: np.ndarray) -> torch.Tensor:
+        return torch.stack([self.data[int(number)][0] for number in numbers])
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """An ADM reference: the moments of its features and of its spatial features, and some of its images."""
+
+    name: str
+    features: Moments
+    spatial: Moments | None
+    images: ArrayImages | None
+
+
+def open_reference(spec: str, image_size: int | None = None) -> Images | Statistics:
+    """Open a reference: ADM statistics, an npz of images, a folder of images, or a data set such as ``digits``.
+
+    Raises:
+        UserError: there is no such thing, or it is of a wrong form.
+    """
+    path = Path(spec)
+    if path.suffix == ".npz":
+        arrays = _read_npz(path)
+        if "mu" in arrays or "sigma" in arrays:
+            return _statistics(path, arrays)
+        return _images_of(path, arrays)
+    return open_samples(spec, image_size)
+
+
+def open_samples(spec: str, image_size: int | None = None) -> Images:
+    """Open samples: an npz with ``arr_0``, a folder of images, or a data set such as ``digits``.
+
+    Raises:
+        UserError: there is no such thing, or it is of a wrong form.
+    """
+    path = Path(spec)
+    if path.suffix == ".npz":
+        return _images_of(path, _read_npz(path))
+    if path.is_dir():
+        packed = path / "samples.npz"
+        return open_samples(str(packed)) if packed.is_file() else FileImages(path)
+    if not path.exists() and (spec.split(":")[0] == "digits" or ":" in spec):
+        return DataImages(spec, image_size)
+    raise UserError(f"{spec}: no such folder, npz file or data set")
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{path} is not a whole npz file ({error})") from error
+
+
+def _images_of(path: Path, arrays: dict[str, np.ndarray]) -> ArrayImages:
+    if "arr_0" not in arrays:
+        raise UserError(f"{path} has no arr_0 with images; it has {', '.join(arrays) or 'nothing'}")
+    return ArrayImages(path, arrays["arr_0"], arrays.get("arr_1"))
+
+
+def _statistics(path: Path, arrays: dict[str, np.ndarray]) -> Statistics:
+    def moments(mu: str, sigma: str) -> Moments | None:
+        if mu not in arrays and sigma not in arrays:
+            return None
+        if mu not in arrays or sigma not in arrays:
+            raise UserError(f"{path}: {mu} and {sigma} must both be there")
+        mean, covariance = arrays[mu].astype(np.float64), arrays[sigma].astype(np.float64)
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise UserError(f"{path}: {mu} {mean.shape} and {sigma} {covariance.shape} are not moments of one thing")
+        return Moments(mean, covariance)
+
+    images = _images_of(path, arrays) if "arr_0" in arrays else None
+    return Statistics(str(path), moments("mu", "sigma"), moments("mu_s", "sigma_s"), images)

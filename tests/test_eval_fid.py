@@ -1,0 +1,277 @@
+"""eval_fid.py: from images, files and checkpoints to numbers, with both kinds of features, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch_fidelity import calculate_metrics
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+import eval_fid
+from sit.data import digits_arrays, open_images
+from sit.errors import UserError
+from sit.metrics.digits import EXTRACTOR, DigitsFeatureExtractor
+from sit.metrics.evaluate import GeneratedImages, evaluate, extract
+from sit.metrics.extractors import get_extractor
+from sit.metrics.sources import ArrayImages, DataImages, open_reference, open_samples
+from sit.sampler import SamplerConfig
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+
+
+def write_npz(path: Path, count: int, size: int = 32, seed: int = 0, **extra) -> Path:
+    images = np.random.default_rng(seed).integers(0, 256, size=(count, size, size, 3), dtype=np.uint8)
+    np.savez(path, arr_0=images, **extra)
+    return path
+
+
+def numbers(report) -> dict[str, float]:
+    return {number.name.split(" (")[0]: number.value for number in report.numbers}
+
+
+def test_the_classifier_knows_digits():
+    data = open_images("digits:heldout")
+    images = torch.stack([data[i][0] for i in range(len(data))])
+    _, logits = DigitsFeatureExtractor(features_list=["features", "logits"])(images)
+    assert (logits.argmax(1).numpy() == data.labels).mean() > 0.97
+
+
+def test_digits_fid_is_torch_fidelitys(tmp_path):
+    """The whole of torch-fidelity, on the same images with the registered features."""
+
+    class Pictures(torch.utils.data.Dataset):
+        def __init__(self, part):
+            self.data = open_images(f"digits:{part}")
+
+        def __len__(self):
+            return 200
+
+        def __getitem__(self, index):
+            return self.data[index][0]
+
+    theirs = calculate_metrics(
+        input1=Pictures("heldout"), input2=Pictures("train"), feature_extractor=EXTRACTOR, fid=True, cuda=False,
+        verbose=False, save_cpu_ram=True, cache=False,
+    )["frechet_inception_distance"]  # fmt: skip
+    samples, reference = (DataImages(f"digits:{part}", None) for part in ("heldout", "train"))
+    samples.limit(200)
+    reference.limit(200)
+    report = evaluate(samples, reference, get_extractor("digits", CPU), device=CPU)
+    assert report.numbers[0].name == "FID (digits features, not comparable with Inception FID)"
+    assert report.numbers[0].value == pytest.approx(theirs, rel=1e-3)
+    assert numbers(report)["Class accuracy"] > 0.97
+
+
+def test_folder_npz_and_statistics_agree(tmp_path, capsys):
+    images, _ = digits_arrays()
+    rgb = np.repeat(images[:120, :, :, None], 3, axis=3)
+    np.savez(tmp_path / "samples.npz", arr_0=rgb)
+    (tmp_path / "png").mkdir()
+    for number, image in enumerate(rgb):
+        Image.fromarray(image).save(tmp_path / "png" / f"{number:03}.png")
+    stats = tmp_path / "stats.npz"
+    sys_argv = ["eval_fid.py", "reference", "--data", "digits:heldout", "--features", "digits", "--out", str(stats)]
+    run_door(sys_argv)
+    with np.load(stats) as archive:
+        assert archive["mu"].shape == (64,) and archive["sigma"].shape == (64, 64) and archive["arr_0"].shape[0] == 360
+    fids = []
+    for samples, reference in (("samples.npz", "digits:heldout"), ("png", "digits:heldout"), ("samples.npz", str(stats))):
+        out = tmp_path / "out.json"
+        run_door(["eval_fid.py", "--samples", str(tmp_path / samples), "--reference", reference, "--features", "digits",
+                  "--json", str(out)])  # fmt: skip
+        fids.append(json.loads(out.read_text())["numbers"][0]["value"])
+    assert fids[0] == pytest.approx(fids[1], rel=1e-9) and fids[0] == pytest.approx(fids[2], rel=1e-6)
+
+
+def run_door(argv: list[str]) -> None:
+    before, sys.argv = sys.argv, argv
+    try:
+        eval_fid.run()
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory) -> Path:
+    """A weights file of the right layout with random values."""
+    torch.manual_seed(0)
+
+    class Blank(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            pass
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    network = Blank("blank", ["2048"], feature_extractor_weights_path=str(path))
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_the_inception_path_from_end_to_end(inception_weights, tmp_path):
+    extractor = get_extractor("inception", CPU, str(inception_weights))
+    stats = tmp_path / "stats.npz"
+    write_npz(tmp_path / "real.npz", 6, seed=1)
+    run_door(["eval_fid.py", "reference", "--data", str(tmp_path / "real.npz"), "--out", str(stats),
+              "--inception-weights", str(inception_weights), "--images", "5"])  # fmt: skip
+    with np.load(stats) as archive:
+        shapes = {name: archive[name].shape for name in archive}
+    assert shapes == {
+        "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023), "arr_0": (5, 32, 32, 3),
+    }  # fmt: skip
+
+    # the spatial features by hand: hook-free, from the modules in turn, in TensorFlow's order
+    images = torch.from_numpy(np.load(tmp_path / "real.npz")["arr_0"]).permute(0, 3, 1, 2)[:2]
+    found = extractor(images)
+    assert found["features"].shape == (2, 2048) and found["logits"].shape == (2, 1008)
+    inputs = []
+    handle = extractor.network.inception.Mixed_6d.register_forward_pre_hook(lambda m, i: inputs.append(i[0]))
+    extractor(images)
+    handle.remove()
+    branch = extractor.network.inception.Mixed_6d.branch1x1(inputs[0])
+    assert branch.shape == (2, 192, 17, 17)
+    expected = [[branch[n, c, h, w].item() for h in range(17) for w in range(17) for c in range(7)] for n in range(2)]
+    np.testing.assert_allclose(found["spatial"], expected, rtol=1e-5)
+
+    samples, reference = open_samples(str(tmp_path / "real.npz")), open_reference(str(stats))
+    report = evaluate(samples, reference, extractor, device=CPU)
+    assert {"FID", "sFID", "KID", "Precision", "Recall"} <= set(numbers(report))
+    scale = np.trace(reference.features.sigma)
+    assert abs(numbers(report)["FID"]) < 1e-6 * max(1, scale)
+    assert numbers(report)["Precision"] == 1
+
+
+def test_missing_inception_weights_are_asked_for_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None, raising=False)
+    with pytest.raises(UserError, match="weights-inception-2015-12-05-6726825d.pth .* at .* or pass --inception-weights"):
+        get_extractor("inception", CPU)
+    (tmp_path / "wrong.pth").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="wrong.pth: not the weights"):
+        get_extractor("inception", CPU, str(tmp_path / "wrong.pth"))
+    evaluate_digits = evaluate(
+        DataImages("digits:heldout", None), DataImages("digits:train", None), get_extractor("digits", CPU), device=CPU
+    )
+    assert evaluate_digits.numbers
+
+
+class Counting(ArrayImages):
+    """Images that count how often they are read, and fail at one of them if told to."""
+
+    reads, fail_at = 0, None
+
+    def batch(self, numbers):
+        if self.fail_at is not None and self.fail_at in numbers:
+            raise KeyboardInterrupt
+        Counting.reads += len(numbers)
+        return super().batch(numbers)
+
+
+def test_a_restart_does_not_repeat_what_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr("sit.metrics.evaluate.CHUNK", 16)
+    array = np.random.default_rng(0).integers(0, 256, size=(50, 32, 32, 3), dtype=np.uint8)
+    extractor = get_extractor("digits", CPU)
+    whole = extract(Counting(Path("x"), array, None), extractor, tmp_path / "a", CPU, 8, "whole")
+    images = Counting(Path("x"), array, None)
+    images.fail_at = 40
+    with pytest.raises(KeyboardInterrupt):
+        extract(images, extractor, tmp_path / "b", CPU, 8, "broken off")
+    images.fail_at, Counting.reads = None, 0
+    resumed = extract(images, extractor, tmp_path / "b", CPU, 8, "resumed")
+    assert Counting.reads == 18
+    np.testing.assert_array_equal(whole["features"], resumed["features"])
+    with pytest.raises(UserError, match="is of another evaluation"):
+        extract(Counting(Path("y"), array, None), extractor, tmp_path / "b", CPU, 8, "another")
+
+
+@pytest.mark.parametrize(
+    "arrays, words",
+    [
+        (dict(images=np.zeros((2, 4, 4, 3), np.uint8)), "has no arr_0 with images; it has images"),
+        (dict(arr_0=np.zeros((2, 4, 4, 3), np.float32)), r"must be uint8 images of shape \(N, H, W, 3\), not float32"),
+        (dict(arr_0=np.zeros((2, 3, 4, 4), np.uint8)), r"not uint8 \(2, 3, 4, 4\)"),
+        (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.zeros(3)), "arr_1 has 3 labels for 2 images"),
+        (dict(mu=np.zeros(4)), "mu and sigma must both be there"),
+        (dict(mu=np.zeros(4), sigma=np.zeros((3, 3))), "are not moments of one thing"),
+    ],
+)
+def test_npz_files_of_a_wrong_form(tmp_path, arrays, words):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(UserError, match=words):
+        open_reference(str(tmp_path / "bad.npz"))
+
+
+def test_other_mistakes(tmp_path):
+    path = write_npz(tmp_path / "cut.npz", 4)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="is not a whole npz"):
+        open_samples(str(path))
+    with pytest.raises(UserError, match="no such file"):
+        open_samples(str(tmp_path / "none.npz"))
+    with pytest.raises(UserError, match="no such folder, npz file or data set"):
+        open_samples(str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no images"):
+        open_samples(str(tmp_path / "empty"))
+    (tmp_path / "empty" / "a.png").write_bytes(b"no")
+    with pytest.raises(UserError, match="corrupt image .*a.png"):
+        open_samples(str(tmp_path / "empty")).batch(np.array([0]))
+    with pytest.raises(UserError, match="--features vgg: unknown; known features: digits, inception"):
+        get_extractor("vgg", CPU)
+    with pytest.raises(UserError, match="needs at least 2 images, and there are 1"):
+        one = open_samples(str(write_npz(tmp_path / "one.npz", 1)))
+        evaluate(one, DataImages("digits", None), get_extractor("digits", CPU), device=CPU)
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(UserError, match="statistics of 2048 features, and digits has 64"):
+        few = open_samples(str(write_npz(tmp_path / "few.npz", 5)))
+        evaluate(few, open_reference(str(tmp_path / "stats.npz")), get_extractor("digits", CPU), device=CPU)
+    with pytest.raises(UserError, match="--num-samples 9: .* has only 5 images"):
+        few.limit(9)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    from sit.checkpoint import CheckpointInfo, save_checkpoint
+    from sit.latents import DIGITS_VAE
+    from sit.model import SiT
+    from sit.transport import Transport
+
+    torch.manual_seed(0)
+    model = SiT(8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=10, mixer="atconv")
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.1)
+    folder = tmp_path_factory.mktemp("checkpoints") / "step-0000001"
+    info = CheckpointInfo(1, 1, (32, 32), 10, [str(d) for d in range(10)], "digits", "atconv")
+    return save_checkpoint(folder, model=model, transport=Transport(), vae_source=DIGITS_VAE, info=info)
+
+
+def test_from_a_checkpoint_on_one_process_and_on_two(checkpoint, tmp_path):
+    """Sampled on the fly: the same numbers however many processes share the work."""
+    values = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.json"
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
+                   "--main_process_port", "0", "eval_fid.py", "--ckpt", str(checkpoint), "--reference", "digits:heldout",
+                   "--num-samples", "1040", "--steps", "2", "--json", str(out)]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        values.append([number["value"] for number in json.loads(out.read_text())["numbers"]])
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-6)
+
+
+def test_labels_of_generated_images(checkpoint):
+    from sit.checkpoint import load_for_sampling
+
+    loaded = load_for_sampling(checkpoint)
+    balanced = GeneratedImages(loaded, 25, 0, "balanced", SamplerConfig(steps=2))
+    assert np.bincount(balanced.labels).tolist() == [3] * 5 + [2] * 5
+    uniform = GeneratedImages(loaded, 2000, 0, "uniform", SamplerConfig(steps=2)).labels
+    assert (np.abs(np.bincount(uniform, minlength=10) - 200) < 5 * 180**0.5).all()
+    assert (GeneratedImages(loaded, 10, 0, "uniform", SamplerConfig(steps=2)).labels == uniform[:10]).all()
