@@ -76,7 +76,8 @@ def ode_errors(interpolant: str, method: str, counts: tuple[int, ...]) -> tuple[
     begin = quantiles(path, start, particles).reshape(1, 1, 1, -1)
     exact = quantiles(path, end, particles)
     if SamplerConfig("ode", method=method).adaptive:
-        configs = [SamplerConfig("ode", method=method, rtol=rtol, atol=rtol / 1000) for rtol in (1e-2, 1e-3, 1e-4, 1e-5)]
+        tolerances = (1e-2, 1e-3, 1e-4, 1e-5)
+        configs = [SamplerConfig("ode", method=method, rtol=rtol, atol=rtol / 1000) for rtol in tolerances]
     else:
         configs = [SamplerConfig("ode", steps=steps, method=method) for steps in counts]
     evaluations, errors = [], []
@@ -130,8 +131,10 @@ def main() -> None:
         for number, form in enumerate(DIFFUSION_FORMS):
             for method, style in (("euler", ".-"), ("heun", "x--")):
                 errors = sde_errors(interpolant, method, form, sde_counts, arguments.particles)
-                axis.loglog(sde_counts, errors, style, label=f"{method}, {form}", color=colours[2 * number], linewidth=1)
-                print(f"  {method:6}{form:22}", *(f"{n}: {e:.1e}" for n, e in zip(sde_counts, errors, strict=True)), flush=True)
+                colour, label = colours[2 * number], f"{method}, {form}"
+                axis.loglog(sde_counts, errors, style, label=label, color=colour, linewidth=1)
+                table = (f"{n}: {e:.1e}" for n, e in zip(sde_counts, errors, strict=True))
+                print(f"  {method:6}{form:22}", *table, flush=True)
         exact = quantiles(get_interpolant(interpolant), 0.999, arguments.particles)
         parts = torch.multinomial(WEIGHTS, arguments.particles, True, generator=torch.Generator().manual_seed(0))
         drawn = MEANS[parts] + DEVIATIONS[parts] * torch.randn(

@@ -159,7 +159,7 @@ def sde_times(transport: Transport, config: SamplerConfig) -> list[float]:
     if end == 1 and config.resolved_method == "heun":
         end = 1 - SINGULAR_EPS
     if end <= start:
-        raise UserError(f"--last-step-size {config.last_step_size} leaves no time for the steps before it: make it less")
+        raise UserError(f"--last-step-size {config.last_step_size} leaves the other steps no time: make it less")
     count = config.steps - 1 if has_last else config.steps
     return torch.linspace(start, end, count + 1).tolist()
 
@@ -343,7 +343,7 @@ def computing_group(config: SamplerConfig, tokens: int) -> int:
     """How many samples the network is shown at a time on a CPU, whatever the batch size.
 
     A matrix product rounds differently with another number of rows, so on the CPU, where it costs little, the number
-    is fixed, and so is each sample's row. An adaptive solver's steps depend on all samples it is shown: there it is one.
+    is fixed, and so is each sample's row. An adaptive solver's steps depend on all it is shown: there it is one.
     """
     return 1 if config.adaptive else max(4, min(16, 1024 // tokens))
 
