@@ -291,6 +291,7 @@ def leave_signals_to_the_main_process(closing: Any, _worker: int) -> None:
 
     for number in SIGNALS_OF_THE_MAIN_PROCESS:
         signal.signal(number, handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS_OF_THE_MAIN_PROCESS)
 
 
 def training_batches(
@@ -349,7 +350,13 @@ def set_byte(shared: Any) -> None:
 def _finished(loader: torch.utils.data.DataLoader, finalizer: Any) -> Iterator[Batch]:
     micro_batches: MicroBatches = loader.dataset
     try:
-        for number, batch in enumerate(loader):
+        # workers inherit the mask: a signal that comes before they have their handlers waits until they do
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_THE_MAIN_PROCESS)
+        try:
+            batches = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, batch in enumerate(batches):
             yield micro_batches.data.finish(batch | micro_batches.from_slot(number))
     finally:
         finalizer()  # before the loader's iterator goes, and its workers with it
