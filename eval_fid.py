@@ -42,11 +42,15 @@ class Arguments:
     seed: int = 0
     """sample i under a seed is the same image however it is made"""
     features: str | None = None
-    """digits or inception; None takes digits where the reference is digits, else inception"""
+    """digits, inception or dinov2; None takes digits where the reference is digits, else inception"""
     inception_weights: str | None = None
     """the Inception weights file; None looks in torch-fidelity's usual place"""
+    dinov2_weights: str | None = None
+    """a file of timm's DINOv2 weights; None lets timm fetch or find them"""
     batch_size: int = 64
     """images made and judged at a time"""
+    save: str | None = None
+    """an npz to keep a checkpoint's samples in; without it they never touch the disk"""
     work_dir: str | None = None
     """keeps what is done, so that the same command goes on after a crash"""
     json: str | None = None
@@ -70,15 +74,22 @@ class ReferenceArguments:
     image_size: int | None = None
     """side to crop to; None as the data are"""
     features: str = "inception"
-    """inception or digits"""
+    """inception, digits or dinov2"""
     inception_weights: str | None = None
     """the Inception weights file; None looks in torch-fidelity's usual place"""
+    dinov2_weights: str | None = None
+    """a file of timm's DINOv2 weights; None lets timm fetch or find them"""
     images: int = 10_000
     """how many of the images are kept, for precision and recall"""
     batch_size: int = 64
     """images judged at a time"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
+
+
+def weights_for(features: str, arguments: Arguments | ReferenceArguments) -> str | None:
+    """The weights file that the flags name for these features."""
+    return {"inception": arguments.inception_weights, "dinov2": arguments.dinov2_weights}.get(features)
 
 
 def main(arguments: Arguments) -> None:
@@ -92,7 +103,10 @@ def main(arguments: Arguments) -> None:
     device = pick_device(arguments.device) if arguments.device or state.num_processes == 1 else state.device
     on_digits = arguments.reference.split(":")[0] == "digits"
     name = arguments.features or ("digits" if on_digits else "inception")
-    extractor = get_extractor(name, device, arguments.inception_weights)
+    extractor = get_extractor(name, device, weights_for(name, arguments))
+    save = Path(arguments.save) if arguments.save else None
+    if save is not None and (save.suffix != ".npz" or save.exists()):
+        raise UserError(f"--save {save} must be a new file that ends in .npz")
 
     if arguments.ckpt is not None:
         loaded = load_for_sampling(arguments.ckpt, vae=arguments.vae, device=device, **vars(arguments.published))
@@ -112,6 +126,7 @@ def main(arguments: Arguments) -> None:
         device=device,
         batch_size=arguments.batch_size,
         work_dir=arguments.work_dir,
+        save=save,
     )
     if report is not None:
         print(report)
@@ -122,7 +137,7 @@ def main(arguments: Arguments) -> None:
 
 def reference_main(arguments: ReferenceArguments) -> None:
     device = pick_device(arguments.device)
-    extractor = get_extractor(arguments.features, device, arguments.inception_weights)
+    extractor = get_extractor(arguments.features, device, weights_for(arguments.features, arguments))
     images = open_samples(arguments.data, arguments.image_size)
     make_reference(images, extractor, Path(arguments.out), arguments.images, device, arguments.batch_size)
     print(f"reference: {arguments.out}")

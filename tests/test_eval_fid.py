@@ -223,7 +223,7 @@ def test_other_mistakes(tmp_path):
     (tmp_path / "empty" / "a.png").write_bytes(b"no")
     with pytest.raises(UserError, match="corrupt image .*a.png"):
         open_samples(str(tmp_path / "empty")).batch(np.array([0]))
-    with pytest.raises(UserError, match="--features vgg: unknown; known features: digits, inception"):
+    with pytest.raises(UserError, match="--features vgg: unknown; known features: digits, inception, dinov2"):
         get_extractor("vgg", CPU)
     with pytest.raises(UserError, match="needs at least 2 images, and there are 1"):
         one = open_samples(str(write_npz(tmp_path / "one.npz", 1)))
@@ -264,6 +264,46 @@ def test_from_a_checkpoint_on_one_process_and_on_two(checkpoint, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         values.append([number["value"] for number in json.loads(out.read_text())["numbers"]])
     np.testing.assert_allclose(values[0], values[1], rtol=1e-6)
+
+
+def test_saved_samples_are_those_that_were_judged(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("sit.metrics.evaluate.CHUNK", 16)
+    saved = tmp_path / "samples.npz"
+    run_door(["eval_fid.py", "--ckpt", str(checkpoint), "--reference", "digits:heldout", "--num-samples", "40",
+              "--steps", "2", "--save", str(saved), "--json", str(tmp_path / "a.json")])  # fmt: skip
+    with np.load(saved) as archive:
+        assert archive["arr_0"].shape == (40, 32, 32, 3) and archive["arr_0"].dtype == np.uint8
+        assert archive["arr_1"].tolist() == [i % 10 for i in range(40)]
+    run_door(["eval_fid.py", "--samples", str(saved), "--reference", "digits:heldout", "--json", str(tmp_path / "b.json")])
+    values = [[n["value"] for n in json.loads((tmp_path / f).read_text())["numbers"]] for f in ("a.json", "b.json")]
+    np.testing.assert_allclose(*values, rtol=1e-9)
+
+
+def test_dinov2_features_are_timms_class_token(tmp_path):
+    """The small model with random weights; the input is prepared independently with PIL."""
+    import timm
+    from safetensors.torch import save_file
+
+    from sit.metrics.extractors import dinov2_extractor
+
+    name = "vit_small_patch14_dinov2.lvd142m"
+    torch.manual_seed(0)
+    network = timm.create_model(name, img_size=224, num_classes=0, global_pool="token").eval()
+    save_file(network.state_dict(), tmp_path / "small.safetensors")
+    extractor = dinov2_extractor(CPU, str(tmp_path / "small.safetensors"), model=name)
+    images = np.random.default_rng(0).integers(0, 256, size=(2, 64, 64, 3), dtype=np.uint8)
+    found = extractor(torch.from_numpy(images).permute(0, 3, 1, 2))["features"]
+    resized = np.stack([np.array(Image.fromarray(i).resize((224, 224), Image.Resampling.BICUBIC)) for i in images])
+    inputs = (resized / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    with torch.no_grad():
+        tokens = network.forward_features(torch.from_numpy(inputs).float().permute(0, 3, 1, 2))
+    assert found.shape == (2, 384)
+    np.testing.assert_allclose(found, tokens[:, 0].numpy(), atol=0.05)  # PIL rounds to whole numbers
+    with pytest.raises(UserError, match="--dinov2-weights .*none: no such file"):
+        dinov2_extractor(CPU, str(tmp_path / "none"))
+    (tmp_path / "bad").write_bytes(b"x")
+    with pytest.raises(UserError, match="the DINOv2 weights can't be had"):
+        dinov2_extractor(CPU, str(tmp_path / "bad"), model=name)
 
 
 def test_labels_of_generated_images(checkpoint):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,11 +65,18 @@ class GeneratedImages(Images):
 
 
 def extract(
-    images: Images, extractor: Extractor, work: Path, device: torch.device, batch_size: int, description: str
+    images: Images,
+    extractor: Extractor,
+    work: Path,
+    device: torch.device,
+    batch_size: int,
+    description: str,
+    keep_images: bool = False,
 ) -> dict[str, np.ndarray] | None:
     """Features of all images, made by all processes together.
 
-    What is done is kept in ``work`` in chunks of :data:`CHUNK`, and is not done again.
+    What is done is kept in ``work`` in chunks of :data:`CHUNK`, and is not done again. With ``keep_images`` the
+    images are kept there too, for :func:`pack_samples`.
 
     Returns:
         On the main process the outputs of the extractor, (N, …) float32 each, and ``small`` (N, 64) for the digits'
@@ -79,7 +87,8 @@ def extract(
     """
     state = PartialState()
     if state.is_main_process:
-        _claim(work, {"images": images.name, "count": len(images), "features": extractor.name})
+        what = {"images": images.name, "count": len(images), "features": extractor.name, "kept": keep_images}
+        _claim(work, what)
     state.wait_for_everyone()
     starts = list(range(0, len(images), CHUNK))[state.process_index :: state.num_processes]
     bar = tqdm(
@@ -99,6 +108,8 @@ def extract(
                 found = extractor(pixels.to(device))
                 if extractor.name == "digits":
                     found["small"] = shrink_digits(pixels.numpy())
+                if keep_images:
+                    found["images"] = pixels.permute(0, 2, 3, 1).numpy()
                 for name, values in found.items():
                     parts.setdefault(name, []).append(values)
                 bar.update(len(pixels))
@@ -113,8 +124,31 @@ def extract(
     chunks = []
     for start in range(0, len(images), CHUNK):
         with np.load(_chunk(work, start)) as archive:
-            chunks.append(dict(archive))
+            chunks.append({name: archive[name] for name in archive if name != "images"})
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def pack_samples(work: Path, images: Images, out: Path) -> None:
+    """Write the images that :func:`extract` kept in ``work`` to an ADM-style npz, a chunk at a time.
+
+    Raises:
+        UserError: ``out`` can't be written.
+    """
+    with atomic_write(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        header_written = False
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for start in range(0, len(images), CHUNK):
+                with np.load(_chunk(work, start)) as chunk:
+                    pixels = np.ascontiguousarray(chunk["images"])
+                if not header_written:
+                    shape = (len(images), *pixels.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    header_written = True
+                file.write(pixels.tobytes())
+        if images.labels is not None:
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, np.asarray(images.labels[: len(images)], dtype=np.int64))
 
 
 def _chunk(work: Path, start: int) -> Path:
@@ -207,10 +241,12 @@ def evaluate(
     device: torch.device,
     batch_size: int = 64,
     work_dir: str | None = None,
+    save: Path | None = None,
 ) -> Report | None:
     """All numbers that the samples, the reference and the features allow.
 
-    Every process of a launch calls it; the main one gets the report, the others None.
+    Every process of a launch calls it; the main one gets the report, the others None. With ``save``, the samples are
+    kept in that npz; without it they never touch the disk.
 
     Raises:
         UserError: too few images, or statistics of other features.
@@ -222,7 +258,10 @@ def evaluate(
         if real_images is not None:
             distances.enough(len(real_images), 2, "a Fréchet distance")
             real = extract(real_images, extractor, work / "reference", device, batch_size, "reference")
-        found = extract(samples, extractor, work / "samples", device, batch_size, "samples")
+        keep = save is not None
+        found = extract(samples, extractor, work / "samples", device, batch_size, "samples", keep_images=keep)
+        if found is not None and keep:
+            pack_samples(work / "samples", samples, save)
     if found is None:
         return None
     report = Report(samples.name, len(samples), reference.name, extractor.label)
@@ -263,7 +302,7 @@ def _numbers(
             spatial = Moments.of(real["spatial"])
         if spatial is not None:
             yield Number("sFID", distances.frechet_distance(Moments.of(found["spatial"]), spatial))
-    if len(features) >= 10 * distances.GROUPS:
+    if "logits" in found and len(features) >= 10 * distances.GROUPS:
         score, spread = distances.inception_score(found["logits"])
         yield Number(f"Inception score{on}", score, spread, f"spread over {distances.GROUPS} splits")
     if real is not None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sit.errors import UserError
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 SPATIAL_CHANNELS = 7
 
 
@@ -104,9 +106,55 @@ def inception_extractor(device: torch.device, weights: str | None = None) -> Ext
     return Extractor("inception", "Inception features", network, ("features", "logits", "spatial"))
 
 
+class _Dinov2(nn.Module):
+    """DINOv2's class token of uint8 images, resized to 224 by antialiased bicubic interpolation."""
+
+    SIDE = 224
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        config = network.pretrained_cfg
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(config[name]).reshape(3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        images = images.float() / 255
+        images = F.interpolate(images, size=(self.SIDE, self.SIDE), mode="bicubic", antialias=True).clamp(0, 1)
+        return (self.network((images - self.mean) / self.std),)
+
+
+def dinov2_extractor(device: torch.device, weights: str | None = None, model: str = DINOV2) -> Extractor:
+    """DINOv2 ViT-L/14, for FD-DINOv2 (Stein et al. 2023), through timm.
+
+    Args:
+        device: where it runs.
+        weights: a local file of timm's weights; None lets timm fetch or find them.
+        model: timm's name.
+
+    Raises:
+        UserError: the weights can't be had or don't fit.
+    """
+    import timm
+
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"--dinov2-weights {weights}: no such file")
+    overlay = {"file": weights} if weights is not None else None
+    options = dict(img_size=_Dinov2.SIDE, num_classes=0, global_pool="token", pretrained_cfg_overlay=overlay)
+    try:
+        network = timm.create_model(model, pretrained=True, **options)
+    except Exception as error:  # the Hub, the disk and the state dict each raise their own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        hint = f"fetch timm's {model} once, or pass its file with --dinov2-weights FILE"
+        raise UserError(f"the DINOv2 weights can't be had ({reason}): {hint}") from error
+    network = _Dinov2(network).to(device).eval().requires_grad_(False)
+    return Extractor("dinov2", "DINOv2 features, not comparable with Inception FID", network, ("features",))
+
+
 EXTRACTORS: dict[str, Callable[[torch.device, str | None], Extractor]] = {
     "digits": digits_extractor,
     "inception": inception_extractor,
+    "dinov2": dinov2_extractor,
 }
 
 
