@@ -35,12 +35,14 @@ def _spread() -> StateDictOptions:
 def ema_weights(model: nn.Module, ema: EMAModel) -> Iterator[None]:
     """Within the block, ``model`` has the moving average's weights."""
     parameters = list(model.parameters())
+    foreach, ema.foreach = ema.foreach, False  # sharded tensors know no foreach copy
     ema.store(parameters)
     ema.copy_to(parameters)
     try:
         yield
     finally:
         ema.restore(parameters)
+        ema.foreach = foreach
 
 
 class TrainingState:

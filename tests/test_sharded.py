@@ -1,0 +1,105 @@
+"""Sharded training state: on two processes with FSDP2, what is saved and taken up again equals one process's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
+from sit.model import SiT
+from sit.training_state import TrainingState
+
+folder, world = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+network = SiT(8, hidden_size=32, depth=2, num_heads=2, num_classes=5, mixer="attention,atconv")
+for parameter in network.parameters():
+    parameter.data.normal_(std=0.1)
+if world > 1:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+    for block in network.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, eps=1e-3)  # a key bias has only rounding as gradient
+ema = EMAModel(network.parameters(), decay=0.9, foreach=True)
+state = TrainingState(network, optimizer, ema)
+
+def steps(first, last):
+    for step in range(first, last):
+        g = torch.Generator().manual_seed(step)
+        x, t, y = torch.randn(4, 4, 8, 8, generator=g), torch.rand(4, generator=g), torch.arange(4)
+        mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
+        network(x[mine], t[mine], y[mine]).square().mean().backward()
+        optimizer.step()
+        ema.step(network.parameters())
+        optimizer.zero_grad()
+
+def save(name):
+    averaged, raw, optim = state.gather()
+    if rank == 0:
+        place = folder / name
+        (place / "transformer").mkdir(parents=True)
+        save_file(averaged, place / "transformer" / "diffusion_pytorch_model.safetensors")
+        state.save(place / "training", raw, optim)
+    dist.barrier()
+
+steps(0, 3)
+save("three")
+steps(3, 5)
+save("five")
+state.load(folder / "three")
+steps(3, 5)
+save("again")
+dist.destroy_process_group()
+"""
+
+
+def run(folder: Path, processes: int) -> Path:
+    folder.mkdir()
+    (folder / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*command, str(folder / "program.py"), str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
+    found = {
+        f"{part}/{name}": tensor
+        for part in ("transformer/diffusion_pytorch_model", "training/model")
+        for name, tensor in load_file(checkpoint / f"{part}.safetensors").items()
+    }
+    optimizer = torch.load(checkpoint / "training" / "optimizer.pt", weights_only=True)["optimizer"]
+    for name, moments in optimizer["state"].items():
+        found |= {f"{name}/{kind}": value for kind, value in moments.items()}
+    return found
+
+
+def test_two_shards_save_and_take_up_what_one_process_does(tmp_path):
+    one, two = run(tmp_path / "one", 1), run(tmp_path / "two", 2)
+    for name in ("three", "five"):
+        whole, sharded = contents(one / name), contents(two / name)
+        assert whole.keys() == sharded.keys() and len(whole) > 100
+        for key in whole:
+            torch.testing.assert_close(sharded[key], whole[key], rtol=1e-3, atol=1e-5, msg=key)
+    for folder in (one, two):
+        once, again = contents(folder / "five"), contents(folder / "again")
+        assert all(torch.equal(once[key], again[key]) for key in once)
