@@ -56,7 +56,7 @@ class Arguments:
     json: str | None = None
     """a file for all the numbers"""
     vae: str | None = None
-    """a VAE's name on the Hub or folder, instead of the checkpoint's"""
+    """a VAE's name on the Hub or folder, instead of the checkpoint's or the latent cache's"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
     published: Annotated[FileHints, tyro.conf.OmitArgPrefixes] = field(default_factory=FileHints)
@@ -68,7 +68,7 @@ class ReferenceArguments:
     """Make reference statistics in ADM's format: mu, sigma, mu_s, sigma_s and some of the images."""
 
     data: str
-    """a folder or npz of images, or a data set as train.py takes it"""
+    """a folder or npz of images, a latent cache, or a data set as train.py takes it"""
     out: str
     """the npz to write; must not exist"""
     image_size: int | None = None
@@ -81,6 +81,8 @@ class ReferenceArguments:
     """a file of timm's DINOv2 weights; None lets timm fetch or find them"""
     images: int = 10_000
     """how many of the images are kept, for precision and recall"""
+    vae: str | None = None
+    """the VAE of a latent cache; None takes the one that it names"""
     batch_size: int = 64
     """images judged at a time"""
     device: str | None = None
@@ -114,10 +116,10 @@ def main(arguments: Arguments) -> None:
         samples = GeneratedImages(loaded, count, arguments.seed, arguments.label_order, arguments.sampler)
         side = loaded.info.image_size[0] if loaded.info.image_size else None
     else:
-        samples = open_samples(arguments.samples)
+        samples = open_samples(arguments.samples, vae=arguments.vae)
         samples.limit(arguments.num_samples)
         side = None
-    reference = open_reference(arguments.reference, side)
+    reference = open_reference(arguments.reference, side, arguments.vae)
 
     report = evaluate(
         samples,
@@ -138,7 +140,7 @@ def main(arguments: Arguments) -> None:
 def reference_main(arguments: ReferenceArguments) -> None:
     device = pick_device(arguments.device)
     extractor = get_extractor(arguments.features, device, weights_for(arguments.features, arguments))
-    images = open_samples(arguments.data, arguments.image_size)
+    images = open_samples(arguments.data, arguments.image_size, arguments.vae)
     make_reference(images, extractor, Path(arguments.out), arguments.images, device, arguments.batch_size)
     print(f"reference: {arguments.out}")
 

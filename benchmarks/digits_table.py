@@ -75,10 +75,13 @@ def main() -> None:
     for run in arguments.runs:
         loaded = load_for_sampling(run, device=device)
         mixer = loaded.info.mixer
-        add(f"{mixer}, {loaded.info.step} steps", GeneratedImages(loaded, arguments.num_samples, 0, "balanced", arguments.sampler))
+        trained = GeneratedImages(loaded, arguments.num_samples, 0, "balanced", arguments.sampler)
+        add(f"{mixer}, trained for {loaded.info.step} steps", trained)
         torch.manual_seed(0)
         loaded.model = SiT.from_config(loaded.model.config).to(device).eval().requires_grad_(False)
-        add(f"{mixer}, untrained", GeneratedImages(loaded, arguments.num_samples, 0, "balanced", arguments.sampler))
+        # a fresh network's prediction is zero, so more steps would change nothing
+        few = dataclasses.replace(arguments.sampler, steps=25)
+        add(f"{mixer}, untrained, 25 steps", GeneratedImages(loaded, arguments.num_samples, 0, "balanced", few))
     add("the VAE's reconstructions", Reconstructions(arguments.num_samples))
     print("| samples | FID (digits features) | precision | recall | class accuracy (SVM) |\n|---|---|---|---|---|")
     print("\n".join(rows))

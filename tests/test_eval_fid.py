@@ -279,6 +279,21 @@ def test_saved_samples_are_those_that_were_judged(checkpoint, tmp_path, monkeypa
     np.testing.assert_allclose(*values, rtol=1e-9)
 
 
+def test_a_latent_cache_is_a_reference_through_its_vae(tmp_path):
+    from sit.latents import decode, encode_images, load_vae
+
+    command = [sys.executable, "-m", "sit.latents", "encode", "--data", "digits:heldout", "--vae", "digits",
+               "--image-size", "32", "--out", str(tmp_path / "cache")]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    images = open_samples(str(tmp_path / "cache"))
+    data, vae = open_images("digits:heldout"), load_vae("digits")
+    assert len(images) == len(data) and (images.labels == data.labels).all()
+    mean, _ = encode_images(vae, torch.stack([data[i][0] for i in range(4)]))
+    expected = decode(vae, mean.half().float() * vae.config.scaling_factor)
+    assert torch.equal(images.batch(np.arange(4)), expected.permute(0, 3, 1, 2))
+
+
 def test_dinov2_features_are_timms_class_token(tmp_path):
     """The small model with random weights; the input is prepared independently with PIL."""
     import timm

@@ -1,4 +1,4 @@
-"""Where images to be judged come from: folders, npz files, data sets, ADM statistics, and checkpoints."""
+"""Where images to be judged come from: folders, npz files, latent caches, data sets, ADM statistics."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from sit.cache import CachedLatents, is_cache
 from sit.data import EXTENSIONS, open_images
 from sit.errors import UserError
+from sit.latents import decode, load_vae
 from sit.metrics.distances import Moments
 
 
@@ -99,6 +101,26 @@ class DataImages(Images):
         return torch.stack([self.data[int(number)][0] for number in numbers])
 
 
+class CacheImages(Images):
+    """The images of a latent cache, decoded by its VAE from the posterior means: what a perfect generator could give.
+
+    Raises:
+        UserError: the cache is damaged, or the VAE is not the one that made it.
+    """
+
+    def __init__(self, folder: str, vae: str | None) -> None:
+        cache = CachedLatents(folder)
+        name = vae or cache.manifest.vae
+        self.vae = load_vae(name)
+        cache.check(self.vae, name)
+        self.cache, self.name, self.count, self.labels = cache, folder, len(cache), np.asarray(cache.labels)
+
+    def batch(self, numbers: np.ndarray) -> torch.Tensor:
+        mean = torch.from_numpy(self.cache.moments(numbers, np.zeros(len(numbers), dtype=bool)))[:, 0].float()
+        shift, scale = self.cache.scaling
+        return decode(self.vae, (mean - shift) * scale).permute(0, 3, 1, 2)
+
+
 @dataclass(frozen=True)
 class Statistics:
     """An ADM reference: the moments of its features and of its spatial features, and some of its images."""
@@ -109,8 +131,8 @@ class Statistics:
     images: ArrayImages | None
 
 
-def open_reference(spec: str, image_size: int | None = None) -> Images | Statistics:
-    """Open a reference: ADM statistics, an npz of images, a folder of images, or a data set such as ``digits``.
+def open_reference(spec: str, image_size: int | None = None, vae: str | None = None) -> Images | Statistics:
+    """Open a reference: ADM statistics, or whatever :func:`open_samples` opens.
 
     Raises:
         UserError: there is no such thing, or it is of a wrong form.
@@ -121,11 +143,16 @@ def open_reference(spec: str, image_size: int | None = None) -> Images | Statist
         if "mu" in arrays or "sigma" in arrays:
             return _statistics(path, arrays)
         return _images_of(path, arrays)
-    return open_samples(spec, image_size)
+    return open_samples(spec, image_size, vae)
 
 
-def open_samples(spec: str, image_size: int | None = None) -> Images:
-    """Open samples: an npz with ``arr_0``, a folder of images, or a data set such as ``digits``.
+def open_samples(spec: str, image_size: int | None = None, vae: str | None = None) -> Images:
+    """Open images: an npz with ``arr_0``, a folder of images, a latent cache, or a data set such as ``digits``.
+
+    Args:
+        spec: which.
+        image_size: side that a data set's images are cropped to; None as they are.
+        vae: the VAE of a latent cache; None takes the one that its manifest names.
 
     Raises:
         UserError: there is no such thing, or it is of a wrong form.
@@ -133,6 +160,8 @@ def open_samples(spec: str, image_size: int | None = None) -> Images:
     path = Path(spec)
     if path.suffix == ".npz":
         return _images_of(path, _read_npz(path))
+    if is_cache(path):
+        return CacheImages(spec, vae)
     if path.is_dir():
         packed = path / "samples.npz"
         return open_samples(str(packed)) if packed.is_file() else FileImages(path)

@@ -1,0 +1,98 @@
+"""What the moving average, logging and checkpoints cost beside a training step.
+
+    python benchmarks/overhead.py --model SiT-B/2 --batch-size 8
+
+Paired in one process: each round times a bare step (forward, backward, optimiser), then what the loop adds to it. A
+checkpoint is written whole, as the loop does, and its time is spread over the steps between two of them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from diffusers.training_utils import EMAModel
+
+from sit.checkpoint import CheckpointInfo, save_checkpoint
+from sit.latents import DIGITS_VAE
+from sit.model import create_model
+from sit.training_state import TrainingState
+from sit.transport import Transport
+
+
+@dataclass
+class Arguments:
+    """Time what the loop adds to a step."""
+
+    model: str = "SiT-B/2"
+    mixer: str = "atconv"
+    batch_size: int = 8
+    rounds: int = 4
+    checkpoint_every: int = 5000
+    """as in the recipes of the 400k comparison"""
+    log_every: int = 100
+
+
+def main(arguments: Arguments) -> None:
+    torch.manual_seed(0)
+    network = create_model(arguments.model, mixer=arguments.mixer)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    ema = EMAModel(network.parameters(), decay=0.9999, foreach=True)
+    state, transport = TrainingState(network, optimizer, ema), Transport()
+    x = torch.randn(arguments.batch_size, 4, 32, 32)
+    labels = torch.randint(0, 1000, (arguments.batch_size,))
+    seconds: dict[str, list[float]] = {"step": [], "moving average": [], "logging": [], "checkpoint": []}
+
+    def timed(name: str, run) -> None:
+        start = time.perf_counter()
+        run()
+        seconds[name].append(time.perf_counter() - start)
+
+    def step() -> None:
+        loss = transport.loss(network, x, torch.rand(len(x)), torch.randn_like(x), y=labels).mean()
+        loss.backward()
+        torch.nn.utils.get_total_norm([p.grad for p in network.parameters()]).item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with tempfile.TemporaryDirectory() as place, open(Path(place) / "metrics.jsonl", "a", buffering=1) as metrics:
+
+        def checkpoint() -> None:
+            averaged, raw, moments = state.gather()
+            save_checkpoint(
+                Path(place) / f"step-{len(seconds['checkpoint'])}",
+                model=network,
+                weights=averaged,
+                transport=transport,
+                vae_source=DIGITS_VAE,
+                info=CheckpointInfo(classes=1000),
+                training_state=lambda folder: state.save(folder, raw, moments),
+            )
+
+        for number in range(arguments.rounds + 1):
+            timed("step", step)
+            timed("moving average", lambda: ema.step(network.parameters()))
+            timed("logging", lambda: metrics.write(json.dumps({"step": 1, "loss": 0.5}) + "\n"))
+            if number in (1, arguments.rounds):
+                timed("checkpoint", checkpoint)
+
+    medians = {name: statistics.median(values[1:] or values) for name, values in seconds.items()}
+    every = {"moving average": 1, "logging": arguments.log_every, "checkpoint": arguments.checkpoint_every}
+    print(f"{arguments.model}, {arguments.mixer}, batch {arguments.batch_size}, {torch.get_num_threads()} threads")
+    print(f"{'step':<16} {medians['step']:8.3f} s")
+    total = 0.0
+    for name, steps in every.items():
+        share = medians[name] / steps / medians["step"]
+        total += share
+        print(f"{name:<16} {medians[name]:8.3f} s every {steps} steps: {share:.2%} of a step")
+    print(f"{'together':<16} {total:.2%} of a step")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, prog="benchmarks/overhead.py"))
