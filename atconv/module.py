@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
@@ -82,7 +84,8 @@ class ATConv(nn.Module):
         Returns:
             Two tensors (B, k², C), row-major taps; (1, k², C) with routing off.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             wide = torch.promote_types(x.dtype, torch.float32)
             if self.routing:
                 projection, mixing = self.kernel_proj, self.kernel_gen

@@ -1,0 +1,80 @@
+"""The report of runs side by side, on two small runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sit.checkpoint import CheckpointInfo, save_checkpoint
+from sit.compare import Arguments, compare, open_runs
+from sit.config import TrainConfig
+from sit.errors import UserError
+from sit.latents import DIGITS_VAE
+from sit.model import create_model
+from sit.sampler import SamplerConfig
+from sit.transport import Transport
+
+
+def make_run(folder: Path, mixer: str, steps: tuple[int, ...], **config) -> Path:
+    folder.mkdir()
+    settings = dict(data="digits", image_size=32, model="SiT-XS/2", mixer=mixer) | config
+    (folder / "config.yaml").write_text(TrainConfig(**settings).to_yaml())
+    rows = [{"step": step, "loss": 1 / step} for step in range(1, steps[-1] + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in steps:
+        torch.manual_seed(step)
+        model = create_model("SiT-XS/2", mixer=mixer, input_size=8, num_classes=10)
+        info = CheckpointInfo(step, 64 * step, (32, 32), 10, [str(d) for d in range(10)], "digits", mixer)
+        place = folder / "checkpoints" / f"step-{step:07d}"
+        save_checkpoint(place, model=model, transport=Transport(), vae_source=DIGITS_VAE, info=info)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[str, str]:
+    place = tmp_path_factory.mktemp("runs")
+    return str(make_run(place / "a", "attention", (2, 4))), str(make_run(place / "b", "atconv", (4,)))
+
+
+def test_the_report(runs, tmp_path):
+    out = tmp_path / "report"
+    options = dict(num_samples=100, batch_size=50, speed_repeats=1, sampler=SamplerConfig(steps=2))
+    compare(Arguments(runs, str(out), **options))
+    numbers = json.loads((out / "numbers.json").read_text())["runs"]
+    attention, atconv = numbers["SiT-XS/2 attention"], numbers["SiT-XS/2 atconv"]
+    assert sorted(attention["metrics"]) == ["2", "4"] and sorted(atconv["metrics"]) == ["4"]
+    assert attention["images_seen"] == 256
+    n, c, depth = 16, 128, 6
+    difference = (4 * n * c * c + 2 * n * n * c) - (2 * n * c * c + 9 * c * c + 81 * c + 9 * n * c)
+    # the pooling is a product with a 9 x N matrix; the convolution of 9 taps is counted as one
+    measured = attention["multiply_accumulates"] - atconv["multiply_accumulates"]
+    assert measured == pytest.approx(depth * difference, rel=0.05)
+    for run in (attention, atconv):
+        assert all(speed > 0 for speed in run["images_per_second"].values())
+    text = (out / "README.md").read_text()
+    for file in re.findall(r"\]\((\S+\.png)\)", text):
+        assert Image.open(out / file).size[0] > 100
+    assert "FID (digits features, not comparable with Inception FID)" in text
+    assert f"{attention['parameters']:,}" in text and "0 (" not in text.split("images/s")[0]
+
+
+def test_what_is_refused(runs, tmp_path):
+    with pytest.raises(UserError, match="is not a run's folder"):
+        open_runs((str(tmp_path),), ())
+    with pytest.raises(UserError, match="has no whole checkpoint to compare; its steps are: 2, 4"):
+        open_runs((runs[0],), (3,))
+    with pytest.raises(UserError, match="give at least one"):
+        open_runs((), ())
+    other = make_run(tmp_path / "other", "atconv", (4,), image_size=64)
+    with pytest.raises(UserError, match="was trained with image_size 64 and .* with 32"):
+        open_runs((runs[0], str(other)), ())
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        compare(Arguments(runs, str(tmp_path / "taken"), num_samples=10, sampler=SamplerConfig(steps=2)))
+    names = [run.name for run in open_runs((runs[0], runs[0]), ())]
+    assert names == ["SiT-XS/2 attention (a)"] * 2
