@@ -14,6 +14,7 @@ import tyro
 from accelerate import PartialState
 
 from sit.checkpoint import load_for_sampling
+from sit.cli import one_line_errors
 from sit.device import pick_device
 from sit.errors import UserError, door
 from sit.files import atomic_write
@@ -105,7 +106,6 @@ def main(arguments: Arguments) -> None:
     device = pick_device(arguments.device) if arguments.device or state.num_processes == 1 else state.device
     on_digits = arguments.reference.split(":")[0] == "digits"
     name = arguments.features or ("digits" if on_digits else "inception")
-    extractor = get_extractor(name, device, weights_for(name, arguments))
     save = Path(arguments.save) if arguments.save else None
     if save is not None and (save.suffix != ".npz" or save.exists()):
         raise UserError(f"--save {save} must be a new file that ends in .npz")
@@ -120,6 +120,7 @@ def main(arguments: Arguments) -> None:
         samples.limit(arguments.num_samples)
         side = None
     reference = open_reference(arguments.reference, side, arguments.vae)
+    extractor = get_extractor(name, device, weights_for(name, arguments))
 
     report = evaluate(
         samples,
@@ -148,9 +149,13 @@ def reference_main(arguments: ReferenceArguments) -> None:
 @door
 def run() -> None:
     if sys.argv[1:2] == ["reference"]:
-        reference_main(tyro.cli(ReferenceArguments, prog="eval_fid.py reference", args=sys.argv[2:]))
+        with one_line_errors():
+            making = tyro.cli(ReferenceArguments, prog="eval_fid.py reference", args=sys.argv[2:])
+        reference_main(making)
     else:
-        main(tyro.cli(Arguments, prog="eval_fid.py", description=__doc__))
+        with one_line_errors():
+            judging = tyro.cli(Arguments, prog="eval_fid.py", description=__doc__)
+        main(judging)
 
 
 if __name__ == "__main__":

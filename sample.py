@@ -12,6 +12,7 @@ import tyro
 from tqdm import tqdm
 
 from sit.checkpoint import load_for_sampling
+from sit.cli import one_line_errors
 from sit.device import pick_device
 from sit.errors import UserError, door
 from sit.files import atomic_folder
@@ -99,5 +100,12 @@ def main(arguments: Arguments) -> None:
         print(f"samples: {folder / 'samples.npz'} and {count} PNGs")
 
 
+@door
+def run() -> None:
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="sample.py")
+    main(arguments)
+
+
 if __name__ == "__main__":
-    door(lambda: main(tyro.cli(Arguments, prog="sample.py")))()
+    run()

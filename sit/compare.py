@@ -20,6 +20,7 @@ import torch
 import tyro
 
 from sit.checkpoint import Loaded, find_checkpoints, load_for_sampling, read_info
+from sit.cli import one_line_errors
 from sit.config import TrainConfig, load_recipe
 from sit.device import pick_device
 from sit.errors import UserError, door
@@ -361,7 +362,9 @@ def row(name: str, cells: list[str]) -> str:
 
 @door
 def main() -> None:
-    folder = compare(tyro.cli(Arguments, prog="python -m sit.compare"))
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m sit.compare")
+    folder = compare(arguments)
     print(f"report: {folder / 'README.md'}")
 
 

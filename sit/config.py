@@ -12,6 +12,7 @@ import tyro
 import typeguard
 import yaml
 
+from sit.cli import one_line_errors
 from sit.errors import UserError
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -213,9 +214,10 @@ def parse_train_arguments(arguments: list[str]) -> TrainArguments:
     else:
         base = load_recipe(recipe or TrainArguments.recipe)
     description = f"{TrainArguments.__doc__} Recipes: {', '.join(known_recipes())}."
-    parsed = tyro.cli(
-        TrainArguments, args=arguments, default=TrainArguments(base), prog="train.py", description=description
-    )
+    with one_line_errors():
+        parsed = tyro.cli(
+            TrainArguments, args=arguments, default=TrainArguments(base), prog="train.py", description=description
+        )
     if parsed.gpus < 1:
         raise UserError(f"--gpus must be at least 1, not {parsed.gpus}")
     if parsed.images_per_second is not None and parsed.images_per_second <= 0:

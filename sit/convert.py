@@ -24,6 +24,7 @@ from sit.checkpoint import (
     resolve,
     save_checkpoint,
 )
+from sit.cli import one_line_errors
 from sit.errors import UserError, door
 from sit.files import atomic_write
 from sit.published import Hints, read_published, to_layout
@@ -225,12 +226,13 @@ def _table(
 @door
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    options = tyro.cli(
-        Annotated[Convert, tyro.conf.subcommand("convert")] | Annotated[Inspect, tyro.conf.subcommand("inspect")],
-        args=arguments,
-        prog="python -m sit.checkpoint",
-        description=__doc__,
-    )
+    with one_line_errors():
+        options = tyro.cli(
+            Annotated[Convert, tyro.conf.subcommand("convert")] | Annotated[Inspect, tyro.conf.subcommand("inspect")],
+            args=arguments,
+            prog="python -m sit.checkpoint",
+            description=__doc__,
+        )
     if isinstance(options, Convert):
         print(f"wrote {convert(options)}")
     else:

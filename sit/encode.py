@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from sit.cache import MANIFEST, SHARD_SIZE, CachedLatents, Manifest
 from sit.data import ImageData, open_images
+from sit.cli import one_line_errors
 from sit.errors import UserError, door
 from sit.files import atomic_write, explain_os_errors
 from sit.latents import encode_images, load_vae
@@ -284,7 +285,8 @@ def verify(config: Verify) -> dict[str, float]:
 @door
 def main() -> None:
     """The doors ``python -m sit.latents encode`` and ``verify``."""
-    config = tyro.extras.subcommand_cli_from_dict({"encode": Encode, "verify": Verify}, prog="python -m sit.latents")
+    with one_line_errors():
+        config = tyro.extras.subcommand_cli_from_dict({"encode": Encode, "verify": Verify}, prog="python -m sit.latents")
     try:
         if isinstance(config, Verify):
             figures = verify(config)

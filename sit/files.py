@@ -31,6 +31,8 @@ def explain_os_errors(path: Path) -> Iterator[None]:
             raise UserError(f"the disk is full, so {path} was not written; what was there is untouched") from error
         if number in _REFUSED:
             raise UserError(f"{path} can't be written ({os.strerror(number)}); choose another output folder") from error
+        if number == errno.ENOENT and error.filename and Path(error.filename).parent == path.parent:
+            raise UserError(f"{path} can't be made there; choose another output folder") from error
         if number in (errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"{path} can't be written: a file stands where a folder is needed") from error
         raise
@@ -108,6 +110,18 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def refuse_used(path: str | Path, flag: str) -> None:
+    """Whether an output folder is free, before any work is done for it.
+
+    Raises:
+        UserError: it exists and is not empty; ``flag`` is named.
+    """
+    path = Path(path)
+    with explain_os_errors(path):
+        if path.is_dir() and any(path.iterdir()):
+            raise UserError(f"{flag} {path} exists and is not empty; choose a new folder or remove it")
+
+
 def new_output(path: str | Path, flag: str) -> Path:
     """Create the empty output folder ``path``, named by the command-line ``flag``.
 
@@ -115,9 +129,8 @@ def new_output(path: str | Path, flag: str) -> Path:
         UserError: it exists and is not empty, or it can't be made or written.
     """
     path = Path(path)
+    refuse_used(path, flag)
     with explain_os_errors(path):
-        if path.is_dir() and any(path.iterdir()):
-            raise UserError(f"{flag} {path} exists and is not empty; choose a new folder or remove it")
         path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
         raise UserError(f"{flag} {path} can't be written; choose another folder")

@@ -289,13 +289,22 @@ class SiT(ModelMixin, ConfigMixin):
         return x.reshape(-1, self.out_channels, grid[0] * patch, grid[1] * patch)
 
 
+def check_model_name(name: str) -> None:
+    """Refuse a name that the size table lacks.
+
+    Raises:
+        UserError: it lacks it.
+    """
+    if name not in MODELS:
+        sizes, patches = ", ".join(SIZES), ", ".join(map(str, PATCHES))
+        raise UserError(f"unknown model {name!r}; models are SiT-SIZE/PATCH with sizes {sizes} and patches {patches}")
+
+
 def create_model(name: str, **options) -> SiT:
     """Make a network of the size table, e.g. ``create_model("SiT-XL/2", mixer="atconv", input_size=32)``.
 
     Raises:
         UserError: a name that the table lacks.
     """
-    if name not in MODELS:
-        sizes, patches = ", ".join(SIZES), ", ".join(map(str, PATCHES))
-        raise UserError(f"unknown model {name!r}; models are SiT-SIZE/PATCH with sizes {sizes} and patches {patches}")
+    check_model_name(name)
     return SiT(**{**MODELS[name], **options})

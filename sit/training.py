@@ -21,10 +21,11 @@ from sit import randomness
 from sit.checkpoint import CheckpointInfo, find_checkpoints, newest_checkpoint, read_info, resolve, save_checkpoint
 from sit.config import TrainConfig, check_same_run, run_folder
 from sit.errors import UserError
-from sit.files import atomic_write
+from sit.files import atomic_write, refuse_used
 from sit.latents import decode
 from sit.loader import Batch, training_batches
-from sit.model import SiT, create_model
+from sit.mixers import parse_mixers
+from sit.model import SiT, check_model_name, create_model
 from sit.previews import labelled_grid, save_png
 from sit.runs import JsonLinesTracker, clear_leftovers, new_run_folder, prune_checkpoints, replaced
 from sit.sampler import SamplerConfig, generate
@@ -148,12 +149,19 @@ class Trainer:
         return None if config.resume is None else run_folder(config.resume)
 
     def find_start(self) -> None:
-        """Where to go on: ``self.checkpoint`` (None from scratch) and ``self.step``, the steps already done."""
+        """Where to go on: ``self.checkpoint`` (None from scratch) and ``self.step``, the steps already done.
+
+        What can be wrong without the data being read is found here, before that takes its time.
+        """
         config = self.config
+        parse_mixers(config.mixer)
+        check_model_name(config.model)
         if config.resume == "auto" and config.output_dir is None:
             raise UserError("--resume auto needs --output-dir, the run to continue if it has begun")
         if (folder := self.begun_folder()) is not None:
             check_same_run(config, folder)
+        elif config.output_dir is not None:
+            refuse_used(config.output_dir, "--output-dir")
         self.step, self.checkpoint = 0, None
         if config.resume == "auto":
             self.checkpoint = newest_checkpoint(config.output_dir, resumable=True)
