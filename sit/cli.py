@@ -23,13 +23,12 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _essence(box: str) -> str:
-    """The message of tyro's box: what stands above its first rule, on one line."""
-    lines = []
+    """The message of tyro's box on one line: what stands between its title and its first rule."""
+    parts: list[list[str]] = [[]]
     for line in box.splitlines():
-        text = line.strip("│╭╮╰╯ ")
-        if line.startswith(("╭", "╰")):
-            continue
-        if set(text) == {"─"}:
-            break
-        lines.append(text.strip())
-    return " ".join(lines) + "; --help lists the flags"
+        text = line.strip("│ ")
+        if line.startswith("╭") or (len(text) > 2 and set(text) <= set("─-")):
+            parts.append([])  # the title is part of the frame, or, without box characters, a line with a rule below it
+        elif text and not line.startswith("╰"):
+            parts[-1].append(text)
+    return " ".join(parts[1] if len(parts) > 1 else parts[0]) + "; --help lists the flags"
