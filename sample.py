@@ -19,7 +19,7 @@ from sit.files import atomic_folder
 from sit.previews import labelled_grid, save_png
 from sit.published import FileHints
 from sit.sampler import SamplerConfig
-from sit.sampling import SampleWriter, balanced_labels, check_labels, sample_images
+from sit.sampling import SampleWriter, balanced_labels, check_labels, latent_shape_for, sample_images
 
 GRID_LIMIT = 100
 """images in the grid at most"""
@@ -68,14 +68,18 @@ def main(arguments: Arguments) -> None:
     count = arguments.num_samples or 4 * len(labels)
     folder = Path(arguments.out or f"samples/{time.strftime('%Y%m%d-%H%M%S')}-seed{arguments.seed}")
     indices = torch.arange(count)
+    latent_shape_for(loaded, arguments.image_size)  # a size that doesn't fit is told before anything is made
 
-    with atomic_folder(folder) as place:
+    with (
+        atomic_folder(folder) as place,
+        tqdm(total=count, desc="sample", unit="image", unit_scale=True, dynamic_ncols=True) as bar,
+    ):
         writer = SampleWriter(place, count, keep=arguments.num_samples is not None)
-        steps = tqdm(desc="sample", unit="step", dynamic_ncols=True)
 
-        def on_step(step: int, total: int, latents: torch.Tensor) -> None:
-            steps.total = total
-            steps.update()
+        def on_step(step: int, total: int | None, latents: torch.Tensor) -> None:
+            """Advance by this step's share of the images that are made together; adaptive solvers tell no total."""
+            if total is not None:
+                bar.update(min(len(latents) / total, count - bar.n))
 
         for batch in sample_images(
             loaded,
@@ -88,7 +92,7 @@ def main(arguments: Arguments) -> None:
             on_step=on_step,
         ):
             writer.add(batch)
-        steps.close()
+            bar.update(writer.done - bar.n)
         names = loaded.info.label_names
         shown = writer.labels[:GRID_LIMIT].tolist()
         captions = [names[label] if label < len(names) else str(label) for label in shown]

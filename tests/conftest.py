@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 
@@ -12,3 +15,20 @@ def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint folder of a tiny network with random weights, on the digits."""
+    from sit.checkpoint import CheckpointInfo, save_checkpoint
+    from sit.latents import DIGITS_VAE
+    from sit.model import SiT
+    from sit.transport import Transport
+
+    torch.manual_seed(0)
+    model = SiT(8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=10, mixer="atconv")
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.1)
+    folder = tmp_path_factory.mktemp("checkpoints") / "step-0000001"
+    info = CheckpointInfo(1, 1, (32, 32), 10, [str(d) for d in range(10)], "digits", "atconv")
+    return save_checkpoint(folder, model=model, transport=Transport(), vae_source=DIGITS_VAE, info=info)

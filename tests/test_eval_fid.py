@@ -236,22 +236,6 @@ def test_other_mistakes(tmp_path):
         few.limit(9)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    from sit.checkpoint import CheckpointInfo, save_checkpoint
-    from sit.latents import DIGITS_VAE
-    from sit.model import SiT
-    from sit.transport import Transport
-
-    torch.manual_seed(0)
-    model = SiT(8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=10, mixer="atconv")
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.1)
-    folder = tmp_path_factory.mktemp("checkpoints") / "step-0000001"
-    info = CheckpointInfo(1, 1, (32, 32), 10, [str(d) for d in range(10)], "digits", "atconv")
-    return save_checkpoint(folder, model=model, transport=Transport(), vae_source=DIGITS_VAE, info=info)
-
-
 def test_from_a_checkpoint_on_one_process_and_on_two(checkpoint, tmp_path):
     """Sampled on the fly: the same numbers however many processes share the work."""
     values = []
