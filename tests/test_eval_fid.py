@@ -278,6 +278,22 @@ def test_a_latent_cache_is_a_reference_through_its_vae(tmp_path):
     assert torch.equal(images.batch(np.arange(4)), expected.permute(0, 3, 1, 2))
 
 
+def test_data_sets_that_torch_fidelity_has_registered(monkeypatch):
+    from torch_fidelity.registry import DATASETS_REGISTRY
+
+    pictures = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    monkeypatch.setitem(DATASETS_REGISTRY, "five-pictures", lambda root, download: list(pictures))
+    images = open_samples("five-pictures")
+    assert len(images) == 5 and torch.equal(images.batch(np.array([3, 1])), pictures[[3, 1]])
+
+    def refuse(root, download):
+        raise RuntimeError("no network")
+
+    monkeypatch.setitem(DATASETS_REGISTRY, "far-away", refuse)
+    with pytest.raises(UserError, match="far-away can't be had .no network.: put torchvision's files into"):
+        open_samples("far-away")
+
+
 def test_dinov2_features_are_timms_class_token(tmp_path):
     """The small model with random weights; the input is prepared independently with PIL."""
     import timm

@@ -59,12 +59,18 @@ def frechet_with_error(features: np.ndarray, reference: Moments) -> tuple[float,
     return whole, float(np.sqrt((GROUPS - 1) * np.var(left_out)))
 
 
-def frechet_at_infinity(features: np.ndarray, reference: Moments, points: int = 8) -> float:
-    """FID∞ (Chong & Forsyth 2020): the distance of random subsets, extrapolated over 1/N to infinitely many samples."""
-    order = np.random.default_rng(1).permutation(len(features))
+def frechet_at_infinity(features: np.ndarray, reference: Moments, points: int = 8) -> tuple[float, float]:
+    """FID∞ (Chong & Forsyth 2020): the distance of random subsets, extrapolated over 1/N to infinitely many samples.
+
+    Returns:
+        The value, and the standard error of the line's intercept.
+    """
+    rng = np.random.default_rng(1)
     sizes = np.linspace(len(features) / 4, len(features), points).astype(int)
-    distances = [frechet_distance(Moments.of(features[order[:size]]), reference) for size in sizes]
-    return float(np.polyfit(1 / sizes, distances, 1)[1])
+    subsets = [rng.permutation(len(features))[:size] for size in sizes]
+    distances = [frechet_distance(Moments.of(features[subset]), reference) for subset in subsets]
+    line, covariance = np.polyfit(1 / sizes, distances, 1, cov=True)
+    return float(line[1]), float(np.sqrt(covariance[1, 1]))
 
 
 def inception_score(logits: np.ndarray, splits: int = GROUPS) -> tuple[float, float]:

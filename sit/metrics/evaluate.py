@@ -288,8 +288,8 @@ def _numbers(
     if len(features) >= 10 * distances.GROUPS:
         value, error = distances.frechet_with_error(features, moments)
         yield Number(f"FID{frechet_on}", value, error, "jackknife over samples")
-        infinite = distances.frechet_at_infinity(features, moments)
-        yield Number(f"FID at infinity{frechet_on}", infinite, None, "extrapolated over 1/N")
+        infinite, error = distances.frechet_at_infinity(features, moments)
+        yield Number(f"FID at infinity{frechet_on}", infinite, error, "extrapolated over 1/N; error of the fit")
     else:
         value = distances.frechet_distance(Moments.of(features), moments)
         yield Number(f"FID{frechet_on}", value, None, "too few samples for an error")
@@ -300,8 +300,11 @@ def _numbers(
             spatial = reference.spatial
         elif real is not None:
             spatial = Moments.of(real["spatial"])
-        if spatial is not None:
-            yield Number("sFID", distances.frechet_distance(Moments.of(found["spatial"]), spatial))
+        if spatial is not None and len(features) >= 10 * distances.GROUPS:
+            yield Number("sFID", *distances.frechet_with_error(found["spatial"], spatial), "jackknife over samples")
+        elif spatial is not None:
+            value = distances.frechet_distance(Moments.of(found["spatial"]), spatial)
+            yield Number("sFID", value, None, "too few samples for an error")
     if "logits" in found and len(features) >= 10 * distances.GROUPS:
         score, spread = distances.inception_score(found["logits"])
         yield Number(f"Inception score{on}", score, spread, f"spread over {distances.GROUPS} splits")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch_fidelity.registry import DATASETS_REGISTRY
 
 from sit.cache import CachedLatents, is_cache
 from sit.data import EXTENSIONS, open_images
@@ -101,6 +102,22 @@ class DataImages(Images):
         return torch.stack([self.data[int(number)][0] for number in numbers])
 
 
+class RegisteredImages(Images):
+    """A data set that torch-fidelity knows by name, such as ``cifar10-train``, from its usual place or downloaded."""
+
+    def __init__(self, name: str) -> None:
+        root = Path(torch.hub.get_dir()).parent / "fidelity_datasets"
+        try:
+            self.data = DATASETS_REGISTRY[name](str(root), True)
+        except Exception as error:  # torchvision's downloaders raise whatever they meet
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"the data set {name} can't be had ({reason}): put torchvision's files into {root}") from error
+        self.name, self.count = name, len(self.data)
+
+    def batch(self, numbers: np.ndarray) -> torch.Tensor:
+        return torch.stack([self.data[int(number)] for number in numbers])
+
+
 class CacheImages(Images):
     """The images of a latent cache, decoded by its VAE from the posterior means: what a perfect generator could give.
 
@@ -147,7 +164,8 @@ def open_reference(spec: str, image_size: int | None = None, vae: str | None = N
 
 
 def open_samples(spec: str, image_size: int | None = None, vae: str | None = None) -> Images:
-    """Open images: an npz with ``arr_0``, a folder of images, a latent cache, or a data set such as ``digits``.
+    """Open images: an npz with ``arr_0``, a folder of images, a latent cache, or a data set: ``digits``, another of
+    ``train.py --data``, or one that torch-fidelity has registered.
 
     Args:
         spec: which.
@@ -165,6 +183,8 @@ def open_samples(spec: str, image_size: int | None = None, vae: str | None = Non
     if path.is_dir():
         packed = path / "samples.npz"
         return open_samples(str(packed)) if packed.is_file() else FileImages(path)
+    if not path.exists() and spec in DATASETS_REGISTRY:
+        return RegisteredImages(spec)
     if not path.exists() and (spec.split(":")[0] == "digits" or ":" in spec):
         return DataImages(spec, image_size)
     raise UserError(f"{spec}: no such folder, npz file or data set")
