@@ -1,4 +1,4 @@
-"""Sample from a checkpoint: ``python sample.py --ckpt RUN --steps 250``; ``python sample.py --help`` lists the flags."""
+"""Sample from a checkpoint: ``python sample.py --ckpt RUN --steps 250``; ``--help`` lists the flags."""
 
 from __future__ import annotations
 

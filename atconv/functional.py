@@ -1,4 +1,4 @@
-"""ATConv's mathematics on plain tensors: pooling, kernel generation, lateral inhibition, per-image depthwise convolution.
+"""ATConv's mathematics on plain tensors: pooling, kernel generation, inhibition, per-image depthwise convolution.
 
 All of it works in the token layout, channels last, so nothing is transposed around the projections.
 """

@@ -82,9 +82,7 @@ def main(arguments: Arguments) -> int:
 
         writing = 0
         for kill in range(arguments.kills):
-            process = subprocess.Popen(
-                command(arguments, killed), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-            )
+            process = subprocess.Popen(command(arguments, killed), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
             before = newest_step(killed)
             while newest_step(killed) <= before and process.poll() is None:
                 time.sleep(0.01)  # it must get anywhere between two kills
@@ -99,7 +97,10 @@ def main(arguments: Arguments) -> int:
 
         last = f"checkpoints/step-{arguments.steps:07d}"
         same = [contents(whole / last / name) == contents(killed / last / name) for name in COMPARED]
-        rows = [[line.split(", ")[:2] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, killed)]
+        rows = [
+            [line.split(", ")[:2] for line in (run / "metrics.jsonl").read_text().splitlines()]
+            for run in (whole, killed)
+        ]
         print(f"{arguments.kills} kills, {writing} of them while writing a checkpoint")
         for name, equal in zip(COMPARED, same, strict=True):
             print(f"{name}: {'the same to the bit' if equal else 'DIFFERENT'}")

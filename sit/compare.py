@@ -309,12 +309,13 @@ def markdown(
     runs = found["runs"]
     sampler = arguments.sampler
     command = f"python -m sit.compare {' '.join(arguments.runs)} --out {arguments.out}"
+    today = time.strftime("%Y-%m-%d")
     guidance = f"guidance {sampler.cfg_scale:g}" if sampler.cfg_scale != 1 else "no guidance"
     lines = [
         f"# {' against '.join(runs)}",
         "",
         f"Made by `{command}` with {arguments.num_samples} samples a checkpoint, seed {arguments.seed}, "
-        f"{sampler.sampler.upper()} {sampler.resolved_method}, {sampler.steps} steps, {guidance}; on {time.strftime('%Y-%m-%d')}, "
+        f"{sampler.sampler.upper()} {sampler.resolved_method}, {sampler.steps} steps, {guidance}; on {today}, "
         f"{found['machine']}. Reference: {reference}; {label}. All numbers: [numbers.json](numbers.json).",
         "",
         "| | " + " | ".join(runs) + " |",
@@ -325,8 +326,8 @@ def markdown(
     ]
     if arguments.speed_repeats:
         for kind, text in (("training", "training"), ("sampling", f"sampling, {sampler.steps} steps")):
-            first = next(iter(runs.values()))["images_per_second"][kind]
-            cells = [f"{r['images_per_second'][kind]:.4g} ({r['images_per_second'][kind] / first:.2f}x)" for r in runs.values()]
+            speeds = [run["images_per_second"][kind] for run in runs.values()]
+            cells = [f"{speed:.4g} ({speed / speeds[0]:.2f}x)" for speed in speeds]
             lines.append(row(f"images/s, {text}", cells))
     last = {name: run["metrics"][max(run["metrics"])] for name, run in runs.items()}
     for index, number in enumerate(next(iter(last.values()))):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-import tyro
 import typeguard
+import tyro
 import yaml
 
 from sit.cli import one_line_errors

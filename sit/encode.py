@@ -26,8 +26,8 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from sit.cache import MANIFEST, SHARD_SIZE, CachedLatents, Manifest
-from sit.data import ImageData, open_images
 from sit.cli import one_line_errors
+from sit.data import ImageData, open_images
 from sit.errors import UserError, door
 from sit.files import atomic_write, explain_os_errors
 from sit.latents import encode_images, load_vae
@@ -286,7 +286,9 @@ def verify(config: Verify) -> dict[str, float]:
 def main() -> None:
     """The doors ``python -m sit.latents encode`` and ``verify``."""
     with one_line_errors():
-        config = tyro.extras.subcommand_cli_from_dict({"encode": Encode, "verify": Verify}, prog="python -m sit.latents")
+        config = tyro.extras.subcommand_cli_from_dict(
+            {"encode": Encode, "verify": Verify}, prog="python -m sit.latents"
+        )
     try:
         if isinstance(config, Verify):
             figures = verify(config)

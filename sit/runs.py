@@ -104,7 +104,7 @@ def clear_leftovers(run: Path) -> None:
 
 
 def prune_checkpoints(checkpoints: list[tuple[int, Path]], keep_last: int, keep_every: int | None) -> None:
-    """Delete all (step, folder) but the last ``keep_last`` and every ``keep_every`` steps; ``keep_last`` 0 keeps all."""
+    """Delete all but the last ``keep_last`` (0: none) and every ``keep_every`` steps of (step, folder)."""
     if not keep_last:
         return
     for step, folder in sorted(checkpoints)[:-keep_last]:

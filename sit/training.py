@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> tuple[Path, bool]:
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """The learning rate of optimiser step ``step`` (from 0): linear warm-up, then constant, or a cosine to the final."""
+    """The learning rate of optimiser step ``step`` (from 0): linear warm-up, then constant or a cosine."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.final_learning_rate is None:
         return warm * config.learning_rate
@@ -310,7 +310,9 @@ class Trainer:
         loss, indices = self.accelerator.gather((loss, indices))
         bad = indices[~loss.isfinite()].tolist()
         values = sorted({str(value) for value in loss[~loss.isfinite()].tolist()})
-        what = f"loss {', '.join(values)} at images {bad}" if bad else f"gradient norm {norm} of images {indices.tolist()}"
+        what = f"gradient norm {norm} of images {indices.tolist()}"
+        if bad:
+            what = f"loss {', '.join(values)} at images {bad}"
         message = f"step {self.step + 1}: {what}; the step is skipped ({skipped} in a row)"
         if skipped >= self.config.non_finite_limit:
             raise UserError(f"{message}: stopped, as --non-finite-limit is {self.config.non_finite_limit}")

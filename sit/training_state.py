@@ -57,7 +57,9 @@ class TrainingState:
         On processes other than the main one the dicts are empty where the weights are sharded.
         """
         with ema_weights(self.model, self.ema):
-            averaged = {name: tensor.clone() for name, tensor in get_model_state_dict(self.model, options=WHOLE).items()}
+            averaged = {
+                name: tensor.clone() for name, tensor in get_model_state_dict(self.model, options=WHOLE).items()
+            }
         raw = get_model_state_dict(self.model, options=WHOLE)
         optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
         return averaged, raw, optimizer

@@ -60,7 +60,7 @@ class Transport(SchedulerMixin, ConfigMixin):
             if value is not None and not 0 <= value < 0.5:
                 raise UserError(f"--{name}-eps must be in [0, 0.5), not {value}")
         if sample_eps == 0 and prediction != "velocity":
-            raise UserError(f"--sample-eps 0: the prediction {prediction} has no finite drift at the ends; leave it out")
+            raise UserError(f"--sample-eps 0: the prediction {prediction} has no finite drift at the ends: leave it")
         if interpolant != "vp" and prediction == "velocity":
             train_eps = sample_eps = 0.0
         self.train_eps = (1e-5 if interpolant == "vp" else 1e-3) if train_eps is None else train_eps

@@ -23,7 +23,10 @@ class Arguments:
     "arguments, words",
     [
         ([], "Missing from .*--needed"),
-        (["--needed", "a", "--number", "many"], "^Error parsing --number: invalid literal [^;]*'many'; --help lists the flags$"),
+        (
+            ["--needed", "a", "--number", "many"],
+            "^Error parsing --number: invalid literal [^;]*'many'; --help lists the flags$",
+        ),
         (["--needed", "a", "--choice", "none"], r"invalid choice 'none' for argument '--choice'. Expected one of"),
         (["--needed", "a", "--unknown", "3"], "Unrecognized options: --unknown, 3"),
     ],

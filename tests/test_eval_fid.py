@@ -83,7 +83,11 @@ def test_folder_npz_and_statistics_agree(tmp_path, capsys):
     with np.load(stats) as archive:
         assert archive["mu"].shape == (64,) and archive["sigma"].shape == (64, 64) and archive["arr_0"].shape[0] == 360
     fids = []
-    for samples, reference in (("samples.npz", "digits:heldout"), ("png", "digits:heldout"), ("samples.npz", str(stats))):
+    for samples, reference in (
+        ("samples.npz", "digits:heldout"),
+        ("png", "digits:heldout"),
+        ("samples.npz", str(stats)),
+    ):
         out = tmp_path / "out.json"
         run_door(["eval_fid.py", "--samples", str(tmp_path / samples), "--reference", reference, "--features", "digits",
                   "--json", str(out)])  # fmt: skip
@@ -151,7 +155,9 @@ def test_the_inception_path_from_end_to_end(inception_weights, tmp_path):
 def test_missing_inception_weights_are_asked_for_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None, raising=False)
-    with pytest.raises(UserError, match="weights-inception-2015-12-05-6726825d.pth .* at .* or pass --inception-weights"):
+    with pytest.raises(
+        UserError, match="weights-inception-2015-12-05-6726825d.pth .* at .* or pass --inception-weights"
+    ):
         get_extractor("inception", CPU)
     (tmp_path / "wrong.pth").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="wrong.pth: not the weights"):
@@ -242,8 +248,8 @@ def test_from_a_checkpoint_on_one_process_and_on_two(checkpoint, tmp_path):
     for processes in (1, 2):
         out = tmp_path / f"{processes}.json"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
-                   "--main_process_port", "0", "eval_fid.py", "--ckpt", str(checkpoint), "--reference", "digits:heldout",
-                   "--num-samples", "1040", "--steps", "2", "--json", str(out)]  # fmt: skip
+                   "--main_process_port", "0", "eval_fid.py", "--ckpt", str(checkpoint), "--num-samples", "1040",
+                   "--reference", "digits:heldout", "--steps", "2", "--json", str(out)]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         values.append([number["value"] for number in json.loads(out.read_text())["numbers"]])
@@ -258,7 +264,9 @@ def test_saved_samples_are_those_that_were_judged(checkpoint, tmp_path, monkeypa
     with np.load(saved) as archive:
         assert archive["arr_0"].shape == (40, 32, 32, 3) and archive["arr_0"].dtype == np.uint8
         assert archive["arr_1"].tolist() == [i % 10 for i in range(40)]
-    run_door(["eval_fid.py", "--samples", str(saved), "--reference", "digits:heldout", "--json", str(tmp_path / "b.json")])
+    run_door(
+        ["eval_fid.py", "--samples", str(saved), "--reference", "digits:heldout", "--json", str(tmp_path / "b.json")]
+    )
     values = [[n["value"] for n in json.loads((tmp_path / f).read_text())["numbers"]] for f in ("a.json", "b.json")]
     np.testing.assert_allclose(*values, rtol=1e-9)
 

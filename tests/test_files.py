@@ -35,7 +35,8 @@ def test_a_failed_folder_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number, words", [(errno.ENOSPC, "disk is full"), (errno.EROFS, "can't be written"), (errno.ENOTDIR, "a file stands")]
+    "number, words",
+    [(errno.ENOSPC, "disk is full"), (errno.EROFS, "can't be written"), (errno.ENOTDIR, "a file stands")],
 )
 def test_the_systems_refusals_become_one_line(tmp_path, number, words):
     with pytest.raises(UserError, match=words), atomic_write(tmp_path / "file"):

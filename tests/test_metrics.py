@@ -112,7 +112,9 @@ def test_kid_is_the_unbiased_estimate():
         return (x.astype(np.float64) @ y.T.astype(np.float64) / 10 + 1) ** 3
 
     n = 80
-    expected = (kernel(a, a).sum() - np.trace(kernel(a, a)) + kernel(b, b).sum() - np.trace(kernel(b, b))) / (n * (n - 1))
+    expected = (kernel(a, a).sum() - np.trace(kernel(a, a)) + kernel(b, b).sum() - np.trace(kernel(b, b))) / (
+        n * (n - 1)
+    )
     expected -= 2 * kernel(a, b).mean()
     mean, _ = kernel_distance(a, b)  # every subset is the whole set
     assert mean == pytest.approx(expected, rel=1e-4)

@@ -147,7 +147,8 @@ def test_float32_and_half_precision():
 
 @pytest.mark.parametrize("sampler, method, last_step, evaluations", [
     ("sde", "euler", "mean", 7), ("sde", "heun", "mean", 13), ("sde", "euler", "none", 7), ("sde", "heun", "none", 14),
-    ("ode", "euler", "mean", 7), ("ode", "heun2", "mean", 14), ("ode", "midpoint", "mean", 14), ("ode", "rk4", "mean", 28),
+    ("ode", "euler", "mean", 7), ("ode", "heun2", "mean", 14), ("ode", "midpoint", "mean", 14),
+    ("ode", "rk4", "mean", 28),
 ])  # fmt: skip
 def test_what_steps_counts(sampler, method, last_step, evaluations):
     calls, steps = [], []

@@ -79,7 +79,7 @@ def test_drift_and_score(interpolant, prediction):
 
 
 def test_published_intervals():
-    """(train), (ODE), (SDE to the last step of 0.04, diffusion sigma), (the same, SBDM), as the published code has them."""
+    """(train), (ODE), (SDE to the last step of 0.04, diffusion sigma), (the same, SBDM), as published."""
     table = {
         ("linear", "velocity"): [(0, 1), (0, 1), (0, 0.96), (0, 0.96)],
         ("linear", "score"): [(1e-3, 0.999), (1e-3, 0.999), (1e-3, 0.96), (1e-3, 0.96)],

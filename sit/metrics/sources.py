@@ -111,7 +111,8 @@ class RegisteredImages(Images):
             self.data = DATASETS_REGISTRY[name](str(root), True)
         except Exception as error:  # torchvision's downloaders raise whatever they meet
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"the data set {name} can't be had ({reason}): put torchvision's files into {root}") from error
+            mend = f"put torchvision's files into {root}"
+            raise UserError(f"the data set {name} can't be had ({reason}): {mend}") from error
         self.name, self.count = name, len(self.data)
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
