@@ -50,6 +50,10 @@ class TrainConfig:
     """what the network predicts"""
     loss_weight: Literal["none", "velocity", "likelihood"] = "none"
     """weight of the loss over time, for score and noise prediction"""
+    train_eps: float | None = None
+    """how far training stays from the singular ends of time; None is the published value"""
+    sample_eps: float | None = None
+    """how far sampling stays from them; None is the published value"""
 
     # the optimisation
     steps: int = 1000
@@ -227,7 +231,7 @@ def parse_train_arguments(arguments: list[str]) -> TrainArguments:
 
 FIXED_BY_THE_FIRST_STEP = (
     "data", "image_size", "flip", "vae", "model", "mixer", "learn_sigma", "class_dropout", "interpolant", "prediction",
-    "loss_weight", "batch_size", "betas", "weight_decay", "ema_decay", "seed",
+    "loss_weight", "train_eps", "batch_size", "betas", "weight_decay", "ema_decay", "seed",
 )  # fmt: skip
 
 

@@ -111,7 +111,11 @@ class Trainer:
     def build_network(self) -> None:
         config = self.config
         self.transport = Transport(
-            interpolant=config.interpolant, prediction=config.prediction, loss_weight=config.loss_weight
+            interpolant=config.interpolant,
+            prediction=config.prediction,
+            loss_weight=config.loss_weight,
+            train_eps=config.train_eps,
+            sample_eps=config.sample_eps,
         )
         torch.manual_seed(randomness.key(config.seed, "initial weights"))
         channels, *size = self.latent_shape

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
 from sit.checkpoint import load_for_sampling
@@ -172,6 +173,24 @@ def test_a_step_that_is_not_finite_is_named_skipped_and_in_the_end_fatal(tmp_pat
     trainer.forward_backward = lambda batch: second(batch | {"latents": batch["latents"] * float("inf")})
     with pytest.raises(UserError, match="step 2: loss nan .* --non-finite-limit is 2"):
         trainer.run()
+
+
+def test_the_objective_is_stored_in_the_checkpoint(tmp_path):
+    objective = dict(interpolant="gvp", prediction="noise", loss_weight="velocity", train_eps=0.01, sample_eps=0.02)
+    train(small(tmp_path / "a", steps=1, **objective))
+    config = load_for_sampling(tmp_path / "a").transport.config
+    assert {name: config[name] for name in objective} == objective
+
+
+def test_training_on_a_folder_of_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        (tmp_path / "data" / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, size=(40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"class{number % 2}" / f"{number}.png")
+    train(small(tmp_path / "a", data=str(tmp_path / "data"), flip=True, steps=2, workers=1))
+    info = load_for_sampling(tmp_path / "a").info
+    assert info.label_names == ["class0", "class1"] and info.images_seen == 16
 
 
 def test_learning_rate():
