@@ -157,6 +157,7 @@ def save_network(folder: Path, model: SiT, weights: Mapping[str, torch.Tensor] |
     folder.mkdir(parents=True, exist_ok=True)
     model.save_config(folder)
     own = {plain_key(name): tensor for name, tensor in model.state_dict().items()}
+    own = {name: tensor for name, tensor in own.items() if not name.startswith(model.PROJECTOR)}
     given = own if weights is None else {plain_key(name): tensor for name, tensor in weights.items()}
     buffers = {plain_key(name) for name, _ in model.named_buffers()}
     if wrong := (set(own) - buffers - set(given)) | (set(given) - set(own)):

@@ -55,6 +55,13 @@ class TrainConfig:
     sample_eps: float | None = None
     """how far sampling stays from them; None is the published value"""
 
+    repa: str | None = None
+    """align tokens with a frozen encoder (REPA): a timm model, e.g. vit_base_patch14_dinov2.lvd142m, or a folder"""
+    repa_weight: float = 0.5
+    """weight of the alignment beside the loss"""
+    repa_block: int = 8
+    """the block, counted from 1, whose tokens are aligned"""
+
     # the optimisation
     steps: int = 1000
     """optimiser steps of the whole run"""
@@ -117,10 +124,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "steps", "batch_size", "gradient_accumulation", "log_every", "checkpoint_every",
-                     "preview_steps", "non_finite_limit"):  # fmt: skip
+                     "preview_steps", "non_finite_limit", "repa_block"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup_steps", "workers", "preview_every", "keep_last", "weight_decay"):
+        for name in ("warmup_steps", "workers", "preview_every", "keep_last", "weight_decay", "repa_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{_flag(name)} can't be negative: {getattr(self, name)}")
         for name in ("class_dropout", "ema_decay"):
@@ -232,6 +239,7 @@ def parse_train_arguments(arguments: list[str]) -> TrainArguments:
 FIXED_BY_THE_FIRST_STEP = (
     "data", "image_size", "flip", "vae", "model", "mixer", "learn_sigma", "class_dropout", "interpolant", "prediction",
     "loss_weight", "train_eps", "batch_size", "betas", "weight_decay", "ema_decay", "seed",
+    "repa", "repa_weight", "repa_block",
 )  # fmt: skip
 
 

@@ -164,6 +164,9 @@ class SiT(ModelMixin, ConfigMixin):
         UserError: sizes that do not fit together, or an unknown mixer.
     """
 
+    PROJECTOR = "projector."
+    """Where the keys of a projector begin, which training by alignment alone adds (:mod:`sit.alignment`)."""
+
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTBlock"]
 
@@ -193,6 +196,8 @@ class SiT(ModelMixin, ConfigMixin):
         self.grid = self._grid(height, width)
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.gradient_checkpointing = False
+        self.projected_block = 0
+        self.register_module("projector", None)
 
         self.x_embedder = PatchEmbed(None, patch_size, in_channels, hidden_size, strict_img_size=False)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -255,16 +260,19 @@ class SiT(ModelMixin, ConfigMixin):
             return self.pos_embed
         return _stretched_table(self.config.hidden_size, self.grid, grid, self.pos_embed.device)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, project: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The prediction (velocity, score or noise, as it was trained) at the noisy latents.
 
         Args:
             x: (B, in_channels, h, w) latents.
             t: (B,) times in [0, 1], 0 noise and 1 data.
             y: (B,) int64 labels; ``num_classes`` is the null class.
+            project: answer also with the projected tokens (:func:`sit.alignment.attach_projector`).
 
         Returns:
-            (B, in_channels, h, w), of the network's dtype.
+            (B, in_channels, h, w), of the network's dtype; with ``project``, that and (B, N, features).
         """
         height, width = x.shape[-2:]
         grid = self._grid(height, width)
@@ -272,14 +280,18 @@ class SiT(ModelMixin, ConfigMixin):
         if self.config.positional_embedding:
             x = x + self.positional_table(grid).to(x.dtype)
         condition = self.t_embedder(1 - t if self.config.time_reversed else t) + self.y_embedder(y)
-        for block in self.blocks:
+        projected = None
+        for number, block in enumerate(self.blocks, start=1):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, condition, grid)
             else:
                 x = block(x, condition, grid)
+            if project and number == self.projected_block:
+                projected = self.projector(x)
         x = self.final_layer(x, condition)
         x = self._unpatchify(x, grid)[:, : self.config.in_channels]
-        return -x if self.config.time_reversed else x
+        x = -x if self.config.time_reversed else x
+        return (x, projected) if project else x
 
     def _unpatchify(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, N, p·p·channels) to (B, channels, H·p, W·p)."""

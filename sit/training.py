@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from sit import randomness
+from sit.alignment import attach_projector, check_block, cosine_similarity, load_encoder
 from sit.checkpoint import CheckpointInfo, find_checkpoints, newest_checkpoint, read_info, resolve, save_checkpoint
 from sit.config import TrainConfig, check_same_run, run_folder
 from sit.errors import UserError
@@ -25,12 +26,12 @@ from sit.files import atomic_write, refuse_used
 from sit.latents import decode
 from sit.loader import Batch, training_batches
 from sit.mixers import parse_mixers
-from sit.model import SiT, check_model_name, create_model
+from sit.model import MODELS, SiT, check_model_name, create_model
 from sit.previews import labelled_grid, save_png
 from sit.runs import JsonLinesTracker, clear_leftovers, new_run_folder, prune_checkpoints, replaced
 from sit.sampler import SamplerConfig, generate
 from sit.training_data import open_training_data
-from sit.training_state import TrainingState, ema_weights
+from sit.training_state import TrainingState, averaged_parameters, ema_weights
 from sit.transport import Transport
 
 REQUEUE_EXIT = 85
@@ -128,6 +129,10 @@ class Trainer:
             class_dropout=config.class_dropout,
             learn_sigma=config.learn_sigma,
         )
+        if config.repa is not None:
+            self.encoder = load_encoder(config.repa, network.grid, self.device)
+            torch.manual_seed(randomness.key(config.seed, "initial projector"))
+            attach_projector(network, config.repa_block, self.encoder.width)
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         if config.compile:
@@ -141,7 +146,7 @@ class Trainer:
         )
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.network: SiT = self.accelerator.unwrap_model(self.model)
-        ema = EMAModel(self.network.parameters(), decay=config.ema_decay, foreach=True)
+        ema = EMAModel(averaged_parameters(self.network), decay=config.ema_decay, foreach=True)
         self.state = TrainingState(self.network, self.optimizer.optimizer, ema)
 
     def begun_folder(self) -> Path | None:
@@ -160,6 +165,8 @@ class Trainer:
         config = self.config
         parse_mixers(config.mixer)
         check_model_name(config.model)
+        if config.repa is not None:
+            check_block(config.repa_block, MODELS[config.model]["depth"])
         if config.resume == "auto" and config.output_dir is None:
             raise UserError("--resume auto needs --output-dir, the run to continue if it has begun")
         if (folder := self.begun_folder()) is not None:
@@ -223,9 +230,10 @@ class Trainer:
 
     def loop(self, stop: StopSignal) -> None:
         config = self.config
-        parameters = list(self.network.parameters())
+        parameters, averaged = list(self.network.parameters()), averaged_parameters(self.network)
         batches = self.batches()
         losses: list[torch.Tensor] = []
+        similarities: list[torch.Tensor] = []
         skipped = 0
         since, steps_since = time.perf_counter(), 0
         bar = tqdm(
@@ -243,13 +251,14 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate_at(self.step, config)
             micro = [self.forward_backward(next(batches)) for _ in range(config.gradient_accumulation)]
-            loss, indices = torch.cat([part[0] for part in micro]), torch.cat([part[1] for part in micro])
+            loss, indices, similarity = (torch.cat(parts) for parts in zip(*micro, strict=True))
             norm = self.gradient_norm(parameters)
             if math.isfinite(norm):
                 skipped = 0
                 losses.append(loss)
+                similarities.append(similarity)
                 self.optimizer.step()
-                self.state.ema.step(parameters)
+                self.state.ema.step(averaged)
             else:
                 skipped += 1
                 self.report_non_finite(loss, indices, norm, skipped)
@@ -271,8 +280,11 @@ class Trainer:
                     "steps_per_second": pace,
                     "images_per_second": pace * config.batch_size,
                 }
+                if config.repa is not None:
+                    row["alignment"] = self.accelerator.reduce(torch.cat(similarities).mean(), "mean").item()
                 self.accelerator.log(row, step=self.step)
                 losses.clear()
+                similarities.clear()
                 since, steps_since = time.perf_counter(), 0
             bar.update()
             if config.preview_every and (self.step % config.preview_every == 0 or last):
@@ -287,16 +299,36 @@ class Trainer:
                 raise SystemExit(REQUEUE_EXIT)
         bar.close()
 
-    def forward_backward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of one micro-batch: its per-image losses (b,), detached, and the images' indices (b,)."""
+    def forward_backward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of one micro-batch: its per-image losses (b,), detached, the images' indices (b,), and the cosine
+        similarities (b,) of the alignment, which are part of the losses; (0,) without it."""
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         start, end = self.transport.train_interval()
         t = start + (end - start) * batch["t_uniform"]
         labels = torch.where(batch["drop"] < self.config.class_dropout, len(self.data.classes), batch["labels"])
         with self.accelerator.accumulate(self.model):
-            loss = self.transport.loss(self.model, batch["latents"], t, batch["noise"], y=labels)
+            if self.config.repa is None:
+                loss = self.transport.loss(self.model, batch["latents"], t, batch["noise"], y=labels)
+                similarity = loss.new_empty(0)
+            else:
+                loss, similarity = self.aligned_loss(batch, t, labels)
             self.accelerator.backward(loss.mean())
-        return loss.detach(), batch["indices"]
+        return loss.detach(), batch["indices"], similarity.detach()
+
+    def aligned_loss(self, batch: Batch, t: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss (b,) with the alignment's part in it, and the cosine similarity (b,) that the latter is of."""
+        projected = None
+
+        def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            nonlocal projected
+            out, projected = self.model(x, t, y, project=True)
+            return out
+
+        loss = self.transport.loss(network, batch["latents"], t, batch["noise"], y=labels)
+        with self.accelerator.autocast():
+            features = self.encoder.features(batch["images"])
+        similarity = cosine_similarity(projected, features)
+        return loss - self.config.repa_weight * similarity, similarity
 
     def gradient_norm(self, parameters: list[torch.nn.Parameter]) -> float:
         """The norm of the whole gradient, which is clipped if the config says so."""

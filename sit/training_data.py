@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from sit.cache import CachedLatents, is_cache
 from sit.config import TrainConfig
 from sit.data import open_images
+from sit.errors import UserError
 from sit.latents import load_vae
 from sit.loader import PixelData, TrainingData, encode_in_memory
 
@@ -42,11 +43,15 @@ def open_training_data(config: TrainConfig, device: torch.device, progress: bool
     """
     vae = load_vae(config.vae, device)
     if is_cache(config.data):
+        if config.repa is not None:
+            raise UserError(f"--repa needs the pictures, which the latent cache {config.data} lacks; give their --data")
         data = CachedLatents(config.data, config.flip)
         data.check(vae, config.vae, config.image_size)
         return Opened(data, vae, config.vae)
     images = open_images(config.data, config.image_size)
-    if len(images) <= MEMORY_LIMIT:
+    if config.repa is not None:
+        data = PixelData(images, vae, config.flip, keep_images=True)
+    elif len(images) <= MEMORY_LIMIT:
         data = encode_in_memory(images, vae, config.flip, progress=progress)
     else:
         data = PixelData(images, vae, config.flip)

@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from sit.model import SiT
+
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -31,10 +33,15 @@ def _spread() -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed)
 
 
+def averaged_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that have a moving average: those that sampling needs, not a projector's."""
+    return [parameter for name, parameter in model.named_parameters() if not name.startswith(SiT.PROJECTOR)]
+
+
 @contextlib.contextmanager
 def ema_weights(model: nn.Module, ema: EMAModel) -> Iterator[None]:
     """Within the block, ``model`` has the moving average's weights."""
-    parameters = list(model.parameters())
+    parameters = averaged_parameters(model)
     foreach, ema.foreach = ema.foreach, False  # sharded tensors know no foreach copy
     ema.store(parameters)
     ema.copy_to(parameters)
@@ -57,9 +64,8 @@ class TrainingState:
         On processes other than the main one the dicts are empty where the weights are sharded.
         """
         with ema_weights(self.model, self.ema):
-            averaged = {
-                name: tensor.clone() for name, tensor in get_model_state_dict(self.model, options=WHOLE).items()
-            }
+            whole = get_model_state_dict(self.model, options=WHOLE)
+            averaged = {name: part.clone() for name, part in whole.items() if not name.startswith(SiT.PROJECTOR)}
         raw = get_model_state_dict(self.model, options=WHOLE)
         optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
         return averaged, raw, optimizer
@@ -74,9 +80,11 @@ class TrainingState:
         """Take up the state that a checkpoint folder holds; every process must call it, with the same folder."""
         training = checkpoint / "training"
         rest = torch.load(training / "optimizer.pt", map_location="cpu", weights_only=True)
+        raw = load_file(training / "model.safetensors")
         averaged = load_file(checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
-        set_model_state_dict(self.model, averaged, options=_spread())
-        self.ema.shadow_params = [p.detach().clone() for p in self.model.parameters()]
+        projector = {name: tensor for name, tensor in raw.items() if name.startswith(SiT.PROJECTOR)}
+        set_model_state_dict(self.model, averaged | projector, options=_spread())
+        self.ema.shadow_params = [p.detach().clone() for p in averaged_parameters(self.model)]
         self.ema.optimization_step = rest["ema_updates"]
-        set_model_state_dict(self.model, load_file(training / "model.safetensors"), options=_spread())
+        set_model_state_dict(self.model, raw, options=_spread())
         set_optimizer_state_dict(self.model, self.optimizer, rest["optimizer"], options=_spread())
