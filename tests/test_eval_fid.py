@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -247,10 +248,12 @@ def test_from_a_checkpoint_on_one_process_and_on_two(checkpoint, tmp_path):
     values = []
     for processes in (1, 2):
         out = tmp_path / f"{processes}.json"
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
-                   "--main_process_port", "0", "eval_fid.py", "--ckpt", str(checkpoint), "--num-samples", "1040",
-                   "--reference", "digits:heldout", "--steps", "2", "--json", str(out)]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        # accelerate launch --cpu --num_processes 2 starts one process, unless it has MPI
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                   "eval_fid.py", "--ckpt", str(checkpoint), "--num-samples", "1040", "--reference", "digits:heldout",
+                   "--steps", "2", "--json", str(out)]  # fmt: skip
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         values.append([number["value"] for number in json.loads(out.read_text())["numbers"]])
     np.testing.assert_allclose(values[0], values[1], rtol=1e-6)
