@@ -139,6 +139,9 @@ def main(arguments: Arguments) -> None:
 
 
 def reference_main(arguments: ReferenceArguments) -> None:
+    for name in ("images", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
     device = pick_device(arguments.device)
     extractor = get_extractor(arguments.features, device, weights_for(arguments.features, arguments))
     images = open_samples(arguments.data, arguments.image_size, arguments.vae)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -205,7 +206,12 @@ def test_a_restart_does_not_repeat_what_is_done(tmp_path, monkeypatch):
         (dict(arr_0=np.zeros((2, 4, 4, 3), np.float32)), r"must be uint8 images of shape \(N, H, W, 3\), not float32"),
         (dict(arr_0=np.zeros((2, 3, 4, 4), np.uint8)), r"not uint8 \(2, 3, 4, 4\)"),
         (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.zeros(3)), "arr_1 has 3 labels for 2 images"),
+        (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.array(["a", "b"])), "arr_1 must be whole numbers"),
+        (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.eye(2, dtype=int)), "arr_1 must be whole numbers"),
         (dict(mu=np.zeros(4)), "mu and sigma must both be there"),
+        (dict(mu=np.zeros(4), sigma=np.full((4, 4), np.nan)), "sigma .* must be finite real numbers"),
+        (dict(mu=np.zeros(4), sigma=np.eye(4) * 1j), "sigma .* must be finite real numbers"),
+        (dict(mu=np.array(["a"]), sigma=np.eye(1)), "mu .* must be finite real numbers"),
         (dict(mu=np.zeros(4), sigma=np.zeros((3, 3))), "are not moments of one thing"),
     ],
 )
@@ -241,6 +247,47 @@ def test_other_mistakes(tmp_path):
         evaluate(few, open_reference(str(tmp_path / "stats.npz")), get_extractor("digits", CPU), device=CPU)
     with pytest.raises(UserError, match="--num-samples 9: .* has only 5 images"):
         few.limit(9)
+
+
+def test_a_single_array_odd_sizes_and_counts_below_one(tmp_path, capsys):
+    with open(tmp_path / "array.npz", "wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(UserError, match="is a single array"):
+        open_samples(str(tmp_path / "array.npz"))
+    np.savez(tmp_path / "odd.npz", arr_0=np.zeros((12, 30, 31, 3), np.uint8))
+    with pytest.raises(UserError, match="odd.npz: digits must be square .* not 30x31"):
+        odd = open_samples(str(tmp_path / "odd.npz"))
+        evaluate(odd, DataImages("digits:heldout", None), get_extractor("digits", CPU), device=CPU)
+    for flag in ("--images", "--batch-size"):
+        with pytest.raises(SystemExit):
+            run_door(["eval_fid.py", "reference", "--data", "digits", "--features", "digits",
+                      "--out", str(tmp_path / "stats.npz"), flag, "0"])  # fmt: skip
+        assert f"error: {flag} must be at least 1, not 0" in capsys.readouterr().err
+    assert not (tmp_path / "stats.npz").exists()
+
+
+def test_the_order_of_the_reference_does_not_decide_precision(monkeypatch):
+    """A folder is sorted by class: its first images must not stand for all of it."""
+    monkeypatch.setattr("sit.metrics.evaluate.REFERENCE_IMAGES", 100)
+    images, labels = digits_arrays()
+    rgb = np.repeat(images[..., None], 3, axis=3)
+    mixed = np.random.default_rng(0).permutation(len(rgb))
+    one, other = mixed[:800], mixed[800:1600]
+    by_class = other[np.argsort(labels[other], kind="stable")]
+    samples, reference = (ArrayImages(Path("x"), rgb[part], None) for part in (one, by_class))
+    report = evaluate(samples, reference, get_extractor("digits", CPU), device=CPU)
+    assert numbers(report)["Precision"] > 0.7
+
+
+def test_a_replaced_file_or_other_weights_are_another_evaluation(tmp_path):
+    extractor, path = get_extractor("digits", CPU), tmp_path / "samples.npz"
+    extract(open_samples(str(write_npz(path, 8))), extractor, tmp_path / "work", CPU, 8, "first")
+    other = dataclasses.replace(extractor, weights="other.pth")
+    with pytest.raises(UserError, match="is of another evaluation"):
+        extract(open_samples(str(path)), other, tmp_path / "work", CPU, 8, "other weights")
+    write_npz(path, 8, seed=1, arr_1=np.arange(8))
+    with pytest.raises(UserError, match="is of another evaluation"):
+        extract(open_samples(str(path)), extractor, tmp_path / "work", CPU, 8, "replaced")
 
 
 def test_from_a_checkpoint_on_one_process_and_on_two(checkpoint, tmp_path):

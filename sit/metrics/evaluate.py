@@ -50,6 +50,7 @@ class GeneratedImages(Images):
         self.loaded, self.count, self.seed, self.config = loaded, count, seed, config
         self.labels = drawn.numpy()
         self.name = f"{loaded.path}, seed {seed}, {labels} labels, {config}"
+        self.identity = f"{self.name}, VAE {loaded.vae_source}"
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         indices = torch.from_numpy(numbers)
@@ -87,7 +88,13 @@ def extract(
     """
     state = PartialState()
     if state.is_main_process:
-        what = {"images": images.name, "count": len(images), "features": extractor.name, "kept": keep_images}
+        what = {
+            "images": images.identity or images.name,
+            "count": len(images),
+            "features": extractor.name,
+            "weights": extractor.weights,
+            "kept": keep_images,
+        }
         _claim(work, what)
     state.wait_for_everyone()
     starts = list(range(0, len(images), CHUNK))[state.process_index :: state.num_processes]
@@ -107,6 +114,7 @@ def extract(
                 pixels = images.batch(numbers[first : first + batch_size])
                 found = extractor(pixels.to(device))
                 if extractor.name == "digits":
+                    _check_shrinkable(pixels, images.name)
                     found["small"] = shrink_digits(pixels.numpy())
                 if keep_images:
                     found["images"] = pixels.permute(0, 2, 3, 1).numpy()
@@ -149,6 +157,12 @@ def pack_samples(work: Path, images: Images, out: Path) -> None:
         if images.labels is not None:
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, np.asarray(images.labels[: len(images)], dtype=np.int64))
+
+
+def _check_shrinkable(pixels: torch.Tensor, name: str) -> None:
+    height, width = pixels.shape[-2:]
+    if height != width or height % 8:
+        raise UserError(f"{name}: digits must be square with sides that are multiples of 8, not {height}x{width}")
 
 
 def _chunk(work: Path, start: int) -> Path:
@@ -309,7 +323,9 @@ def _numbers(
         score, spread = distances.inception_score(found["logits"])
         yield Number(f"Inception score{on}", score, spread, f"spread over {distances.GROUPS} splits")
     if real is not None:
-        some = real["features"][:REFERENCE_IMAGES]
+        # drawn at random: the first ones of a folder would be those of its first classes
+        chosen = np.random.default_rng(0).permutation(len(real["features"]))[:REFERENCE_IMAGES]
+        some = real["features"][np.sort(chosen)]
         if min(len(features), len(some)) > 3:
             precision, recall = distances.precision_recall(features, some)
             binomial = "binomial; k = 3"

@@ -27,12 +27,14 @@ class Extractor:
         label: what its distances must be called, so that nobody compares the incomparable.
         network: uint8 images (B, 3, H, W) to a tuple of tensors, named by ``outputs``.
         outputs: of ``features`` (B, D), ``logits`` (B, classes) and ``spatial`` (B, 2023).
+        weights: the file that was named, so that features of other weights are not taken for these.
     """
 
     name: str
     label: str
     network: nn.Module
     outputs: tuple[str, ...]
+    weights: str = ""
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> dict[str, np.ndarray]:
@@ -103,7 +105,7 @@ def inception_extractor(device: torch.device, weights: str | None = None) -> Ext
         reason = str(error).splitlines()[0]
         raise UserError(f"--inception-weights {path}: not the weights of {INCEPTION_FILE}: {reason}") from error
     network = _InceptionWithSpatial(inception).to(device).eval()
-    return Extractor("inception", "Inception features", network, ("features", "logits", "spatial"))
+    return Extractor("inception", "Inception features", network, ("features", "logits", "spatial"), str(path))
 
 
 class _Dinov2(nn.Module):
@@ -148,7 +150,8 @@ def dinov2_extractor(device: torch.device, weights: str | None = None, model: st
         hint = f"fetch timm's {model} once, or pass its file with --dinov2-weights FILE"
         raise UserError(f"the DINOv2 weights can't be had ({reason}): {hint}") from error
     network = _Dinov2(network).to(device).eval().requires_grad_(False)
-    return Extractor("dinov2", "DINOv2 features, not comparable with Inception FID", network, ("features",))
+    label = "DINOv2 features, not comparable with Inception FID"
+    return Extractor("dinov2", label, network, ("features",), weights or "")
 
 
 EXTRACTORS: dict[str, Callable[[torch.device, str | None], Extractor]] = {

@@ -25,9 +25,11 @@ class Images:
         name: what to call them.
         count: how many there are.
         labels: (count,) integers, or None.
+        identity: what tells them from others where the name does not suffice; empty where it does.
     """
 
     name: str
+    identity: str = ""
     count: int
     labels: np.ndarray | None = None
 
@@ -60,7 +62,11 @@ class ArrayImages(Images):
             )
         if labels is not None and len(labels) != len(array):
             raise UserError(f"{path}: arr_1 has {len(labels)} labels for {len(array)} images")
+        if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
+            raise UserError(f"{path}: arr_1 must be whole numbers of shape (N,), not {labels.dtype} {labels.shape}")
         self.name, self.count, self.array, self.labels = str(path), len(array), array, labels
+        if path.is_file():
+            self.identity = f"{path}, {path.stat().st_size} bytes of {path.stat().st_mtime_ns}"
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(self.array[numbers]).permute(0, 3, 1, 2)
@@ -193,7 +199,10 @@ def open_samples(spec: str, image_size: int | None = None, vae: str | None = Non
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise UserError(f"{path} is a single array; give an npz file with arr_0, or with mu and sigma")
+        with archive:
             return dict(archive)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
@@ -213,6 +222,9 @@ def _statistics(path: Path, arrays: dict[str, np.ndarray]) -> Statistics:
             return None
         if mu not in arrays or sigma not in arrays:
             raise UserError(f"{path}: {mu} and {sigma} must both be there")
+        for name in (mu, sigma):
+            if arrays[name].dtype.kind not in "fiu" or not np.isfinite(arrays[name]).all():
+                raise UserError(f"{path}: {name} ({arrays[name].dtype}) must be finite real numbers")
         mean, covariance = arrays[mu].astype(np.float64), arrays[sigma].astype(np.float64)
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise UserError(f"{path}: {mu} {mean.shape} and {sigma} {covariance.shape} are not moments of one thing")
