@@ -308,7 +308,10 @@ def markdown(
     """The report's text."""
     runs = found["runs"]
     sampler = arguments.sampler
-    command = f"python -m sit.compare {' '.join(arguments.runs)} --out {arguments.out}"
+    command = (
+        f"python -m sit.compare {' '.join(arguments.runs)} --out {arguments.out} "
+        f"--num-samples {arguments.num_samples} --steps {sampler.steps}"
+    )
     today = time.strftime("%Y-%m-%d")
     guidance = f"guidance {sampler.cfg_scale:g}" if sampler.cfg_scale != 1 else "no guidance"
     lines = [
