@@ -18,6 +18,7 @@ from sit.cli import one_line_errors
 from sit.device import pick_device
 from sit.errors import UserError, door
 from sit.files import atomic_write
+from sit.metrics.classifier import Judge
 from sit.metrics.evaluate import GeneratedImages, evaluate
 from sit.metrics.extractors import get_extractor
 from sit.metrics.reference import make_reference
@@ -43,7 +44,7 @@ class Arguments:
     seed: int = 0
     """sample i under a seed is the same image however it is made"""
     features: str | None = None
-    """digits, inception or dinov2; None takes digits where the reference is digits, else inception"""
+    """digits, inception, dinov2, classifier:FOLDER; None takes digits where the reference is digits, else inception"""
     inception_weights: str | None = None
     """the Inception weights file; None looks in torch-fidelity's usual place"""
     dinov2_weights: str | None = None
@@ -58,6 +59,8 @@ class Arguments:
     """a file for all the numbers"""
     vae: str | None = None
     """a VAE's name on the Hub or folder, instead of the checkpoint's or the latent cache's"""
+    judge: str | None = None
+    """a folder of sit.train_classifier, whose word is taken for the samples' classes: class accuracy"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
     published: Annotated[FileHints, tyro.conf.OmitArgPrefixes] = field(default_factory=FileHints)
@@ -75,7 +78,7 @@ class ReferenceArguments:
     image_size: int | None = None
     """side to crop to; None as the data are"""
     features: str = "inception"
-    """inception, digits or dinov2"""
+    """inception, digits, dinov2 or classifier:FOLDER"""
     inception_weights: str | None = None
     """the Inception weights file; None looks in torch-fidelity's usual place"""
     dinov2_weights: str | None = None
@@ -121,6 +124,7 @@ def main(arguments: Arguments) -> None:
         side = None
     reference = open_reference(arguments.reference, side, arguments.vae)
     extractor = get_extractor(name, device, weights_for(name, arguments))
+    judge = Judge.load(arguments.judge, device) if arguments.judge else None
 
     report = evaluate(
         samples,
@@ -130,6 +134,7 @@ def main(arguments: Arguments) -> None:
         batch_size=arguments.batch_size,
         work_dir=arguments.work_dir,
         save=save,
+        judge=judge,
     )
     if report is not None:
         print(report)

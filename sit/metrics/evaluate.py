@@ -20,6 +20,7 @@ from sit.data import shrink_digits
 from sit.errors import UserError
 from sit.files import atomic_write
 from sit.metrics import distances
+from sit.metrics.classifier import Judge
 from sit.metrics.distances import Moments
 from sit.metrics.extractors import Extractor
 from sit.metrics.sources import Images, Statistics
@@ -73,6 +74,7 @@ def extract(
     batch_size: int,
     description: str,
     keep_images: bool = False,
+    judge: Judge | None = None,
 ) -> dict[str, np.ndarray] | None:
     """Features of all images, made by all processes together.
 
@@ -81,7 +83,7 @@ def extract(
 
     Returns:
         On the main process the outputs of the extractor, (N, …) float32 each, and ``small`` (N, 64) for the digits'
-        judge; None on the others.
+        judge, ``named`` (N,) the classes that ``judge`` sees; None on the others.
 
     Raises:
         UserError: ``work`` is of another evaluation, or an image can't be read.
@@ -94,6 +96,7 @@ def extract(
             "features": extractor.name,
             "weights": extractor.weights,
             "kept": keep_images,
+            "judge": judge.folder if judge else "",
         }
         _claim(work, what)
     state.wait_for_everyone()
@@ -116,6 +119,8 @@ def extract(
                 if extractor.name == "digits":
                     _check_shrinkable(pixels, images.name)
                     found["small"] = shrink_digits(pixels.numpy())
+                if judge is not None:
+                    found["named"] = judge(pixels.to(device)).cpu().numpy()
                 if keep_images:
                     found["images"] = pixels.permute(0, 2, 3, 1).numpy()
                 for name, values in found.items():
@@ -256,11 +261,13 @@ def evaluate(
     batch_size: int = 64,
     work_dir: str | None = None,
     save: Path | None = None,
+    judge: Judge | None = None,
 ) -> Report | None:
     """All numbers that the samples, the reference and the features allow.
 
     Every process of a launch calls it; the main one gets the report, the others None. With ``save``, the samples are
-    kept in that npz; without it they never touch the disk.
+    kept in that npz; without it they never touch the disk. With ``judge`` and labelled samples, it says how often a
+    sample shows its class.
 
     Raises:
         UserError: too few images, or statistics of other features.
@@ -273,13 +280,13 @@ def evaluate(
             distances.enough(len(real_images), 2, "a Fréchet distance")
             real = extract(real_images, extractor, work / "reference", device, batch_size, "reference")
         keep = save is not None
-        found = extract(samples, extractor, work / "samples", device, batch_size, "samples", keep_images=keep)
+        found = extract(samples, extractor, work / "samples", device, batch_size, "samples", keep, judge)
         if found is not None and keep:
             pack_samples(work / "samples", samples, save)
     if found is None:
         return None
     report = Report(samples.name, len(samples), reference.name, extractor.label)
-    report.numbers = list(_numbers(found, real, reference, samples, extractor))
+    report.numbers = list(_numbers(found, real, reference, samples, extractor, judge))
     return report
 
 
@@ -289,6 +296,7 @@ def _numbers(
     reference: Images | Statistics,
     samples: Images,
     extractor: Extractor,
+    judge: Judge | None,
 ) -> Iterator[Number]:
     features = found["features"]
     on = "" if extractor.name == "inception" else f" ({extractor.name} features)"
@@ -333,9 +341,13 @@ def _numbers(
             yield Number(f"Recall{on}", recall, distances.share_error(recall, len(some)), binomial)
         kid, spread = distances.kernel_distance(features, some)
         yield Number(f"KID{on}", kid, spread, "spread over 100 subsets")
-    if "small" in found and samples.labels is not None:
+    if "small" in found and judge is None and samples.labels is not None:
         from sit.metrics.digits import class_accuracy
 
         judged = class_accuracy(found["small"], samples.labels[: len(features)])
         how = f"SVM fitted on real digits, held-out accuracy {judged.held_out:.1%}"
         yield Number("Class accuracy", judged.accuracy, distances.share_error(judged.accuracy, len(features)), how)
+    elif "named" in found and samples.labels is not None:
+        accuracy = float((found["named"] == samples.labels[: len(features)]).mean())
+        error = distances.share_error(accuracy, len(features))
+        yield Number("Class accuracy", accuracy, error, judge.description)

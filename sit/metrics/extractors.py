@@ -154,19 +154,36 @@ def dinov2_extractor(device: torch.device, weights: str | None = None, model: st
     return Extractor("dinov2", label, network, ("features",), weights or "")
 
 
+def classifier_extractor(device: torch.device, folder: str | None = None) -> Extractor:
+    """The features and logits of a classifier that ``sit.train_classifier`` wrote to ``folder``.
+
+    Raises:
+        UserError: no folder is named, or it has no such classifier.
+    """
+    from sit.metrics.classifier import load_classifier
+
+    if not folder:
+        raise UserError("--features classifier: name its folder, as classifier:FOLDER")
+    classifier = load_classifier(folder).to(device)
+    label = f"features of the {classifier.config.architecture} in {folder}, not comparable with Inception FID"
+    return Extractor("classifier", label, classifier, ("features", "logits"), folder)
+
+
 EXTRACTORS: dict[str, Callable[[torch.device, str | None], Extractor]] = {
     "digits": digits_extractor,
     "inception": inception_extractor,
     "dinov2": dinov2_extractor,
+    "classifier": classifier_extractor,
 }
 
 
 def get_extractor(name: str, device: torch.device, weights: str | None = None) -> Extractor:
-    """The extractor of that name.
+    """The extractor of that name; ``classifier:FOLDER`` names its folder with it.
 
     Raises:
         UserError: an unknown name, or weights that can't be had.
     """
-    if name not in EXTRACTORS:
-        raise UserError(f"--features {name}: unknown; known features: {', '.join(EXTRACTORS)}")
-    return EXTRACTORS[name](device, weights)
+    kind, _, folder = name.partition(":")
+    if kind not in EXTRACTORS or (folder and kind != "classifier"):
+        raise UserError(f"--features {name}: unknown; known features: {', '.join(EXTRACTORS)}:FOLDER")
+    return EXTRACTORS[kind](device, folder or weights)

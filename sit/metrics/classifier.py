@@ -1,0 +1,112 @@
+"""Classifiers that this repository trains (``python -m sit.train_classifier``), as feature extractors and as judges.
+
+A classifier is a folder: ``config.json`` (a timm architecture, its arguments, what it was trained on and how well it
+does) and ``model.safetensors``. Distances on its features compare runs on the same data; they are not comparable with
+Inception's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sit.errors import UserError
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What a classifier is: timm's name and arguments, the data it was trained on, and its held-out accuracy."""
+
+    architecture: str
+    arguments: dict[str, Any]
+    image_size: int
+    classes: list[str]
+    data: str = ""
+    heldout: str = ""
+    accuracy: float = float("nan")
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Classifier(nn.Module):
+    """A timm network that takes uint8 images (B, 3, H, W), resized to its size, to (features (B, D), logits (B, K))."""
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.network = timm.create_model(config.architecture, num_classes=len(config.classes), **config.arguments)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        side = self.config.image_size
+        images = images.float() / 127.5 - 1
+        if images.shape[-2:] != (side, side):
+            images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+        features = self.network.forward_head(self.network.forward_features(images), pre_logits=True)
+        return features, self.network.get_classifier()(features)
+
+
+def save_classifier(classifier: Classifier, folder: Path) -> None:
+    """Write its config and weights into ``folder``."""
+    (folder / CONFIG).write_text(json.dumps(asdict(classifier.config), indent=2) + "\n")
+    save_file(classifier.network.state_dict(), folder / WEIGHTS)
+
+
+def load_classifier(folder: str) -> Classifier:
+    """Read a classifier's folder, for inference.
+
+    Raises:
+        UserError: it is none, or is damaged.
+    """
+    place = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (place / name).is_file():
+            raise UserError(f"{folder} is no classifier of sit.train_classifier: it has no {name}")
+    try:
+        classifier = Classifier(ClassifierConfig(**json.loads((place / CONFIG).read_text())))
+        classifier.network.load_state_dict(load_file(place / WEIGHTS))
+    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder} can't be read as a classifier ({reason}); train it again") from error
+    return classifier.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A classifier that says which class each sample shows, independent of the features that distances are on."""
+
+    classifier: Classifier
+    folder: str
+
+    @classmethod
+    def load(cls, folder: str, device: torch.device, classes: int | None = None) -> Judge:
+        """Read the classifier in ``folder``.
+
+        Raises:
+            UserError: it is none, or does not know ``classes`` classes.
+        """
+        classifier = load_classifier(folder).to(device)
+        known = len(classifier.config.classes)
+        if classes is not None and known != classes:
+            raise UserError(f"--judge {folder} knows {known} classes, and the samples have {classes}")
+        return cls(classifier, folder)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """The classes (B,) of uint8 images (B, 3, H, W)."""
+        return self.classifier(images)[1].argmax(dim=1)
+
+    @property
+    def description(self) -> str:
+        return f"{self.classifier.config.architecture} of {self.folder}, " + (
+            f"held-out accuracy {self.classifier.config.accuracy:.1%}"
+        )
