@@ -131,9 +131,9 @@ def centre_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
     vae.register_to_config(scaling_factor=round(1 / common, 4))
 
 
-def pixels(data: ImageData, indices: np.ndarray | range) -> torch.Tensor:
-    """Pictures of a data set as (n, 3, H, W) float32 in [−1, 1]."""
-    return to_unit(torch.stack([data[index][0] for index in indices]))
+def pixels(data: ImageData, indices: np.ndarray | range | None = None) -> torch.Tensor:
+    """Pictures of a data set, all if ``indices`` is None, as (n, 3, H, W) float32 in [−1, 1]."""
+    return to_unit(torch.stack([data[index][0] for index in (range(len(data)) if indices is None else indices)]))
 
 
 def reconstructions(vae: AutoencoderKL, images: torch.Tensor) -> tuple[dict[float, torch.Tensor], dict[str, float]]:
