@@ -76,7 +76,7 @@ def main(arguments: Arguments) -> None:
     ):
         writer = SampleWriter(place, count, keep=arguments.num_samples is not None)
 
-        def on_step(step: int, total: int | None, latents: torch.Tensor) -> None:
+        def on_step(step: int, total: int | None, latents: torch.Tensor, t: float | torch.Tensor) -> None:
             """Advance by this step's share of the images that are made together; adaptive solvers tell no total."""
             if total is not None:
                 bar.update(min(len(latents) / total, count - bar.n))

@@ -153,7 +153,7 @@ class SiTPipeline(DiffusionPipeline):
         bar = self.progress_bar(count()) if config.adaptive else self.progress_bar(total=num_inference_steps)
         with bar:
 
-            def on_step(step: int, total: int | None, state: torch.Tensor) -> None:
+            def on_step(step: int, total: int | None, state: torch.Tensor, t: float | torch.Tensor) -> None:
                 bar.update()
                 if callback_on_step_end is not None:
                     self._call_back(callback_on_step_end, step - 1, state, config)

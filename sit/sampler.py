@@ -21,8 +21,9 @@ from sit.model import SiT
 from sit.randomness import generator, randn
 from sit.transport import Transport
 
-OnStep = Callable[[int, int | None, torch.Tensor], None]
-"""Called after step number ``step`` of ``total`` (None if the solver chooses its steps) with the state (B, C, h, w)."""
+OnStep = Callable[[int, int | None, torch.Tensor, "float | torch.Tensor"], None]
+"""Called after step number ``step`` of ``total`` (None if the solver chooses its steps) with the state (B, C, h, w) and
+the time t that it stands at, a number or 0-dim tensor."""
 
 _SOLVERS = importlib.import_module("torchdiffeq._impl.odeint").SOLVERS
 _FIXED_GRID = importlib.import_module("torchdiffeq._impl.solvers").FixedGridODESolver
@@ -198,7 +199,7 @@ def sample_sde(
             first = drift(x, t)
             x = x + 0.5 * dt * (first + drift(x + dt * first, t + dt))
         if on_step is not None:
-            on_step(step + 1, config.steps, x)
+            on_step(step + 1, config.steps, x, grid[step + 1])
 
     if config.last_step != "none":
         t, size = grid[-1], config.last_step_size
@@ -212,7 +213,7 @@ def sample_sde(
             alpha, sigma = path.alpha(per_image(when, x)), path.sigma(per_image(when, x))
             x = x / alpha + sigma**2 / alpha * score
         if on_step is not None:
-            on_step(config.steps, config.steps, x)
+            on_step(config.steps, config.steps, x, 1.0)
     return x
 
 
@@ -258,7 +259,7 @@ class _OdeRight:
 
     def callback_step(self, t: torch.Tensor, x: torch.Tensor, dt: torch.Tensor) -> None:
         if self.on_step is not None and self.step:
-            self.on_step(self.step, self.total, x)
+            self.on_step(self.step, self.total, x, t)
         self.step += 1
 
 
@@ -286,7 +287,7 @@ def sample_ode(
     right = _OdeRight(velocity, total, on_step)
     x = solve(right, x, transport, config, reverse)
     if on_step is not None:
-        on_step(right.step, total, x)
+        on_step(right.step, total, x, transport.ode_interval()[0 if reverse else 1])
     return x
 
 

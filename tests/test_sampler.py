@@ -113,7 +113,7 @@ def test_sde_trajectories(interpolant, prediction):
                     asked.append(k)
                     return noises[k]
 
-                def on_step(step, total, x, states=states):
+                def on_step(step, total, x, t, states=states):
                     assert (step, total) == (len(states) + 1, 6)
                     states.append(x.numpy())
 
@@ -158,10 +158,31 @@ def test_what_steps_counts(sampler, method, last_step, evaluations):
         return network(x, t, y)
 
     config = SamplerConfig(sampler=sampler, method=method, last_step=last_step, steps=7)
-    on_step = lambda step, total, x: steps.append((step, total))  # noqa: E731
+    on_step = lambda step, total, x, t: steps.append((step, total))  # noqa: E731
     sample(counting, Transport(), normal(*SHAPE), torch.tensor([1, 2]), config, None, on_step)
     assert len(calls) == evaluations and 0 <= min(calls) and max(calls) <= 1
     assert steps == [(step, 7) for step in range(1, 8)]
+
+
+@pytest.mark.parametrize("sampler, method, reverse", [
+    ("sde", "euler", False), ("ode", "heun2", False), ("ode", "heun2", True), ("ode", "dopri5", False),
+    ("ode", "dopri5", True),
+])  # fmt: skip
+def test_the_time_of_each_state(sampler, method, reverse):
+    """Under the velocity 1 + t the ODE's state at t is x + t + t²/2; the SDE without noise goes by its Euler steps."""
+    states = []
+    config = SamplerConfig(sampler=sampler, method=method, steps=8, diffusion_norm=0.0, last_step_size=0.1)
+    on_step = lambda step, total, x, t: states.append((float(t), x.clone()))  # noqa: E731
+    rise = lambda x, t, y: (1 + t).view(-1, 1, 1, 1).expand_as(x)  # noqa: E731
+    start = normal(*SHAPE)
+    end = sample(rise, Transport(), start, torch.tensor([1, 2]), config, None, on_step, reverse)
+    first, last = (1.0, 0.0) if reverse else (0.0, 1.0)
+    assert states[-1][0] == last and torch.equal(states[-1][1], end)
+    before, rising = first, 0.0
+    for t, x in states:
+        rising = rising + (1 + before) * (t - before) if sampler == "sde" else t + t * t / 2 - first - first**2 / 2
+        torch.testing.assert_close(x, start + rising, rtol=0, atol=1e-6)
+        before = t
 
 
 # ---------------------------------------------------------------------- known distributions
