@@ -8,9 +8,16 @@ import sys
 import pytest
 import torch
 
-from sit import mixers
 from sit.errors import UserError
-from sit.mixers import MixerSpec, build_mixer, known_mixers, needs_positional_embedding, parse_mixers, register_mixer
+from sit.mixers import (
+    MixerSpec,
+    build_mixer,
+    known_mixers,
+    needs_positional_embedding,
+    parse_mixers,
+    register_mixer,
+    registry,
+)
 
 
 def test_patterns():
@@ -24,7 +31,7 @@ def test_patterns():
 @pytest.mark.parametrize(
     "pattern, words",
     [
-        ("mamba", "unknown mixer 'mamba'; known mixers: .*atconv, attention"),
+        ("mamba", "unknown mixer 'mamba'; known mixers: .*atconv, attention, depthwise"),
         ("attention,", "unknown mixer ''"),
         ("atconv:5", "'5' is not option=value"),
         ("atconv:size=5", "no option 'size'; its options are .*kernel_size"),
@@ -41,7 +48,7 @@ def test_values_that_a_mixer_refuses_are_named():
 
 
 def test_registration(monkeypatch):
-    monkeypatch.setattr(mixers, "_registry", dict(mixers._registry))
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
 
     @register_mixer("identity")
     class Identity(torch.nn.Identity):

@@ -1,4 +1,4 @@
-"""The token-mixer slot: what a mixer is, the registry, patterns over depth, and self-attention.
+"""The token-mixer slot: what a mixer is, the registry, and patterns over depth.
 
 A mixer is any ``nn.Module`` called as ``mixer(x, grid)`` with tokens ``x`` (B, N, C) in row-major order over
 ``grid = (H, W)``, N = H·W, that returns (B, N, C). A *factory* ``factory(dim, num_heads, **options)`` makes it, and
@@ -17,9 +17,7 @@ from importlib.metadata import entry_points
 from inspect import Parameter, signature
 from typing import Any
 
-import torch
 import yaml
-from timm.models.vision_transformer import Attention as TimmAttention
 from torch import nn
 
 from sit.errors import UserError
@@ -133,17 +131,3 @@ def build_mixer(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int]
 def needs_positional_embedding(specs: Sequence[MixerSpec]) -> bool:
     """Whether any mixer of the pattern needs the network to add a positional embedding to its tokens."""
     return any(_factory(spec.name).positional_embedding for spec in specs)
-
-
-@register_mixer("attention")
-class Attention(TimmAttention):
-    """Multi-head self-attention: timm's, through PyTorch's scaled-dot-product attention (SiT, DiT)."""
-
-    positional_embedding = True
-
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False) -> None:
-        super().__init__(dim, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
-
-    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """(B, N, C) tokens to (B, N, C); the grid is not needed, as every token sees every other."""
-        return super().forward(x)

@@ -1,0 +1,27 @@
+"""Token mixers: the slot (:mod:`sit.mixers.registry`) and what this package puts into it, one mixer a module."""
+
+from __future__ import annotations
+
+from sit.mixers.attention import Attention
+from sit.mixers.depthwise import Depthwise
+from sit.mixers.registry import (
+    ENTRY_POINT_GROUP,
+    MixerSpec,
+    build_mixer,
+    known_mixers,
+    needs_positional_embedding,
+    parse_mixers,
+    register_mixer,
+)
+
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "Attention",
+    "Depthwise",
+    "MixerSpec",
+    "build_mixer",
+    "known_mixers",
+    "needs_positional_embedding",
+    "parse_mixers",
+    "register_mixer",
+]

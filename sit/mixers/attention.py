@@ -1,0 +1,23 @@
+"""Self-attention."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import Attention as TimmAttention
+from torch import nn
+
+from sit.mixers.registry import register_mixer
+
+
+@register_mixer("attention")
+class Attention(TimmAttention):
+    """Multi-head self-attention: timm's, through PyTorch's scaled-dot-product attention (SiT, DiT)."""
+
+    positional_embedding = True
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False) -> None:
+        super().__init__(dim, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(B, N, C) tokens to (B, N, C); the grid is not needed, as every token sees every other."""
+        return super().forward(x)

@@ -1,0 +1,56 @@
+"""A static depthwise convolution between two linear layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sit.mixers.registry import register_mixer
+
+
+@register_mixer("depthwise")
+class Depthwise(nn.Module):
+    """Linear layer, depthwise k×k convolution, linear layer: out = (K ∗ (x W_v + b_v) + b) W_o + b_o.
+
+    The plain control for mixers that make their kernels from the image: separable convolution (MobileNetV2, arXiv
+    1801.04381, figure 4, without its expansion and activations) in the shape of ATConv's value branch. From
+    ``atconv:routing=false`` it differs in that nothing inhibits the kernel, which has a bias; and it runs through
+    PyTorch's own convolution.
+
+    Args:
+        dim: C.
+        num_heads: accepted as every mixer gets it; a convolution has no heads.
+        kernel_size: k, odd.
+
+    Raises:
+        ValueError: an even kernel size.
+    """
+
+    positional_embedding = False  # the zero padding tells where the border is
+
+    def __init__(self, dim: int, num_heads: int = 1, kernel_size: int = 3) -> None:
+        super().__init__()
+        check_kernel_size(kernel_size)
+        self.x_proj = nn.Linear(dim, dim)
+        self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(B, N, C) tokens, row-major over ``grid`` = (H, W), to (B, N, C)."""
+        return self.proj(on_grid(self.conv, self.x_proj(x), grid))
+
+
+def check_kernel_size(kernel_size: int) -> None:
+    """Refuse a kernel that has no middle.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be an odd number, not {kernel_size}")
+
+
+def on_grid(convolution: nn.Module, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Apply a convolution of images (B, C, H, W) to tokens (B, N, C); nothing is copied, the image is channels last."""
+    image = x.unflatten(1, grid).permute(0, 3, 1, 2)
+    return convolution(image).permute(0, 2, 3, 1).flatten(1, 2)
