@@ -26,6 +26,14 @@ STEM_STRIDES = {4: (2, 2), 2: (2, 1), 1: (1, 1)}
 """The strides of the stem's two convolutions; the published one is 4."""
 
 
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, with its weight in x's dtype: under autocast the two differ, and that is slow and warned of."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, C) to (…, C)."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class GatedMLP(nn.Module):
     """The channel mixer: half of the hidden channels, convolved 3×3 and activated, multiplies the other half.
 
@@ -39,7 +47,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, 2 * hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.norm_layer = nn.RMSNorm(hidden, eps=1e-6) if norm else nn.Identity()
+        self.norm_layer = RMSNorm(hidden, eps=1e-6) if norm else nn.Identity()
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

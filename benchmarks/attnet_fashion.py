@@ -54,7 +54,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 class Recipe:
     """What all networks are trained with."""
 
-    epochs: int = 6
+    epochs: int = 5
     batch_size: int = 128
     learning_rate: float = 4e-3
     weight_decay: float = 0.05

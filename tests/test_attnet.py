@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,26 @@ def test_forward_is_the_plain_restatement(name):
     expected = restated(published(model), x, SMALL["depths"])
     torch.testing.assert_close(model(x), expected)
     assert expected.std() > 0.1
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_autocast_stays_near_float32_without_a_warning():
+    model, x = small(), torch.randn(2, 3, 96, 96)
+    expected = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model(x)
+    assert half.dtype == torch.bfloat16
+    assert (half - expected).norm() < 0.05 * expected.norm()
+
+
+def test_copies_load_the_published_layout_too():
+    model = small()
+    weights, copied = published(model), copy.deepcopy(model)
+    copied.reset_classifier(2)
+    del model
+    weights["head.weight"], weights["head.bias"] = torch.zeros(2, 20), torch.ones(2)
+    copied.load_state_dict(weights)
+    torch.testing.assert_close(copied(torch.randn(1, 3, 96, 96)), torch.ones(1, 2))
 
 
 def test_working_at_the_published_resolution():
