@@ -2,42 +2,44 @@
 
 One Markdown file with its plots and grids, and all numbers in a JSON file: metrics at each checkpoint, loss curves,
 parameters, multiply-accumulates, the speed of training and sampling on this machine, and samples of the same seeds.
+Runs that differ by their seed alone are one group, with intervals over the seeds and differences paired by seed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import platform
+import shlex
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
-import numpy as np
 import torch
 import tyro
+from scipy import stats
 
 from sit.checkpoint import Loaded, find_checkpoints, load_for_sampling, read_info
 from sit.cli import one_line_errors
 from sit.config import TrainConfig, load_recipe
 from sit.device import pick_device
 from sit.errors import UserError, door
-from sit.files import atomic_folder
+from sit.files import atomic_folder, atomic_write
 from sit.integrity import is_whole
-from sit.metrics.evaluate import GeneratedImages, Report, evaluate
-from sit.metrics.extractors import get_extractor
-from sit.metrics.sources import open_reference
+from sit.metrics.classifier import Judge
+from sit.metrics.evaluate import GeneratedImages, Number, Report, evaluate
+from sit.metrics.extractors import Extractor, get_extractor
+from sit.metrics.sources import Images, Statistics, open_reference
 from sit.model import SiT
 from sit.plan import multiply_accumulates
 from sit.previews import labelled_grid, save_png
+from sit.report import markdown, plot_losses, plot_metrics
 from sit.runs import read_metrics
 from sit.sampler import SamplerConfig, generate
 from sit.sampling import balanced_labels, latent_shape_for, sample_images
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 @dataclass
@@ -52,6 +54,8 @@ class Arguments:
     """as eval_fid.py takes it; None takes digits for runs on digits"""
     features: str | None = None
     """as eval_fid.py takes it; None takes digits for runs on digits, else inception"""
+    judge: str | None = None
+    """a folder of sit.train_classifier, whose word is taken for the samples' classes: class accuracy"""
     inception_weights: str | None = None
     """the Inception weights file; None looks in torch-fidelity's usual place"""
     at_steps: tuple[int, ...] = ()
@@ -64,9 +68,20 @@ class Arguments:
     """images made and judged at a time, also in the measurement of speed"""
     speed_repeats: int = 5
     """rounds of the measurement of speed; 0 leaves it out"""
+    work_dir: str | None = None
+    """keeps finished evaluations, so that the same command goes on after a crash"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
     sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What samples are judged by."""
+
+    extractor: Extractor
+    reference: Images | Statistics
+    judge: Judge | None
 
 
 @dataclass
@@ -97,7 +112,7 @@ def open_run(path: str, at_steps: tuple[int, ...]) -> Run:
 
 
 def open_runs(paths: tuple[str, ...], at_steps: tuple[int, ...]) -> list[Run]:
-    """Open all runs, and name them by what tells them apart.
+    """Open all runs, and name them by what tells them apart; runs that differ by their seed alone share a name.
 
     Raises:
         UserError: there is none, or they were trained on different data.
@@ -112,7 +127,10 @@ def open_runs(paths: tuple[str, ...], at_steps: tuple[int, ...]) -> list[Run]:
                 raise UserError(f"{run.folder} was trained with {setting} {ours} and {runs[0].folder} with {first}")
     for run in runs:
         run.name = f"{run.config.model} {run.config.mixer}"
-    if len({run.name for run in runs}) < len(runs):
+    different = {run.name: replace(run.config, seed=0, output_dir=None, resume=None) for run in runs}
+    if any(replace(run.config, seed=0, output_dir=None, resume=None) != different[run.name] for run in runs) or (
+        len({(run.name, run.config.seed) for run in runs}) < len(runs)
+    ):  # they are not repetitions of each other with other seeds
         for run in runs:
             run.name += f" ({run.folder.name})"
     return runs
@@ -179,43 +197,6 @@ def measure_speed(loaded: dict[str, Loaded], sampler: SamplerConfig, batch_size:
     }
 
 
-# ---------------------------------------------------------------------- pictures
-
-
-def plot_losses(runs: list[Run], path: Path) -> None:
-    """Loss curves, each smoothed by an exponential average over its rows."""
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for run in runs:
-        rows = [row for row in read_metrics(run.folder / "metrics.jsonl") if "loss" in row]
-        if not rows:
-            continue
-        steps, losses = [row["step"] for row in rows], np.array([row["loss"] for row in rows])
-        smooth, average = [], losses[0]
-        for loss in losses:
-            average = 0.9 * average + 0.1 * loss
-            smooth.append(average)
-        (line,) = axes.plot(steps, smooth, label=run.name)
-        axes.plot(steps, losses, color=line.get_color(), alpha=0.2, linewidth=0.8)
-    axes.set(xlabel="step", ylabel="training loss")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_metric(name: str, curves: dict[str, list[tuple[int, float, float | None]]], path: Path) -> None:
-    """One metric against steps with its errors, a curve a run."""
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for run, points in curves.items():
-        steps, values, errors = zip(*points, strict=True)
-        axes.errorbar(steps, values, yerr=[error or 0 for error in errors], label=run, marker="o", capsize=3)
-    axes.set(xlabel="step", ylabel=name)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def sample_grid(run: Run, loaded: Loaded, arguments: Arguments, path: Path) -> None:
     """Two samples of each of up to ten classes; the same numbers and seed for every run."""
     classes = min(10, loaded.model.config.num_classes)
@@ -231,6 +212,70 @@ def sample_grid(run: Run, loaded: Loaded, arguments: Arguments, path: Path) -> N
 # ---------------------------------------------------------------------- the report
 
 
+def judged(run: Run, checkpoint: Path, loaded: Loaded, tools: Tools, arguments: Arguments) -> Report:
+    """The evaluation of one checkpoint: kept in ``--work-dir``, and read from there if it has been made."""
+    options = (arguments.num_samples, arguments.seed, "balanced", arguments.sampler)
+    samples = GeneratedImages(loaded, *options)
+    kept = None
+    if arguments.work_dir is not None:
+        weights = next(checkpoint.glob("transformer/*.safetensors")).stat()
+        judge = tools.judge.folder if tools.judge else ""
+        made_from = (str(checkpoint.absolute()), weights.st_size, weights.st_mtime_ns)
+        judged_by = (tools.reference.name, tools.extractor.name, tools.extractor.weights, judge)
+        what = (samples.identity, arguments.num_samples, *made_from, *judged_by)
+        kept = Path(arguments.work_dir) / f"{hashlib.blake2b(repr(what).encode(), digest_size=12).hexdigest()}.json"
+        if kept.is_file():
+            report = json.loads(kept.read_text())
+            return Report(**report | {"numbers": [Number(**number) for number in report["numbers"]]})
+    options = dict(device=loaded.device, batch_size=arguments.batch_size, judge=tools.judge)
+    report = evaluate(samples, tools.reference, tools.extractor, **options)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(kept) as temporary:
+            temporary.write_text(report.to_json())
+    return report
+
+
+def mean_over_seeds(values: list[float], error: float | None) -> dict[str, Any]:
+    """The mean with the half-width of its 95 % interval by Student's t; a single value keeps its own error."""
+    if len(values) == 1:
+        return {"value": values[0], "error": error, "values": values}
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return {"value": statistics.fmean(values), "error": float(half), "values": values}
+
+
+def summarise(runs: dict[int, dict[int, Report]]) -> dict[int, dict[str, dict[str, Any]]]:
+    """Reports by seed and step to each metric's mean over seeds, by step, where every seed has it."""
+    steps = sorted(set.intersection(*(set(reports) for reports in runs.values())))
+    summary: dict[int, dict[str, dict[str, Any]]] = {}
+    for step in steps:
+        by_seed = [{number.name: number for number in reports[step].numbers} for reports in runs.values()]
+        summary[step] = {
+            name: mean_over_seeds([numbers[name].value for numbers in by_seed], number.error)
+            for name, number in by_seed[0].items()
+            if all(name in numbers for numbers in by_seed)
+        }
+    return summary
+
+
+def differences(groups: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Each later group's metrics at its last step less the first group's, paired by the seeds that both have."""
+    (_, first), *others = groups.items()
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, group in others:
+        seeds = [seed for seed in first["seeds"] if seed in group["seeds"]]
+        step = max(group["metrics"])
+        if len(seeds) < 2 or step != max(first["metrics"]):
+            continue
+        found[name] = {}
+        for metric in [metric for metric in group["metrics"][step] if metric in first["metrics"][step]]:
+            ours, theirs = (
+                dict(zip(one["seeds"], one["metrics"][step][metric]["values"], strict=True)) for one in (group, first)
+            )
+            found[name][metric] = mean_over_seeds([ours[seed] - theirs[seed] for seed in seeds], None)
+    return found
+
+
 def compare(arguments: Arguments) -> Path:
     """Measure everything and write the report's folder.
 
@@ -243,35 +288,75 @@ def compare(arguments: Arguments) -> Path:
     if arguments.reference is None and not on_digits:
         raise UserError("give --reference: only runs on the digits have one by themselves")
     features = arguments.features or ("digits" if on_digits else "inception")
-    extractor = get_extractor(features, device, arguments.inception_weights)
-    reference = open_reference(arguments.reference or "digits", runs[0].config.image_size)
+    tools = Tools(
+        get_extractor(features, device, arguments.inception_weights),
+        open_reference(arguments.reference or "digits", runs[0].config.image_size),
+        Judge.load(arguments.judge, device) if arguments.judge else None,
+    )
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.name, []).append(run)
 
     with atomic_folder(arguments.out) as place:
-        found: dict[str, Any] = {"machine": machine(device), "sampler": asdict(arguments.sampler), "runs": {}}
+        found: dict[str, Any] = {"machine": machine(device), "sampler": asdict(arguments.sampler), "groups": {}}
         newest: dict[str, Loaded] = {}
-        for run in runs:
-            reports: dict[int, Report] = {}
-            for step, checkpoint in run.checkpoints:
-                loaded = load_for_sampling(checkpoint, device=device)
-                options = (arguments.num_samples, arguments.seed, "balanced", arguments.sampler)
-                samples = GeneratedImages(loaded, *options)
-                reports[step] = evaluate(
-                    samples, reference, extractor, device=device, batch_size=arguments.batch_size
-                )
-            newest[run.name] = loaded
-            sample_grid(run, loaded, arguments, place / f"samples-{len(newest)}.png")
-            metrics = {step: [asdict(number) for number in report.numbers] for step, report in reports.items()}
-            found["runs"][run.name] = {**describe(run, loaded), "metrics": metrics}
+        for name, members in groups.items():
+            reports: dict[int, dict[int, Report]] = {}
+            for run in members:
+                reports[run.config.seed] = {}
+                for step, checkpoint in run.checkpoints:
+                    loaded = load_for_sampling(checkpoint, device=device)
+                    reports[run.config.seed][step] = judged(run, checkpoint, loaded, tools, arguments)
+                if run is members[0]:
+                    newest[name] = loaded
+                    sample_grid(run, loaded, arguments, place / f"samples-{len(newest)}.png")
+            metrics = summarise(reports)
+            found["groups"][name] = {**describe(members[0], newest[name]), "seeds": list(reports), "metrics": metrics}
         if arguments.speed_repeats:
             speeds = measure_speed(newest, arguments.sampler, arguments.batch_size, arguments.speed_repeats)
             for name, speed in speeds.items():
-                found["runs"][name]["images_per_second"] = speed
-        plot_losses(runs, place / "loss.png")
-        plots = plot_metrics(found["runs"], place)
+                found["groups"][name]["images_per_second"] = speed
+        found["differences"] = differences(found["groups"])
+        curves = {name: [losses(run) for run in members] for name, members in groups.items()}
+        plot_losses({name: lines for name, lines in curves.items() if all(lines)}, place / "loss.png")
+        plots = plot_metrics(found["groups"], place)
         (place / "numbers.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-        text = markdown(found, plots, arguments, extractor.label, reference.name)
-        (place / "README.md").write_text(text)
+        (place / "README.md").write_text(markdown(found, plots, command(arguments), setting(arguments, tools)))
     return Path(arguments.out)
+
+
+def losses(run: Run) -> list[dict[str, float]]:
+    """The rows of a run's metrics that have a loss."""
+    return [row for row in read_metrics(run.folder / "metrics.jsonl") if "loss" in row]
+
+
+def command(arguments: Arguments) -> str:
+    """The command line that these arguments stand for: the runs and whatever is not a default."""
+    parts = list(arguments.runs)
+    for holder in (arguments, arguments.sampler):
+        for entry in fields(holder):
+            value = getattr(holder, entry.name)
+            default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+            if entry.name in ("runs", "sampler") or value == default:
+                continue
+            flag = "--" + entry.name.replace("_", "-")
+            if isinstance(value, bool):
+                parts.append(flag if value else flag.replace("--", "--no-", 1))
+            else:
+                parts += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return "python -m sit.compare " + shlex.join(parts)
+
+
+def setting(arguments: Arguments, tools: Tools) -> str:
+    """How the samples were made and judged, in a sentence or two."""
+    sampler = arguments.sampler
+    guidance = f"guidance {sampler.cfg_scale:g}" if sampler.cfg_scale != 1 else "no guidance"
+    judge = f" Class accuracy by {tools.judge.description}." if tools.judge else ""
+    return (
+        f"{arguments.num_samples} samples a checkpoint, seed {arguments.seed}, {sampler.sampler.upper()} "
+        f"{sampler.resolved_method}, {sampler.steps} steps, {guidance}. Reference: {tools.reference.name}; "
+        f"{tools.extractor.label}.{judge}"
+    )
 
 
 def machine(device: torch.device) -> str:
@@ -279,89 +364,6 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def plot_metrics(runs: dict[str, Any], place: Path) -> list[tuple[str, str]]:
-    """A plot for each metric that all runs have: (metric, file name)."""
-    names = [number["name"] for number in next(iter(next(iter(runs.values()))["metrics"].values()))]
-    plots = []
-    for index, name in enumerate(names):
-        curves = {
-            run: [
-                (step, number["value"], number["error"])
-                for step, numbers in found["metrics"].items()
-                for number in numbers
-                if number["name"] == name
-            ]
-            for run, found in runs.items()
-        }
-        if all(curves.values()):
-            file = f"metric-{index}.png"
-            plot_metric(name, curves, place / file)
-            plots.append((name, file))
-    return plots
-
-
-def markdown(
-    found: dict[str, Any], plots: list[tuple[str, str]], arguments: Arguments, label: str, reference: str
-) -> str:
-    """The report's text."""
-    runs = found["runs"]
-    sampler = arguments.sampler
-    command = (
-        f"python -m sit.compare {' '.join(arguments.runs)} --out {arguments.out} "
-        f"--num-samples {arguments.num_samples} --steps {sampler.steps}"
-    )
-    today = time.strftime("%Y-%m-%d")
-    guidance = f"guidance {sampler.cfg_scale:g}" if sampler.cfg_scale != 1 else "no guidance"
-    lines = [
-        f"# {' against '.join(runs)}",
-        "",
-        f"Made by `{command}` with {arguments.num_samples} samples a checkpoint, seed {arguments.seed}, "
-        f"{sampler.sampler.upper()} {sampler.resolved_method}, {sampler.steps} steps, {guidance}; on {today}, "
-        f"{found['machine']}. Reference: {reference}; {label}. All numbers: [numbers.json](numbers.json).",
-        "",
-        "| | " + " | ".join(runs) + " |",
-        "|---" * (len(runs) + 1) + "|",
-        row("parameters", [f"{run['parameters']:,}" for run in runs.values()]),
-        row("multiply-accumulates an image", [f"{run['multiply_accumulates'] / 1e9:.4g} G" for run in runs.values()]),
-        row("steps; images seen", [f"{run['steps']:,}; {run['images_seen']:,}" for run in runs.values()]),
-    ]
-    if arguments.speed_repeats:
-        for kind, text in (("training", "training"), ("sampling", f"sampling, {sampler.steps} steps")):
-            speeds = [run["images_per_second"][kind] for run in runs.values()]
-            cells = [f"{speed:.4g} ({speed / speeds[0]:.2f}x)" for speed in speeds]
-            lines.append(row(f"images/s, {text}", cells))
-    last = {name: run["metrics"][max(run["metrics"])] for name, run in runs.items()}
-    for index, number in enumerate(next(iter(last.values()))):
-        cells = []
-        for numbers in last.values():
-            one = numbers[index]
-            cells.append(f"{one['value']:.4g}" + (f" ± {one['error']:.2g}" if one["error"] is not None else ""))
-        lines.append(row(number["name"], cells))
-    lines += [
-        "",
-        "Multiply-accumulates are those of matrix products, convolutions and attention; element-wise work is not "
-        "counted. Speeds are medians of interleaved rounds in one process: a forward and backward pass for training, "
-        "and the network's part of sampling, without the VAE.",
-        "",
-        "## Loss",
-        "",
-        "![training loss](loss.png)",
-        "",
-        "## Metrics against steps",
-        "",
-    ]
-    for name, file in plots:
-        lines += [f"![{name}]({file})", ""]
-    lines += ["## Samples of the same seeds", ""]
-    for index, name in enumerate(runs, start=1):
-        lines += [f"{name}:", "", f"![samples of {name}](samples-{index}.png)", ""]
-    return "\n".join(lines)
-
-
-def row(name: str, cells: list[str]) -> str:
-    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 @door

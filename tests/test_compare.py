@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from PIL import Image
+from scipy import stats
 
 from sit.checkpoint import CheckpointInfo, save_checkpoint
-from sit.compare import Arguments, compare, open_runs
+from sit.compare import Arguments, command, compare, open_runs
 from sit.config import TrainConfig
 from sit.errors import UserError
 from sit.latents import DIGITS_VAE
+from sit.metrics.evaluate import Number, Report
 from sit.model import create_model
 from sit.sampler import SamplerConfig
 from sit.transport import Transport
@@ -45,7 +49,7 @@ def test_the_report(runs, tmp_path):
     out = tmp_path / "report"
     options = dict(num_samples=100, batch_size=50, speed_repeats=1, sampler=SamplerConfig(steps=2))
     compare(Arguments(runs, str(out), **options))
-    numbers = json.loads((out / "numbers.json").read_text())["runs"]
+    numbers = json.loads((out / "numbers.json").read_text())["groups"]
     attention, atconv = numbers["SiT-XS/2 attention"], numbers["SiT-XS/2 atconv"]
     assert sorted(attention["metrics"]) == ["2", "4"] and sorted(atconv["metrics"]) == ["4"]
     assert attention["images_seen"] == 256
@@ -78,3 +82,46 @@ def test_what_is_refused(runs, tmp_path):
         compare(Arguments(runs, str(tmp_path / "taken"), num_samples=10, sampler=SamplerConfig(steps=2)))
     names = [run.name for run in open_runs((runs[0], runs[0]), ())]
     assert names == ["SiT-XS/2 attention (a)"] * 2
+    wider = make_run(tmp_path / "wider", "attention", (4,), seed=1, batch_size=8)
+    names = [run.name for run in open_runs((runs[0], str(wider)), ())]
+    assert names == ["SiT-XS/2 attention (a)", "SiT-XS/2 attention (wider)"]  # other settings: no repetition
+
+
+def test_seeds_are_repetitions(tmp_path, monkeypatch):
+    """Means, Student's intervals and paired differences against SciPy, from evaluations that are made up."""
+    paths, values = [], {"attention": [5.0, 7.0, 6.0], "atconv": [4.0, 6.5, 4.5]}
+    for mixer in values:
+        for seed in range(3):
+            paths.append(str(make_run(tmp_path / f"{mixer}-{seed}", mixer, (2,), seed=seed)))
+    calls = []
+
+    def made_up(samples, *arguments, **options):
+        calls.append(samples.name)
+        mixer, seed = samples.loaded.path.parent.parent.name.split("-")
+        return Report("s", 10, "r", "f", [Number("FID", values[mixer][int(seed)], 0.5), Number("Class accuracy", 0.5)])
+
+    monkeypatch.setattr("sit.compare.evaluate", made_up)
+    options = dict(num_samples=20, speed_repeats=0, sampler=SamplerConfig(steps=2), work_dir=str(tmp_path / "work"))
+    compare(Arguments(tuple(paths), str(tmp_path / "report"), **options))
+    found = json.loads((tmp_path / "report" / "numbers.json").read_text())
+    ours = found["groups"]["SiT-XS/2 atconv"]
+    assert ours["seeds"] == [0, 1, 2] and ours["metrics"]["2"]["FID"]["values"] == values["atconv"]
+    low, high = stats.t.interval(0.95, 2, loc=5.0, scale=stats.sem(values["atconv"]))
+    assert ours["metrics"]["2"]["FID"]["value"] == pytest.approx(5.0)
+    assert ours["metrics"]["2"]["FID"]["error"] == pytest.approx((high - low) / 2)
+    paired = found["differences"]["SiT-XS/2 atconv"]["FID"]
+    test = stats.ttest_rel(values["atconv"], values["attention"]).confidence_interval(0.95)
+    assert paired["value"] - paired["error"] == pytest.approx(test.low)
+    assert paired["value"] + paired["error"] == pytest.approx(test.high)
+    assert "| FID | 6 ± 2.5 | 5 ± 3.3 |" in (tmp_path / "report" / "README.md").read_text()
+    assert len(calls) == 6
+    compare(Arguments(tuple(paths), str(tmp_path / "again"), **options))
+    assert len(calls) == 6, "what is in --work-dir is made again"
+
+
+def test_the_command_that_is_printed_makes_the_same_arguments():
+    sampler = SamplerConfig(sampler="ode", method="heun2", steps=7)
+    arguments = Arguments(("a b", "c"), "out", reference="digits", at_steps=(1, 2), sampler=sampler)
+    words = shlex.split(command(arguments))
+    assert words[:3] == ["python", "-m", "sit.compare"]
+    assert tyro.cli(Arguments, args=words[3:]) == arguments
