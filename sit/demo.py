@@ -30,6 +30,7 @@ BEFORE = "Press *Generate* first."
 CSS = """
 .gradio-container { max-width: 1500px !important; margin: auto !important; }
 .result-image .image-container { padding-top: 2.2rem; }
+#controls { position: sticky; top: 1rem; align-self: flex-start; }
 """
 
 
@@ -147,7 +148,7 @@ def build_page(players: list[Player]) -> gradio.Blocks:
         )
         trajectories = gr.State(None)
         with gr.Row():
-            with gr.Column(scale=1, min_width=260):
+            with gr.Column(scale=1, min_width=260, elem_id="controls"):
                 label = gr.Dropdown(classes, value=0, label="Class", elem_id="class")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, elem_id="seed")
                 count = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images", elem_id="count")
@@ -222,6 +223,12 @@ class _told_in_the_page:
             raise self.gr.Error(str(error), print_exception=False) from None
 
 
+def local_theme(gr: Any) -> gradio.themes.Base:
+    """Gradio's look with fonts that come with the package; their semibold lacks most letters, their bold has all."""
+    text, code = (gr.themes.LocalFont(name, weights=(400, 700)) for name in ("Source Sans Pro", "IBM Plex Mono"))
+    return gr.themes.Default(font=[text, "system-ui", "sans-serif"], font_mono=[code, "monospace"])
+
+
 def check_address(host: str, port: int | None) -> None:
     """Whether this machine can listen there, before any work is done for it.
 
@@ -257,7 +264,7 @@ def main(arguments: Arguments) -> None:
             prevent_thread_lock=True,
             quiet=True,
             show_error=True,
-            theme=gr.themes.Default(),  # its fonts come with the package
+            theme=local_theme(gr),
             css=CSS,
             footer_links=[],
         )
