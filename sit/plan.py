@@ -90,10 +90,15 @@ def describe_data(config: TrainConfig) -> tuple[tuple[int, int, int], int, int |
 
 
 def multiply_accumulates(network: SiT, latent_shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image's forward pass in matrix products, convolutions and attention."""
+    """Multiply-accumulates of one image's forward pass in matrix products, convolutions and attention.
+
+    Products that a mask hides are not among them: those are as many as the method needs, and kernels may do more.
+    """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(*_inputs(network, latent_shape, 1, torch.float32))
-    return counter.get_total_flops() // 2
+    grid = tuple(side // network.config.patch_size for side in latent_shape[1:])
+    mixers = (block.attn for block in network.blocks if hasattr(block.attn, "masked_multiply_accumulates"))
+    return counter.get_total_flops() // 2 - sum(mixer.masked_multiply_accumulates(grid) for mixer in mixers)
 
 
 def saved_bytes(

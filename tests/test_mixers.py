@@ -1,7 +1,8 @@
-"""The mixer slot: registry, patterns, entry points, and attention against its formula."""
+"""The mixer slot: registry, patterns, entry points; and each mixer against its formula, written as loops."""
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -18,6 +19,8 @@ from sit.mixers import (
     register_mixer,
     registry,
 )
+from sit.mixers.neighbourhood import block_mask, dense_mask, skips_blocks
+from sit.model import SiT
 
 
 def test_patterns():
@@ -31,10 +34,11 @@ def test_patterns():
 @pytest.mark.parametrize(
     "pattern, words",
     [
-        ("mamba", "unknown mixer 'mamba'; known mixers: .*atconv, attention, depthwise"),
+        ("mamba", "unknown mixer 'mamba'; known mixers: .*atconv, attention, depthwise, dico, linear_attention, n"),
         ("attention,", "unknown mixer ''"),
         ("atconv:5", "'5' is not option=value"),
         ("atconv:size=5", "no option 'size'; its options are .*kernel_size"),
+        ("dico:expansion=2", "no option 'expansion'; its options are kernel_size"),
     ],
 )
 def test_bad_patterns(pattern, words):
@@ -42,9 +46,27 @@ def test_bad_patterns(pattern, words):
         parse_mixers(pattern)
 
 
-def test_values_that_a_mixer_refuses_are_named():
-    with pytest.raises(UserError, match="'attention' with 10 channels and 3 heads"):
-        build_mixer(MixerSpec("attention"), 10, 3)
+@pytest.mark.parametrize(
+    "pattern, heads, words",
+    [
+        ("attention", 3, "'attention' with 10 channels and 3 heads"),
+        ("neighbourhood", 3, "'neighbourhood' with 10 .*10 channels can't be divided among 3 heads"),
+        ("linear_attention", 3, "10 channels can't be divided among 3 heads"),
+        ("linear_attention:feature_map=cube", 5, "feature_map must be one of elu, relu, not 'cube'"),
+        ("neighbourhood:backend=magic", 5, "backend must be one of auto, sdpa, flex, not 'magic'"),
+        ("neighbourhood:kernel_size=4", 5, "kernel_size must be an odd number, not 4"),
+        ("depthwise:kernel_size=2", 3, "kernel_size must be an odd number, not 2"),
+        ("dico:kernel_size=2.5", 3, "kernel_size must be an odd number, not 2.5"),
+    ],
+)
+def test_values_that_a_mixer_refuses_are_named(pattern, heads, words):
+    with pytest.raises(UserError, match=words):
+        build_mixer(parse_mixers(pattern)[0], 10, heads)
+
+
+def test_a_neighbourhood_larger_than_the_grid_is_refused():
+    with pytest.raises(UserError, match="a 5x5 neighbourhood does not fit into a 4 x 6 grid"):
+        build_mixer(MixerSpec("neighbourhood", {"kernel_size": 5}), 8, 2, (4, 6))
 
 
 def test_registration(monkeypatch):
@@ -103,15 +125,228 @@ def test_a_package_brings_a_mixer_by_its_entry_point(tmp_path):
     assert out[1].startswith("mixer 'broken' of stranger:Missing can't be loaded")
 
 
-def test_attention_is_softmax_of_scaled_products():
+def heads_of(mixer, x, heads):
+    """Queries, keys and values of one image x (N, C), each a list of (N, d) by head."""
+    width = x.shape[1] // heads
+    return [part.split(width, dim=1) for part in (x @ mixer.qkv.weight.T + mixer.qkv.bias).chunk(3, dim=1)]
+
+
+def attend(mixer, x, heads, weight, epsilon=0.0):
+    """One image x (N, C): each token the mean of the values by weight(query, keys, token), for each head."""
+    mixed = torch.zeros_like(x)
+    for head, (q, k, v) in enumerate(zip(*heads_of(mixer, x, heads), strict=True)):
+        for token in range(len(x)):
+            weights = weight(q[token], k, token)
+            mean = (weights[:, None] * v).sum(0) / (weights.sum() + epsilon)
+            mixed[token, head * v.shape[1] : (head + 1) * v.shape[1]] = mean
+    return mixed @ mixer.proj.weight.T + mixer.proj.bias
+
+
+def attention(mixer, x, grid, heads):
+    return attend(mixer, x, heads, lambda q, k, token: torch.exp(k @ q / math.sqrt(len(q))))
+
+
+def neighbourhood(mixer, x, grid, heads):
+    """Of all k x k windows inside of the grid a token sees the one whose middle is nearest."""
+    height, width = grid
+    reach = mixer.kernel_size // 2
+    middles = [(row, column) for row in range(reach, height - reach) for column in range(reach, width - reach)]
+
+    def weight(q, k, token):
+        y, x = divmod(token, width)
+        row, column = min(middles, key=lambda middle: (middle[0] - y) ** 2 + (middle[1] - x) ** 2)
+        seen = torch.zeros(len(k), dtype=k.dtype)
+        for other in range(len(k)):
+            seen[other] = abs(other // width - row) <= reach and abs(other % width - column) <= reach
+        assert seen.sum() == mixer.kernel_size**2
+        return seen * torch.exp(k @ q / math.sqrt(len(q)))
+
+    return attend(mixer, x, heads, weight)
+
+
+def linear_attention(mixer, x, grid, heads):
+    """The quadratic form, before the sums are exchanged."""
+
+    def features(x):
+        return x.clamp(min=0) if mixer.feature_map == "relu" else torch.where(x > 0, x + 1, x.exp())
+
+    return attend(mixer, x, heads, lambda q, k, token: (features(k) * features(q)).sum(1), epsilon=1e-6)
+
+
+def convolve(mixer, x, grid):
+    """x (N, C) through the first linear layer and the depthwise convolution, tap by tap."""
+    height, width = grid
+    values = x @ mixer.x_proj.weight.T + mixer.x_proj.bias
+    kernel, reach = mixer.conv.weight[:, 0], mixer.conv.weight.shape[-1] // 2
+    out = mixer.conv.bias.repeat(len(x), 1)
+    for token in range(len(x)):
+        for other in range(len(x)):
+            dy, dx = other // width - token // width, other % width - token % width
+            if abs(dy) <= reach and abs(dx) <= reach:
+                out[token] = out[token] + kernel[:, dy + reach, dx + reach] * values[other]
+    return out
+
+
+def depthwise(mixer, x, grid, heads):
+    return convolve(mixer, x, grid) @ mixer.proj.weight.T + mixer.proj.bias
+
+
+def dico(mixer, x, grid, heads):
+    z = convolve(mixer, x, grid)
+    z = z * (1 + torch.erf(z / math.sqrt(2))) / 2
+    logits = mixer.channel_attention.weight @ (z.sum(0) / len(z)) + mixer.channel_attention.bias
+    return (z / (1 + torch.exp(-logits))) @ mixer.proj.weight.T + mixer.proj.bias
+
+
+PATTERNS = {
+    "attention": attention,
+    "neighbourhood": neighbourhood,
+    "neighbourhood:kernel_size=5": neighbourhood,
+    "linear_attention": linear_attention,
+    "linear_attention:feature_map=relu": linear_attention,
+    "depthwise": depthwise,
+    "depthwise:kernel_size=5": depthwise,
+    "dico": dico,
+    "dico:kernel_size=5": dico,
+}
+"""built-in mixers and the loops they are compared with"""
+
+
+def built(pattern, dim=12, heads=3, dtype=torch.float64):
+    """A mixer with random weights and biases."""
     torch.manual_seed(0)
-    mixer = build_mixer(MixerSpec("attention"), 12, 3).double()
-    x = torch.randn(2, 6, 12).double()
-    q, k, v = (x @ mixer.qkv.weight.T + mixer.qkv.bias).chunk(3, dim=-1)
-    heads = []
-    for h in range(3):
-        part = slice(4 * h, 4 * h + 4)
-        scores = torch.exp(q[..., part] @ k[..., part].transpose(1, 2) / 2)
-        heads.append(scores / scores.sum(-1, keepdim=True) @ v[..., part])
-    expected = torch.cat(heads, -1) @ mixer.proj.weight.T + mixer.proj.bias
-    torch.testing.assert_close(mixer(x, (2, 3)), expected)
+    mixer = build_mixer(parse_mixers(pattern)[0], dim, heads).to(dtype)
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return mixer
+
+
+@pytest.mark.parametrize("grid", [(5, 5), (7, 5), (5, 8)])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_each_is_its_formula_on_each_image(pattern, grid):
+    """Values and gradients, for images of a batch taken one by one: none sees another."""
+    mixer = built(pattern)
+    x = torch.randn(2, grid[0] * grid[1], 12, dtype=torch.float64, requires_grad=True)
+    towards = torch.randn_like(x)
+    expected = torch.stack([PATTERNS[pattern](mixer, image, grid, 3) for image in x])
+    wanted = [x, *mixer.parameters()]
+    gradients = torch.autograd.grad((expected * towards).sum(), wanted)
+    torch.testing.assert_close(mixer(x, grid), expected)
+    torch.testing.assert_close(torch.autograd.grad((mixer(x, grid) * towards).sum(), wanted), gradients)
+
+
+@pytest.mark.parametrize("pattern", [p for p in PATTERNS if p.startswith(("depthwise", "dico", "linear"))])
+def test_lines_of_tokens_will_do(pattern):
+    mixer = built(pattern)
+    x = torch.randn(1, 6, 12, dtype=torch.float64)
+    for grid in ((1, 6), (6, 1), (2, 3)):
+        torch.testing.assert_close(mixer(x, grid)[0], PATTERNS[pattern](mixer, x[0], grid, 3))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_half_precision(pattern):
+    """Under autocast and with half-precision weights: near to float32, and of the dtype that is expected."""
+    mixer = built(pattern, dtype=torch.float32)
+    x = torch.randn(2, 35, 12)
+    exact = mixer(x, (5, 7))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = mixer(x, (5, 7))
+    half = mixer.bfloat16()(x.bfloat16(), (5, 7))
+    for got in (mixed, half):
+        assert got.dtype == torch.bfloat16 and (got.float() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_linear_attention_does_not_divide_by_zero():
+    """A query without features (all ReLUs closed) answers with zeros and finite gradients."""
+    mixer = built("linear_attention:feature_map=relu")
+    with torch.no_grad():
+        mixer.qkv.bias[:12] = -1e3
+    x = torch.randn(1, 6, 12, dtype=torch.float64, requires_grad=True)
+    out = mixer(x, (2, 3))
+    out.sum().backward()
+    torch.testing.assert_close(out, mixer.proj.bias.expand(1, 6, 12))
+    assert x.grad.isfinite().all()
+
+
+def test_the_whole_grid_as_neighbourhood_is_attention():
+    local, whole = built("neighbourhood:kernel_size=5"), built("attention")
+    local.load_state_dict(whole.state_dict())
+    x = torch.randn(2, 25, 12, dtype=torch.float64)
+    torch.testing.assert_close(local(x, (5, 5)), whole(x, (5, 5)))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_agrees(monkeypatch):
+    """PyTorch's flex_attention, here not compiled and without gradients, as it has none on CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr("sit.mixers.neighbourhood._compiled_flex_attention", lambda: flex_attention)
+    mixer, forced = built("neighbourhood:backend=sdpa"), built("neighbourhood:backend=flex")
+    x = torch.randn(2, 17 * 11, 12, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(forced(x, (17, 11)), mixer(x, (17, 11)))
+
+
+@pytest.mark.parametrize("grid, kernel_size", [((16, 16), 7), ((8, 32), 3), ((32, 32), 7), ((32, 8), 15), ((64, 8), 3)])
+def test_flex_attention_is_taken_where_it_skips_blocks(grid, kernel_size):
+    assert skips_blocks(grid, kernel_size) == (block_mask(grid, kernel_size, torch.device("cpu")).sparsity() > 0)
+
+
+def test_a_mask_made_for_inference_may_be_trained_with():
+    dense_mask.cache_clear()
+    mixer = built("neighbourhood")
+    x = torch.randn(1, 25, 12, dtype=torch.float64)
+    with torch.inference_mode():
+        mixer(x, (5, 5))
+    mixer(x.requires_grad_(), (5, 5)).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention is compiled for CUDA alone here")
+@pytest.mark.parametrize("head", [16, 72])
+def test_flex_attention_on_cuda(head):
+    """Values and gradients on a grid of which blocks are skipped."""
+    grid, results = (32, 32), []
+    for backend in ("sdpa", "auto"):
+        mixer = built(f"neighbourhood:kernel_size=7:backend={backend}", 2 * head, 2, torch.float32).cuda()
+        torch.manual_seed(1)
+        x = torch.randn(2, 1024, 2 * head, device="cuda", requires_grad=True)
+        out = mixer(x, grid)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *mixer.parameters()])))
+    for got, expected in zip(*reversed(results), strict=True):
+        assert (got - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "pattern, positional",
+    [
+        ("neighbourhood", True),
+        ("linear_attention", True),
+        ("depthwise", False),
+        ("dico", False),
+        ("dico,depthwise:kernel_size=5", False),
+        ("atconv,linear_attention:feature_map=relu,neighbourhood,dico", True),
+    ],
+)
+def test_networks_of_it_train_and_take_another_grid(pattern, positional):
+    torch.manual_seed(0)
+    network = SiT((8, 6), 2, 4, 16, depth=4, num_heads=2, num_classes=3, mixer=pattern)
+    assert network.config.positional_embedding is positional
+    for parameter in network.parameters():  # adaLN begins with gates at zero, behind which no mixer learns
+        torch.nn.init.normal_(parameter, std=0.1)
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    x, t, y = torch.randn(3, 4, 8, 6), torch.rand(3), torch.tensor([0, 1, 3])
+    losses = []
+    for _ in range(3):
+        loss = (network(x, t, y) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+    still = [
+        name for name, parameter in network.named_parameters() if ".attn." in name and before[name].equal(parameter)
+    ]
+    assert not still
+    assert network(torch.randn(1, 4, 10, 14), t[:1], y[:1]).shape == (1, 4, 10, 14)

@@ -27,6 +27,29 @@ def test_multiply_accumulates_of_xl2(mixer, blocks_g):
     assert multiply_accumulates(network, (4, 32, 32)) / 1e9 == pytest.approx(blocks_g + rest / 1e9, abs=0.15)
 
 
+@pytest.mark.parametrize("height, width", [(16, 16), (10, 12)])
+@pytest.mark.parametrize(
+    "mixer, of_layer",
+    [
+        ("attention", lambda n, c, d: 4 * n * c * c + 2 * n * n * c),
+        ("neighbourhood:kernel_size=7", lambda n, c, d: 4 * n * c * c + 2 * n * 49 * c),
+        ("linear_attention", lambda n, c, d: 4 * n * c * c + 2 * n * c * (d + 1)),
+        ("depthwise:kernel_size=5", lambda n, c, d: 2 * n * c * c + 25 * n * c),
+        ("dico", lambda n, c, d: 2 * n * c * c + 9 * n * c + c * c),
+        ("dico,attention", lambda n, c, d: (6 * n * c * c + 9 * n * c + c * c + 2 * n * n * c) / 2),
+    ],
+)
+def test_multiply_accumulates_of_each_mixer(mixer, of_layer, height, width):
+    """To the last one, from the shapes of a small network's layers, on its own grid and on another."""
+    depth, c, heads, classes = 2, 48, 4, 5
+    with torch.device("meta"):
+        network = SiT(32, 2, 4, c, depth, heads, num_classes=classes, mixer=mixer)
+    n = height * width
+    blocks = depth * (8 * n * c * c + of_layer(n, c, c // heads) + 6 * c * c)
+    rest = n * c * 16 + 256 * c + c * c + 2 * c * c + n * c * 32
+    assert multiply_accumulates(network, (4, 2 * height, 2 * width)) == blocks + rest
+
+
 def test_saved_bytes_are_those_of_a_real_forward_pass():
     options = dict(input_size=8, patch_size=2, hidden_size=32, depth=3, num_heads=2, num_classes=5)
     network = SiT(**options)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from sit.mixers.attention import Attention
 from sit.mixers.depthwise import Depthwise
+from sit.mixers.dico import DiCo
+from sit.mixers.linear_attention import LinearAttention
+from sit.mixers.neighbourhood import Neighbourhood
 from sit.mixers.registry import (
     ENTRY_POINT_GROUP,
     MixerSpec,
@@ -18,7 +21,10 @@ __all__ = [
     "ENTRY_POINT_GROUP",
     "Attention",
     "Depthwise",
+    "DiCo",
+    "LinearAttention",
     "MixerSpec",
+    "Neighbourhood",
     "build_mixer",
     "known_mixers",
     "needs_positional_embedding",

@@ -11,7 +11,18 @@ from sit.mixers.registry import register_mixer
 
 @register_mixer("attention")
 class Attention(TimmAttention):
-    """Multi-head self-attention: timm's, through PyTorch's scaled-dot-product attention (SiT, DiT)."""
+    """Multi-head self-attention, softmax(QKᵀ/√d)V (arXiv 1706.03762, equation 1), as SiT and DiT have it.
+
+    It is timm's, through PyTorch's scaled-dot-product attention.
+
+    Args:
+        dim: C.
+        num_heads: heads, each of C/heads channels.
+        qk_norm: a LayerNorm over each head's queries and keys.
+
+    Raises:
+        AssertionError: the heads don't divide the channels.
+    """
 
     positional_embedding = True
 

@@ -6,16 +6,17 @@ import torch
 from torch import nn
 
 from sit.mixers.registry import register_mixer
+from sit.mixers.shapes import check_kernel_size, on_grid
 
 
 @register_mixer("depthwise")
 class Depthwise(nn.Module):
     """Linear layer, depthwise k×k convolution, linear layer: out = (K ∗ (x W_v + b_v) + b) W_o + b_o.
 
-    The plain control for mixers that make their kernels from the image: separable convolution (MobileNetV2, arXiv
-    1801.04381, figure 4, without its expansion and activations) in the shape of ATConv's value branch. From
-    ``atconv:routing=false`` it differs in that nothing inhibits the kernel, which has a bias; and it runs through
-    PyTorch's own convolution.
+    The plain control for mixers that make their kernels from the image: a depthwise separable convolution (MobileNets,
+    arXiv 1704.04861, section 3.1) without activations, in the shape of ATConv's value branch. From
+    ``atconv:routing=false`` it differs in that nothing inhibits the kernel, and that the convolution has a bias and is
+    PyTorch's own.
 
     Args:
         dim: C.
@@ -38,19 +39,3 @@ class Depthwise(nn.Module):
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, N, C) tokens, row-major over ``grid`` = (H, W), to (B, N, C)."""
         return self.proj(on_grid(self.conv, self.x_proj(x), grid))
-
-
-def check_kernel_size(kernel_size: int) -> None:
-    """Refuse a kernel that has no middle.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be an odd number, not {kernel_size}")
-
-
-def on_grid(convolution: nn.Module, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Apply a convolution of images (B, C, H, W) to tokens (B, N, C); nothing is copied, the image is channels last."""
-    image = x.unflatten(1, grid).permute(0, 3, 1, 2)
-    return convolution(image).permute(0, 2, 3, 1).flatten(1, 2)
