@@ -28,7 +28,7 @@ MOST_STEPS = 1000
 NO_GRADIO = "the page needs Gradio: pip install 'sit-atconv[demo]', or pip install gradio"
 BEFORE = "Press *Generate* first."
 CSS = """
-.gradio-container { max-width: 1500px !important; margin: auto !important; }
+.gradio-container { width: 100% !important; max-width: 1440px !important; margin: auto !important; }
 .result-image .image-container { padding-top: 2.2rem; }
 #controls { position: sticky; top: 1rem; align-self: flex-start; }
 """
@@ -140,7 +140,7 @@ def build_page(players: list[Player]) -> gradio.Blocks:
         )
         return gr.Slider(interactive=not adaptive, info=f"{method} chooses its steps itself" if adaptive else "")
 
-    with gr.Blocks(title="SiT-ATConv", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(title="SiT-ATConv", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
             "# Play with SiT-ATConv\nImages from noise, "
             + ("two networks on the same noise, " if len(players) == 2 else "")
@@ -160,7 +160,7 @@ def build_page(players: list[Player]) -> gradio.Blocks:
                     interactive=guidable, info="1 is none" if guidable else "trained without a null class",
                 )  # fmt: skip
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
-            with gr.Column(scale=4):
+            with gr.Column(scale=4, min_width=340 * len(players)):
                 outputs, views, pictures = [], [], []
                 with gr.Row():
                     for number, player in enumerate(players):
@@ -170,7 +170,7 @@ def build_page(players: list[Player]) -> gradio.Blocks:
                             outputs += [pictures[-1], gr.Markdown(elem_id=f"time-{number}")]
                             outputs.append(_image(gr, "Sample 0 on its way from noise", f"strip-{number}"))
                             with gr.Accordion("The same by the command line", open=False):
-                                outputs.append(gr.Code(language="shell", show_label=False, elem_id=f"command-{number}"))
+                                outputs.append(_command_line(gr, f"command-{number}"))
                 gr.Markdown(
                     "## Kernels\nThe k×k kernels that a block makes for sample 0 at a moment of its way, one a channel."
                 )
@@ -198,6 +198,11 @@ def build_page(players: list[Player]) -> gradio.Blocks:
 def _image(gr: Any, label: str, name: str, **options: Any) -> gradio.Image:
     options = dict(type="pil", format="png", interactive=False, buttons=["download", "fullscreen"]) | options
     return gr.Image(label=label, elem_id=name, elem_classes="result-image", **options)
+
+
+def _command_line(gr: Any, name: str) -> gradio.Textbox:
+    options = dict(lines=3, interactive=False, buttons=["copy"], elem_id=name)
+    return gr.Textbox(label="The same images in samples/", **options)
 
 
 def _machine(device: torch.device) -> str:
