@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
+from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +23,10 @@ from sit.mixers import (
     registry,
 )
 from sit.mixers.neighbourhood import block_mask, dense_mask, skips_blocks
-from sit.model import SiT
+from sit.model import SiT, create_model
+from sit.plan import multiply_accumulates
+
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "mixers.md").read_text()
 
 
 def test_patterns():
@@ -285,6 +291,8 @@ def test_flex_attention_agrees(monkeypatch):
     x = torch.randn(2, 17 * 11, 12, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(forced(x, (17, 11)), mixer(x, (17, 11)))
+    with pytest.raises(UserError, match="can't be trained on CPU"):
+        forced(x, (17, 11))
 
 
 @pytest.mark.parametrize("grid, kernel_size", [((16, 16), 7), ((8, 32), 3), ((32, 32), 7), ((32, 8), 15), ((64, 8), 3)])
@@ -350,3 +358,34 @@ def test_networks_of_it_train_and_take_another_grid(pattern, positional):
     ]
     assert not still
     assert network(torch.randn(1, 4, 10, 14), t[:1], y[:1]).shape == (1, 4, 10, 14)
+
+
+def rows(heading: str) -> dict[str, list[str]]:
+    """The table of docs/mixers.md whose header starts with ``heading``: first column to the others."""
+    table = DOCUMENT.split(f"\n| {heading} |")[1].split("\n\n")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return {line[0].strip("`"): line[1:] for line in lines}
+
+
+def test_the_documents_list_of_mixers():
+    listed = rows("name")
+    assert sorted(listed) == known_mixers()
+    for name, cells in listed.items():
+        options = list(signature(registry._factory(name)).parameters)[2:]
+        assert re.findall(r"`(\w+)`", cells[-1]) == options, name
+
+
+@pytest.mark.parametrize("pattern", rows("pattern"))
+def test_the_documents_numbers(pattern):
+    """Two blocks and four are built and 28 counted on from them, as it is the same for each further pair."""
+    parameters, *counts, _, positional = rows("pattern")[pattern]
+    with torch.device("meta"):
+        two, four = (create_model("SiT-XL/2", mixer=pattern, depth=depth) for depth in (2, 4))
+
+    def at_28(count):
+        return count(two) + 13 * (count(four) - count(two))
+
+    assert f"{at_28(lambda network: sum(p.numel() for p in network.parameters())):,}" == parameters
+    for side, told in zip((32, 64, 128), counts, strict=True):
+        assert f"{at_28(lambda network, side=side: multiply_accumulates(network, (4, side, side))) / 1e9:.2f}" == told
+    assert positional == ("yes" if two.config.positional_embedding else "no")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sit.errors import UserError
 from sit.mixers.registry import register_mixer
 from sit.mixers.shapes import check_choice, check_heads, check_kernel_size, join_heads, split_heads
 
@@ -76,6 +77,7 @@ class Neighbourhood(nn.Module):
 
         Raises:
             ValueError: a neighbourhood does not fit into the grid.
+            UserError: backend ``flex`` on CPU with gradients.
         """
         self.check_grid(grid)
         q, k, v = split_heads(self.qkv(x), self.num_heads)
@@ -86,6 +88,8 @@ class Neighbourhood(nn.Module):
         return self.proj(join_heads(mixed))
 
     def _flex(self, q: torch.Tensor, grid: tuple[int, int]) -> bool:
+        if self.backend == "flex" and q.device.type == "cpu" and q.requires_grad:
+            raise UserError("mixer 'neighbourhood:backend=flex' can't be trained on CPU: leave out backend=flex there")
         if self.backend != "auto":
             return self.backend == "flex"
         can = q.is_cuda and q.dtype != torch.float64 and q.shape[-1] >= 16
