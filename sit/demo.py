@@ -63,13 +63,15 @@ def import_gradio() -> Any:
     """Gradio, which is not needed by anything else, with its reports to its makers and its history turned off.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or too old.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
     try:
         import gradio
     except ImportError as error:
         raise UserError(NO_GRADIO) from error
+    if int(gradio.__version__.split(".")[0]) < 6:
+        raise UserError(f"the page needs Gradio 6 or newer, not {gradio.__version__}: pip install --upgrade gradio")
     return gradio
 
 

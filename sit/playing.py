@@ -123,16 +123,12 @@ def play(
     loaded, seen = player.loaded, []
 
     def record(step: int, total: int | None, x: torch.Tensor, t: float | torch.Tensor) -> None:
-        """Keep the first row, which is sample 0 in the sampler's first pass; a pass starts its steps anew."""
-        nonlocal recording
-        recording = recording and (not seen or step > seen[-1][0])
-        if recording:
-            seen.append((step, t, x[0].clone()))
+        seen.append((t, x[0].clone()))  # not moved to the CPU yet, so that the device isn't waited for
         if on_step is not None:
             on_step(step, total, x, t)
 
     check_labels([label], loaded.model.config.num_classes)
-    recording, indices, labels = True, torch.arange(count), torch.full((count,), label)
+    indices, labels = torch.arange(count), torch.full((count,), label)
     options = dict(seed=seed, config=config, image_size=player.image_size, batch_size=count)
     _ = loaded.vae  # read before the clock runs
     start = _now(loaded.device)
@@ -142,8 +138,10 @@ def play(
 
     noise = KeyedNoise(seed, [0], player.latent_shape, "cpu")()[0]
     times, states = [0.0], [noise]
-    for _, t, x in seen:
-        if float(t) > times[-1]:  # an adaptive solver tells a step that it rejects too
+    for t, x in seen:
+        # what does not go on in time is a step that an adaptive solver rejected, or of other samples' passes: sample 0
+        # is the first row of the first
+        if float(t) > times[-1]:
             times.append(float(t))
             states.append(x.float().cpu())
     return Played(images, seconds, Trajectory(label, times, torch.stack(states)))
@@ -187,6 +185,8 @@ def kernel_view(player: Player, trajectory: Trajectory, block: int, t: float) ->
     if block >= len(model.blocks):
         return f"This network has only the blocks 0 to {len(model.blocks) - 1}.", None
     number = trajectory.nearest(t)
+    if not bool(torch.isfinite(trajectory.states[number]).all()):
+        return f"The sampling left the finite numbers before t = {trajectory.times[number]:.2f}.", None
     found = kernels_at(model, trajectory.states[number], trajectory.times[number], trajectory.label, block)
     if isinstance(found, str):
         return found, None

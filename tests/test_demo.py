@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,13 +87,13 @@ def test_the_images_are_those_of_sample_py(players, config, tmp_path, monkeypatc
 @pytest.mark.parametrize("config", [FEW, SamplerConfig(sampler="ode", method="dopri5")])
 def test_the_way_of_sample_0(players, config):
     """From the keyed noise to the image, whatever else is made with it, in one pass of the sampler or in several."""
-    one, five = (play(players[0], 4, 11, count, config) for count in (1, 5))
-    way = five.trajectory
+    one, many = (play(players[0], 4, 11, count, config) for count in (1, 5 if config.adaptive else 16))
+    way = many.trajectory
     assert torch.equal(way.states[0], torch.randn(4, 8, 8, generator=generator(11, "sample", 0)))
     assert way.times[0] == 0 and way.times[-1] == 1 and way.times == sorted(set(way.times))
     assert len(way.times) == len(way.states) == (6 if not config.adaptive else len(one.trajectory.times))
     assert torch.equal(way.states, one.trajectory.states) and way.times == one.trajectory.times
-    assert np.array_equal(decode(players[0].loaded.vae, way.states[-1:])[0].numpy(), five.images[0])
+    assert np.array_equal(decode(players[0].loaded.vae, way.states[-1:])[0].numpy(), many.images[0])
 
 
 def test_both_runs_start_from_the_same_noise(players):
@@ -166,6 +167,9 @@ def test_what_is_said_of_the_kernels(players, tmp_path):
     assert np.array(picture).std() > 10
     assert "by Attention, which has no kernels" in kernel_view(attention, way, 1, 0.5)[0]
     assert kernel_view(atconv, way, 2, 0.5) == ("This network has only the blocks 0 to 1.", None)
+    lost = Trajectory(2, [0.0, 1.0], torch.stack([torch.randn(4, 8, 8), torch.full((4, 8, 8), torch.nan)]))
+    assert kernel_view(atconv, lost, 1, 0.8) == ("The sampling left the finite numbers before t = 1.00.", None)
+    assert strip(atconv, lost).size[0] > 200
     (plain,) = open_players([make_run(tmp_path / "plain", "atconv:inhibition=false:routing=false")], CPU)
     assert "no inhibition" in kernel_view(plain, way, 0, 0.5)[0]
 
@@ -234,6 +238,9 @@ def test_without_gradio(runs, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match="pip install gradio"):
         demo.main(demo.Arguments((runs[0],)))
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="5.49.1"))
+    with pytest.raises(UserError, match="Gradio 6 or newer, not 5.49.1"):
+        demo.import_gradio()
 
 
 def test_controls_that_are_refused():
