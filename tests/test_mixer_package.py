@@ -55,7 +55,8 @@ def test_it_is_unknown_until_it_is_installed():
 def test_it_is_trained_and_sampled_from(site, tmp_path):
     run(ROOT / "train.py", "--recipe", "digits", "--model", "SiT-XS/4", "--mixer", "shift:by=1,attention",
         "--steps", 3, "--batch-size", 8, "--log-every", 1, "--preview-every", 0, "--checkpoint-every", 3,
-        "--cpu-threads", 1, "--trackers", "--output-dir", tmp_path / "run", folder=tmp_path, PYTHONPATH=str(site))  # fmt: skip
+        "--cpu-threads", 1, "--trackers", "--output-dir", tmp_path / "run",
+        folder=tmp_path, PYTHONPATH=str(site))  # fmt: skip
     run(ROOT / "sample.py", "--ckpt", tmp_path / "run", "--steps", 2, "--num-samples", 3, "--out", tmp_path / "samples",
         folder=tmp_path, PYTHONPATH=str(site))  # fmt: skip
     with np.load(tmp_path / "samples" / "samples.npz") as archive:
