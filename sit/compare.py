@@ -7,6 +7,7 @@ Runs that differ by their seed alone are one group, with intervals over the seed
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import tyro
 from scipy import stats
@@ -30,7 +32,7 @@ from sit.errors import UserError, door
 from sit.files import atomic_folder, atomic_write
 from sit.integrity import is_whole
 from sit.metrics.classifier import Judge
-from sit.metrics.evaluate import GeneratedImages, Number, Report, evaluate
+from sit.metrics.evaluate import GeneratedImages, Number, Report, WorkDirectory, evaluate, extract
 from sit.metrics.extractors import Extractor, get_extractor
 from sit.metrics.sources import Images, Statistics, open_reference
 from sit.model import SiT
@@ -75,13 +77,24 @@ class Arguments:
     sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tools:
     """What samples are judged by."""
 
     extractor: Extractor
     reference: Images | Statistics
     judge: Judge | None
+    device: torch.device
+    batch_size: int
+
+    @functools.cache  # noqa: B019  (there is one, for the whole program)
+    def reference_features(self) -> dict[str, np.ndarray] | None:
+        """The features of the reference's images, made once for all evaluations; None if it has none."""
+        images = self.reference if isinstance(self.reference, Images) else self.reference.images
+        if images is None:
+            return None
+        with WorkDirectory(None) as work:
+            return extract(images, self.extractor, work, self.device, self.batch_size, "reference")
 
 
 @dataclass
@@ -227,8 +240,8 @@ def judged(run: Run, checkpoint: Path, loaded: Loaded, tools: Tools, arguments: 
         if kept.is_file():
             report = json.loads(kept.read_text())
             return Report(**report | {"numbers": [Number(**number) for number in report["numbers"]]})
-    options = dict(device=loaded.device, batch_size=arguments.batch_size, judge=tools.judge)
-    report = evaluate(samples, tools.reference, tools.extractor, **options)
+    options = dict(batch_size=arguments.batch_size, judge=tools.judge, real=tools.reference_features())
+    report = evaluate(samples, tools.reference, tools.extractor, device=loaded.device, **options)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(kept) as temporary:
@@ -292,6 +305,8 @@ def compare(arguments: Arguments) -> Path:
         get_extractor(features, device, arguments.inception_weights),
         open_reference(arguments.reference or "digits", runs[0].config.image_size),
         Judge.load(arguments.judge, device) if arguments.judge else None,
+        device,
+        arguments.batch_size,
     )
     groups: dict[str, list[Run]] = {}
     for run in runs:

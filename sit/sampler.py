@@ -306,7 +306,10 @@ class KeyedNoise:
 
     def __call__(self, step: int = 0) -> torch.Tensor:
         """The next noise (B, *shape) of every sample."""
-        return randn(self.shape, self.sources).to(self.device, non_blocking=True)
+        noise = randn(self.shape, self.sources)
+        if torch.device(self.device).type == "cuda":
+            noise = noise.pin_memory()  # else the copy would wait for the steps before it
+        return noise.to(self.device, non_blocking=True)
 
 
 def sample(

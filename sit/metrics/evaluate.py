@@ -262,12 +262,13 @@ def evaluate(
     work_dir: str | None = None,
     save: Path | None = None,
     judge: Judge | None = None,
+    real: dict[str, np.ndarray] | None = None,
 ) -> Report | None:
     """All numbers that the samples, the reference and the features allow.
 
     Every process of a launch calls it; the main one gets the report, the others None. With ``save``, the samples are
     kept in that npz; without it they never touch the disk. With ``judge`` and labelled samples, it says how often a
-    sample shows its class.
+    sample shows its class. ``real`` are the reference's features, where :func:`extract` has made them already.
 
     Raises:
         UserError: too few images, or statistics of other features.
@@ -275,8 +276,7 @@ def evaluate(
     distances.enough(len(samples), 2, "a Fréchet distance")
     real_images = reference if isinstance(reference, Images) else reference.images
     with WorkDirectory(work_dir) as work:
-        real = None
-        if real_images is not None:
+        if real is None and real_images is not None:
             distances.enough(len(real_images), 2, "a Fréchet distance")
             real = extract(real_images, extractor, work / "reference", device, batch_size, "reference")
         keep = save is not None
