@@ -348,11 +348,11 @@ def losses(run: Run) -> list[dict[str, float]]:
 def command(arguments: Arguments) -> str:
     """The command line that these arguments stand for: the runs and whatever is not a default."""
     parts = list(arguments.runs)
-    for holder in (arguments, arguments.sampler):
+    for holder, elsewhere in ((arguments, ("runs", "sampler")), (arguments.sampler, ())):
         for entry in fields(holder):
             value = getattr(holder, entry.name)
             default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
-            if entry.name in ("runs", "sampler") or value == default:
+            if entry.name in elsewhere or value == default:
                 continue
             flag = "--" + entry.name.replace("_", "-")
             if isinstance(value, bool):

@@ -120,7 +120,7 @@ def test_seeds_are_repetitions(tmp_path, monkeypatch):
 
 
 def test_the_command_that_is_printed_makes_the_same_arguments():
-    sampler = SamplerConfig(sampler="sde", method="heun", steps=7, cfg_interval=(0.1, 0.9))
+    sampler = SamplerConfig(sampler="ode", method="heun2", steps=7, cfg_interval=(0.1, 0.9))
     arguments = Arguments(("a b", "c"), "out", reference="digits", at_steps=(1, 2), sampler=sampler)
     words = shlex.split(command(arguments))
     assert words[:3] == ["python", "-m", "sit.compare"]
