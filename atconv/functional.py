@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+
+HAS_TRITON = find_spec("triton") is not None
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -65,36 +69,95 @@ def inhibit(kernels: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
     return kernels - control.sigmoid() * kernels.mean(dim=-2, keepdim=True)
 
 
+def make_kernels(
+    x: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    mix_weight: torch.Tensor,
+    mix_bias: torch.Tensor,
+    control: torch.Tensor | None,
+    activation: str = "gelu_tanh",
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adaptive routing and lateral inhibition: the kernels before and after it.
+
+    Computed in float32 at least: nine rows cost nothing, and their mean is subtracted. Call it outside of autocast.
+
+    Args:
+        x: tokens (B, N, C).
+        proj_weight, proj_bias, mix_weight, mix_bias, activation: as for :func:`generate_kernels`.
+        control: (C,), inhibition's; None for none.
+        backend: a name of :data:`BACKENDS`; None takes :func:`fastest_backend`.
+
+    Returns:
+        Two tensors (B, k², C), row-major taps, float32 or float64; one and the same without ``control``.
+
+    Raises:
+        ValueError: the backend can't be used here.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weights = [weight.to(wide) for weight in (proj_weight, proj_bias, mix_weight, mix_bias)]
+    control = None if control is None else control.to(wide)
+    if (backend or fastest_backend(x)) == "triton":
+        kernels = _triton(x)
+        pooled = kernels.pool(x, mix_weight.shape[0])
+        raw, inhibited = kernels.route(F.linear(pooled, *weights[:2]), *weights[2:], control, activation)
+        return raw, raw if control is None else inhibited
+    raw = generate_kernels(x.to(wide), *weights, activation)
+    return raw, raw if control is None else inhibit(raw, control)
+
+
 def depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, backend: str | None = None) -> torch.Tensor:
     """Zero-padded k×k cross-correlation of every image and channel with its own kernel; k odd.
 
     Args:
         v: values (B, H, W, C).
-        kernels: (B, k², C) row-major taps, of v's dtype; or (1, k², C), the same kernels for all images.
-        backend: a name of :data:`BACKENDS`; None takes what measured fastest on v's device.
+        kernels: (B, k², C) row-major taps; or (1, k², C), the same kernels for all images.
+        backend: a name of :data:`BACKENDS`; None takes :func:`fastest_backend`.
 
     Returns:
         (B, H, W, C) in v's dtype.
 
     Raises:
-        ValueError: shapes that don't fit, an even k, or an unknown backend.
+        ValueError: shapes that don't fit, an even k, or a backend that is unknown or can't be used here.
     """
     taps, side = kernels.shape[1], math.isqrt(kernels.shape[1])
     if side * side != taps or side % 2 == 0:
         raise ValueError(f"kernels of {taps} taps are not k x k with odd k")
     if kernels.shape[0] not in (1, v.shape[0]) or kernels.shape[2] != v.shape[3]:
         raise ValueError(f"kernels {tuple(kernels.shape)} don't fit values {tuple(v.shape)}")
-    if backend is None:
-        backend = "channels_last" if v.device.type == "cpu" else "taps"
+    backend = backend or fastest_backend(v)
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known backends: {', '.join(BACKENDS)}")
     return BACKENDS[backend](v, kernels, side)
 
 
+def fastest_backend(x: torch.Tensor) -> str:
+    """The backend taken for x's device when none is named: measured on the CPU, reasoned on NVIDIA's and AMD's GPUs."""
+    if x.device.type == "cpu":
+        return "channels_last"
+    return "triton" if x.device.type == "cuda" and HAS_TRITON else "taps"
+
+
+def _triton(x: torch.Tensor) -> ModuleType:
+    """The module of the Triton kernels, loaded at their first use.
+
+    Raises:
+        ValueError: Triton is missing, or can't work on x's device.
+    """
+    if not HAS_TRITON:
+        raise ValueError("backend 'triton': the package triton is not installed; leave the backend out")
+    from atconv import triton_kernels
+
+    if x.device.type == "cpu" and not triton_kernels.INTERPRETED:
+        raise ValueError("backend 'triton' needs a GPU, or TRITON_INTERPRET=1 for slow tests; leave the backend out")
+    return triton_kernels
+
+
 def _taps(v: torch.Tensor, kernels: torch.Tensor, side: int) -> torch.Tensor:
     """One multiply-add a tap, over shifted views of the padded values: the reference; torch.compile fuses it."""
     height, width = v.shape[1:3]
-    margin = side // 2
+    kernels, margin = kernels.to(v.dtype), side // 2
     padded = F.pad(v, (0, 0, margin, margin, margin, margin))
     total = None
     for tap in range(side * side):
@@ -108,7 +171,7 @@ def _taps(v: torch.Tensor, kernels: torch.Tensor, side: int) -> torch.Tensor:
 def _channels_last(v: torch.Tensor, kernels: torch.Tensor, side: int) -> torch.Tensor:
     """One depthwise convolution over B·C channels of a single image, channels last, so that no image is transposed."""
     batch, height, width, channels = v.shape
-    kernels = kernels.expand(batch, -1, -1)
+    kernels = kernels.to(v.dtype).expand(batch, -1, -1)
     values = v.permute(1, 2, 0, 3).reshape(1, height, width, batch * channels).permute(0, 3, 1, 2)
     weight = kernels.transpose(1, 2).reshape(batch * channels, 1, side, side)
     out = F.conv2d(values, weight, padding=side // 2, groups=batch * channels)
@@ -118,4 +181,6 @@ def _channels_last(v: torch.Tensor, kernels: torch.Tensor, side: int) -> torch.T
 BACKENDS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
     "taps": _taps,
     "channels_last": _channels_last,
+    "triton": lambda v, kernels, side: _triton(v).depthwise(v, kernels),
 }
+"""Ways to convolve. ``triton`` also fuses the branch that makes the kernels (:func:`make_kernels`)."""

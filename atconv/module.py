@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from atconv.functional import ACTIVATIONS, BACKENDS, depthwise_conv, generate_kernels, inhibit
+from atconv.functional import ACTIVATIONS, BACKENDS, depthwise_conv, inhibit, make_kernels
 
 
 class ATConv(nn.Module):
@@ -24,7 +24,7 @@ class ATConv(nn.Module):
         inhibition: False leaves out lateral inhibition (the paper's ablation).
         routing: False replaces the generated kernels by learned ones, the same for all images (the paper's ablation).
         activation: of the kernel branch: ``gelu_tanh`` (published SiT variant), ``gelu`` (AttNet), ``silu`` (REPA).
-        backend: forces a backend of :func:`atconv.functional.depthwise_conv`.
+        backend: forces one of :data:`atconv.functional.BACKENDS`.
 
     Raises:
         ValueError: an even kernel size, or an unknown activation or backend.
@@ -79,21 +79,21 @@ class ATConv(nn.Module):
     def kernels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The kernels before and after inhibition, for tokens x (B, N, C).
 
-        Computed in float32 at least, under autocast too: nine rows cost nothing, and their mean is subtracted.
+        Computed in float32 at least, under autocast too.
 
         Returns:
             Two tensors (B, k², C), row-major taps; (1, k², C) with routing off.
         """
         kind = x.device.type
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-            wide = torch.promote_types(x.dtype, torch.float32)
+            control = self.difference_control if self.inhibition else None
             if self.routing:
                 projection, mixing = self.kernel_proj, self.kernel_gen
                 weights = (projection.weight, projection.bias, mixing.weight, mixing.bias)
-                raw = generate_kernels(x.to(wide), *(weight.to(wide) for weight in weights), self.activation)
-            else:
-                raw = self.kernel[None].to(wide)
-            return raw, inhibit(raw, self.difference_control.to(wide)) if self.inhibition else raw
+                return make_kernels(x, *weights, control, self.activation, self.backend)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            raw = self.kernel[None].to(wide)
+            return raw, raw if control is None else inhibit(raw, control.to(wide))
 
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Whether the mixer can work on a grid; a network asks when it is built.
@@ -120,5 +120,5 @@ class ATConv(nn.Module):
         self.check_grid(grid)
         _, kernels = self.kernels(x)
         v = self.x_proj(x)
-        y = depthwise_conv(v.view(batch, *grid, dim), kernels.to(v.dtype), self.backend)
+        y = depthwise_conv(v.view(batch, *grid, dim), kernels, self.backend)
         return self.proj(y.reshape(batch, tokens, dim))

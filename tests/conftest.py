@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
+
+from accelerate.state import AcceleratorState  # noqa: E402 - it may import Triton
 
 
 @pytest.fixture
