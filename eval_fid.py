@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from accelerate import PartialState
 
 from sit.checkpoint import load_for_sampling
 from sit.cli import one_line_errors
+from sit.compiling import WORTH_IT, compile_for_sampling, should_compile
 from sit.device import pick_device
 from sit.errors import UserError, door
 from sit.files import atomic_write
@@ -61,6 +63,8 @@ class Arguments:
     """a VAE's name on the Hub or folder, instead of the checkpoint's or the latent cache's"""
     judge: str | None = None
     """a folder of sit.train_classifier, whose word is taken for the samples' classes: class accuracy"""
+    compile: bool | None = None
+    """torch.compile the network, on GPUs with CUDA graphs; None does so on GPUs from 1000 network evaluations on"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
     published: Annotated[FileHints, tyro.conf.OmitArgPrefixes] = field(default_factory=FileHints)
@@ -116,6 +120,9 @@ def main(arguments: Arguments) -> None:
     if arguments.ckpt is not None:
         loaded = load_for_sampling(arguments.ckpt, vae=arguments.vae, device=device, **vars(arguments.published))
         count = arguments.num_samples or (1_000 if name == "digits" else 50_000)
+        evaluations = math.ceil(count / state.num_processes / arguments.batch_size) * arguments.sampler.steps
+        if should_compile(arguments.compile, loaded.device, state.print, evaluations >= WORTH_IT):
+            compile_for_sampling(loaded.model)
         samples = GeneratedImages(loaded, count, arguments.seed, arguments.label_order, arguments.sampler)
         side = loaded.info.image_size[0] if loaded.info.image_size else None
     else:

@@ -26,6 +26,7 @@ from timing import interleaved
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sit.compiling import compile_for_sampling
 from sit.files import atomic_write
 from sit.mixers import register_mixer
 from sit.model import MODELS, SiT, SiTBlock, create_model, parse_mixers
@@ -51,9 +52,7 @@ class Arguments:
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
     """bfloat16: weights in bfloat16 for inference, autocast for training"""
     compile: tuple[bool, ...] = (False,)
-    """without and with torch.compile: --compile False True"""
-    cuda_graphs: bool = False
-    """compiled inference replays CUDA graphs"""
+    """without and with torch.compile: --compile False True; whole networks replay CUDA graphs then"""
     steps: int = 4
     """Euler steps of a sampling run"""
     guidance: float = 1.0
@@ -144,9 +143,10 @@ def runs(case: Case, module: nn.Module, arguments: Arguments) -> dict[str, Calla
     device, dtype = torch.device(arguments.device), getattr(torch, case.dtype)
     shape, side, batch = MODELS[case.model], case.pixels // 8, case.batch
     call: Callable = module
-    if case.compile:
-        mode = "reduce-overhead" if arguments.cuda_graphs and case.scope not in ("mixer", "block", "training") else None
-        call = torch.compile(module, mode=mode, dynamic=False)
+    if case.compile and case.scope in ("network", "sampling"):
+        compile_for_sampling(module)
+    elif case.compile:
+        call = torch.compile(module, dynamic=False)
     if case.scope in ("mixer", "block"):
         hidden, tokens = shape["hidden_size"], side // shape["patch_size"]
         x = torch.randn(batch, tokens**2, hidden, device=device, dtype=dtype)
@@ -183,8 +183,6 @@ def runs(case: Case, module: nn.Module, arguments: Arguments) -> dict[str, Calla
 
         return {"forward+backward": step}
     config = SamplerConfig(sampler="ode", method="euler", steps=arguments.steps, cfg_scale=arguments.guidance)
-    if case.compile:
-        module.forward = torch.compile(module.forward, dynamic=False)
     narrow = _Narrow(module, dtype)
     return {f"sampling, {arguments.steps} steps": lambda: sample(narrow, transport, x, labels, config)}
 

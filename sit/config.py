@@ -89,8 +89,8 @@ class TrainConfig:
     # how it runs
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """None takes what `accelerate launch` or `accelerate config` say"""
-    compile: bool = False
-    """torch.compile the network"""
+    compile: bool | None = None
+    """torch.compile the network; None does so on GPUs where it can"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass, to save memory"""
     cpu_threads: int | None = None

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from sit import randomness
 from sit.alignment import attach_projector, check_block, cosine_similarity, load_encoder
 from sit.checkpoint import CheckpointInfo, find_checkpoints, newest_checkpoint, read_info, resolve, save_checkpoint
+from sit.compiling import should_compile
 from sit.config import TrainConfig, check_same_run, run_folder
 from sit.errors import UserError
 from sit.files import atomic_write, refuse_used
@@ -135,7 +136,7 @@ class Trainer:
             attach_projector(network, config.repa_block, self.encoder.width)
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        if config.compile:
+        if should_compile(config.compile, self.device, self.accelerator.print):
             network.compile()
         optimizer = torch.optim.AdamW(
             network.parameters(),

@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-12}
 
 pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not ops.INTERPRETED, reason="no GPU, and TRITON_INTERPRET=1 was not set when Triton was imported"
+    DEVICE == "cpu" and not ops.INTERPRETED, reason="no GPU, and Triton was imported without TRITON_INTERPRET=1"
 )
 
 

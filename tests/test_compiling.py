@@ -1,0 +1,49 @@
+"""When the network is compiled, and that a compiled one samples the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sit.compiling import compile_for_sampling, obstacle, should_compile
+from sit.errors import UserError
+from sit.model import SiT
+from sit.sampler import SamplerConfig, sample
+from sit.transport import Transport
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_the_flag_and_what_stands_in_its_way(monkeypatch):
+    notices: list[str] = []
+    monkeypatch.setattr("sit.compiling.obstacle", lambda device: None)
+    assert not should_compile(None, CPU, notices.append) and should_compile(True, CPU, notices.append)
+    assert should_compile(None, GPU, notices.append) and not should_compile(False, GPU, notices.append)
+    assert not should_compile(None, GPU, notices.append, helps=False) and not notices
+    monkeypatch.setattr("sit.compiling.obstacle", lambda device: "install g++")
+    assert not should_compile(None, GPU, notices.append) and "install g++" in notices[0]
+    with pytest.raises(UserError, match="--compile: install g"):
+        should_compile(True, CPU, notices.append)
+
+
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert "C++ compiler" in obstacle(CPU)
+    (tmp_path / "mine").touch(0o755)
+    monkeypatch.setenv("CXX", "mine")
+    assert obstacle(CPU) is None
+
+
+@pytest.mark.skipif(obstacle(CPU) is not None, reason="no C++ compiler")
+def test_a_compiled_network_samples_the_same():
+    torch.manual_seed(0)
+    model = SiT(8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=10, mixer="atconv").eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.1)
+    noise, labels = torch.randn(3, 4, 8, 8), torch.tensor([0, 4, 9])
+    # Heun's method holds two results of the network at a time, guidance shows it twice the images
+    config = SamplerConfig(sampler="ode", method="heun2", steps=3, cfg_scale=1.5)
+    plain = sample(model, Transport(), noise, labels, config)
+    compile_for_sampling(model)
+    torch.testing.assert_close(sample(model, Transport(), noise, labels, config), plain, rtol=1e-4, atol=1e-4)
