@@ -99,7 +99,7 @@ def make_kernels(
     weights = [weight.to(wide) for weight in (proj_weight, proj_bias, mix_weight, mix_bias)]
     control = None if control is None else control.to(wide)
     if (backend or fastest_backend(x)) == "triton":
-        kernels = _triton(x)
+        kernels = load_triton(x.device.type == "cpu")
         pooled = kernels.pool(x, mix_weight.shape[0])
         raw, inhibited = kernels.route(F.linear(pooled, *weights[:2]), *weights[2:], control, activation)
         return raw, raw if control is None else inhibited
@@ -139,17 +139,17 @@ def fastest_backend(x: torch.Tensor) -> str:
     return "triton" if x.device.type == "cuda" and HAS_TRITON else "taps"
 
 
-def _triton(x: torch.Tensor) -> ModuleType:
-    """The module of the Triton kernels, loaded at their first use.
+def load_triton(on_cpu: bool) -> ModuleType:
+    """The module of the Triton kernels, loaded when it is first asked for.
 
     Raises:
-        ValueError: Triton is missing, or can't work on x's device.
+        ValueError: Triton is missing, or it is to work on a CPU and not in its interpreter.
     """
     if not HAS_TRITON:
         raise ValueError("backend 'triton': the package triton is not installed; leave the backend out")
     from atconv import triton_kernels
 
-    if x.device.type == "cpu" and not triton_kernels.INTERPRETED:
+    if on_cpu and not triton_kernels.INTERPRETED:
         raise ValueError("backend 'triton' needs a GPU, or TRITON_INTERPRET=1 for slow tests; leave the backend out")
     return triton_kernels
 
@@ -181,6 +181,6 @@ def _channels_last(v: torch.Tensor, kernels: torch.Tensor, side: int) -> torch.T
 BACKENDS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
     "taps": _taps,
     "channels_last": _channels_last,
-    "triton": lambda v, kernels, side: _triton(v).depthwise(v, kernels),
+    "triton": lambda v, kernels, side: load_triton(v.device.type == "cpu").depthwise(v, kernels),
 }
 """Ways to convolve. ``triton`` also fuses the branch that makes the kernels (:func:`make_kernels`)."""

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from atconv.functional import ACTIVATIONS, BACKENDS, depthwise_conv, inhibit, make_kernels
+from atconv.functional import ACTIVATIONS, BACKENDS, depthwise_conv, inhibit, load_triton, make_kernels
 
 
 class ATConv(nn.Module):
@@ -27,7 +27,7 @@ class ATConv(nn.Module):
         backend: forces one of :data:`atconv.functional.BACKENDS`.
 
     Raises:
-        ValueError: an even kernel size, or an unknown activation or backend.
+        ValueError: an even kernel size, an unknown activation or backend, or one that this machine can't run.
     """
 
     positional_embedding = False
@@ -48,6 +48,8 @@ class ATConv(nn.Module):
         for value, known, what in ((activation, ACTIVATIONS, "activation"), (backend, BACKENDS, "backend")):
             if value is not None and value not in known:
                 raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+        if backend == "triton":  # so that a machine without a GPU is told at once
+            load_triton(on_cpu=not torch.accelerator.is_available())
         self.kernel_size, self.inhibition, self.routing = kernel_size, inhibition, routing
         self.activation, self.backend = activation, backend
         taps = kernel_size**2

@@ -205,8 +205,9 @@ def test_kernels_compile_for_hopper():
     assert result.stdout.strip() == "compiled", result.stderr[-2000:]
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_without_gpu_and_interpreter_the_message_says_so():
-    code = "import torch, atconv; atconv.ATConv(8, backend='triton')(torch.randn(1, 9, 8), (3, 3))"
+    code = "import atconv; atconv.ATConv(8, backend='triton')"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "backend 'triton' needs a GPU" in result.stderr.splitlines()[-1]
