@@ -36,7 +36,7 @@ def log_likelihood(
     if config.sampler != "ode":
         raise UserError("the likelihood is computed along the ODE: use --sampler ode")
 
-    def right(t: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]):
+    def right(t: float | torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]):
         with torch.enable_grad():
             at = state[0].detach().requires_grad_()
             velocity = transport.velocity_of(prediction(at, t), at, times(t, at))

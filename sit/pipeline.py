@@ -15,7 +15,7 @@ from PIL import Image
 from sit.errors import UserError
 from sit.latents import decode, downsampling, load_vae
 from sit.model import SiT
-from sit.sampler import SamplerConfig, sample, sde_times
+from sit.sampler import SamplerConfig, sample
 from sit.transport import Transport
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -156,7 +156,7 @@ class SiTPipeline(DiffusionPipeline):
             def on_step(step: int, total: int | None, state: torch.Tensor, t: float | torch.Tensor) -> None:
                 bar.update()
                 if callback_on_step_end is not None:
-                    self._call_back(callback_on_step_end, step - 1, state, config)
+                    self._call_back(callback_on_step_end, step - 1, None if config.adaptive else t, state, config)
 
             try:
                 latents = sample(
@@ -197,26 +197,21 @@ class SiTPipeline(DiffusionPipeline):
         return SamplerConfig(steps=steps, cfg_scale=guidance_scale, **options)
 
     def _call_back(
-        self, callback: Callable[..., dict[str, Any]], step: int, state: torch.Tensor, config: SamplerConfig
+        self,
+        callback: Callable[..., dict[str, Any]],
+        step: int,
+        t: float | None,
+        state: torch.Tensor,
+        config: SamplerConfig,
     ) -> None:
         """Let a callback see the state after a step (from 0), and change it or end the sampling."""
-        changed = callback(self, step, self._time_after(step, config), {"latents": state}).get("latents", state)
+        changed = callback(self, step, t, {"latents": state}).get("latents", state)
         if changed is not state:
             if config.adaptive:
                 raise UserError(f"callbacks can't change latents under {config.resolved_method}; take a fixed-step one")
             state.copy_(changed)  # in place: the solver goes on from this very tensor
         if self._interrupt:
             raise _Interrupted(state)
-
-    def _time_after(self, step: int, config: SamplerConfig) -> float | None:
-        """The time t that a step (from 0) reaches, 1 being data; None where the solver chooses."""
-        if config.adaptive:
-            return None
-        if config.sampler == "ode":
-            start, end = self.transport.ode_interval()
-            return start + (end - start) * (step + 1) / config.steps
-        times = sde_times(self.transport, config)
-        return times[step + 1] if step + 1 < len(times) else times[-1] + config.last_step_size
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         trained = tuple(self.transformer.config.input_size)

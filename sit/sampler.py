@@ -9,7 +9,8 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torchdiffeq import odeint
@@ -225,41 +226,91 @@ def solve(
     state: torch.Tensor | tuple[torch.Tensor, ...],
     transport: Transport,
     config: SamplerConfig,
-    reverse: bool,
+    reverse: bool = False,
+    on_step: OnStep | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """The state (a tensor or a tuple of them) at the ODE's end, or with ``reverse`` at its start, by torchdiffeq.
 
-    Its adaptive solvers step past the end and interpolate, as they do in the published programs; where the drift does
-    not exist there, they are made to land on the end.
+    ``right(t, state)`` is the right-hand side, ``on_step`` is for states that are a tensor.
     """
     interval = transport.ode_interval()[:: -1 if reverse else 1]
+    if config.adaptive:
+        return _adaptive_steps(right, state, interval, config, transport.must_stop(reverse), on_step)
+    if isinstance(state, torch.Tensor):
+        return _fixed_steps(right, state, interval, config, on_step)
+    shapes = [part.shape for part in state]
+
+    def parts(whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        pieces = whole.split([shape.numel() for shape in shapes])
+        return tuple(piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True))
+
+    def joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return torch.cat([part.flatten() for part in parts])
+
+    return parts(_fixed_steps(lambda t, whole: joined(right(t, parts(whole))), joined(state), interval, config, None))
+
+
+def _fixed_steps(
+    right: Callable, x: torch.Tensor, interval: tuple[float, float], config: SamplerConfig, on_step: OnStep | None
+) -> torch.Tensor:
+    """Equal steps between times that are numbers: torchdiffeq's own loop compares them on the device and waits."""
+    solver = _SOLVERS[config.resolved_method](right, x, rtol=config.rtol, atol=config.atol)
+    grid = torch.linspace(*interval, config.steps + 1, dtype=x.dtype).tolist()
+
+    def ask(t: float, x: torch.Tensor, perturb: object = None) -> torch.Tensor:
+        return right(t, x)
+
+    for step, (start, end) in enumerate(pairwise(grid)):
+        change, _ = solver._step_func(ask, start, end - start, end, x)
+        x = x + change
+        if on_step is not None:
+            on_step(step + 1, config.steps, x, end)
+    return x
+
+
+def _adaptive_steps(
+    right: Callable,
+    state: torch.Tensor | tuple[torch.Tensor, ...],
+    interval: tuple[float, float],
+    config: SamplerConfig,
+    must_stop: bool,
+    on_step: OnStep | None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Steps of the solver's choice.
+
+    They go past the end and are interpolated, as in the published programs; where the drift does not exist there, they
+    are made to land on the end.
+    """
     like = state[0] if isinstance(state, tuple) else state
     ends = torch.tensor(interval, dtype=like.dtype, device=like.device)
     options = {}
-    if not config.adaptive:
-        # a grid of our own: torchdiffeq's step_size adds a sliver of a step where rounding leaves one
-        grid = torch.linspace(*interval, config.steps + 1, dtype=like.dtype, device=like.device)
-        options["grid_constructor"] = lambda right, x, t: grid
-    elif config.resolved_method == "scipy_solver":
+    if config.resolved_method == "scipy_solver":
         options["solver"] = "RK45"
-    elif transport.must_stop(reverse):
+    elif must_stop:
         options["step_t"] = ends[1:]
-    end = odeint(right, state, ends, rtol=config.rtol, atol=config.atol, method=config.resolved_method, options=options)
-    return tuple(part[-1] for part in end) if isinstance(state, tuple) else end[-1]
+    watched = _Watched(right, on_step)
+    end = odeint(
+        watched, state, ends, rtol=config.rtol, atol=config.atol, method=config.resolved_method, options=options
+    )
+    if isinstance(state, tuple):
+        return tuple(part[-1] for part in end)
+    if on_step is not None:
+        on_step(watched.step, None, end[-1], interval[1])
+    return end[-1]
 
 
-class _OdeRight:
-    """The ODE's right-hand side as torchdiffeq calls it: at (t, x), and once before every step."""
+class _Watched:
+    """A right-hand side as torchdiffeq calls it: at (t, state), and once before every step."""
 
-    def __init__(self, velocity: Callable, total: int | None, on_step: OnStep | None) -> None:
-        self.velocity, self.total, self.on_step, self.step = velocity, total, on_step, 0
+    def __init__(self, right: Callable, on_step: OnStep | None) -> None:
+        self.right, self.on_step, self.step = right, on_step, 0
 
-    def __call__(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return self.velocity(x, t)
+    def __call__(self, t: torch.Tensor, state: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
+        return self.right(t, state)
 
     def callback_step(self, t: torch.Tensor, x: torch.Tensor, dt: torch.Tensor) -> None:
         if self.on_step is not None and self.step:
-            self.on_step(self.step, self.total, x, t)
+            self.on_step(self.step, None, x, t)
         self.step += 1
 
 
@@ -280,15 +331,10 @@ def sample_ode(
         (B, C, h, w).
     """
 
-    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def velocity(t: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return transport.velocity_of(prediction(x, t), x, times(t, x))
 
-    total = None if config.adaptive else config.steps
-    right = _OdeRight(velocity, total, on_step)
-    x = solve(right, x, transport, config, reverse)
-    if on_step is not None:
-        on_step(right.step, total, x, transport.ode_interval()[0 if reverse else 1])
-    return x
+    return solve(velocity, x, transport, config, reverse, on_step)
 
 
 # ---------------------------------------------------------------------- samples by number

@@ -25,6 +25,7 @@ from sit.sampler import (
     sample,
     sample_sde,
     sde_times,
+    times,
 )
 from sit.transport import Transport
 
@@ -200,7 +201,7 @@ def gaussian(interpolant):
     path = get_interpolant(interpolant)
 
     def velocity(x, t, y=None):
-        t = within(interpolant, t.double()).reshape(-1, *[1] * (x.ndim - 1))
+        t = within(interpolant, torch.as_tensor(t).double()).reshape(-1, *[1] * (x.ndim - 1))
         alpha, sigma, alpha_rate, sigma_rate = path.alpha(t), path.sigma(t), path.alpha_rate(t), path.sigma_rate(t)
         variance = (alpha * DEVIATION) ** 2 + sigma**2
         rate = alpha * alpha_rate * DEVIATION**2 + sigma * sigma_rate
@@ -395,12 +396,12 @@ def test_likelihood_of_a_gaussian(interpolant):
     x = MEAN + DEVIATION * normal(5, 3, 4, 4, seed=6)
     config = SamplerConfig("ode", rtol=1e-6, atol=1e-8)
     probes = random_signs(1, x, torch.Generator().manual_seed(7))
-    found, noise = log_likelihood(lambda x, t: velocity(x, t.expand(len(x))), Transport(interpolant), x, config, probes)
+    found, noise = log_likelihood(lambda x, t: velocity(x, times(t, x)), Transport(interpolant), x, config, probes)
     density = -0.5 * ((x - MEAN) / DEVIATION) ** 2 - math.log(DEVIATION * math.sqrt(2 * math.pi))
     tolerance = 0.05 if interpolant == "vp" else 1e-3  # at t = 1 - 1e-3, VP's data are still slightly noisy
     torch.testing.assert_close(found, density.flatten(1).sum(1), rtol=0, atol=tolerance * 48)
     fixed, _ = log_likelihood(
-        lambda x, t: velocity(x, t.expand(len(x))), Transport(interpolant), x, SamplerConfig("ode", 200, "rk4"), probes
+        lambda x, t: velocity(x, times(t, x)), Transport(interpolant), x, SamplerConfig("ode", 200, "rk4"), probes
     )
     torch.testing.assert_close(fixed, found, rtol=1e-3, atol=1e-2)
     bits = bits_per_dimension(torch.tensor([-48 * math.log(2) * 3.5]), 48)

@@ -88,9 +88,7 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray) -> tuple[float,
     return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
 
 
-def precision_recall(
-    samples: np.ndarray, reference: np.ndarray, k: int = 3, block: int = 2048
-) -> tuple[float, float]:
+def precision_recall(samples: np.ndarray, reference: np.ndarray, k: int = 3, block: int = 2048) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019) as ADM's suite defines them.
 
     Precision is the share of samples within the ball of any reference feature, whose radius is the distance to its

@@ -40,8 +40,7 @@ class Extractor:
     def __call__(self, images: torch.Tensor) -> dict[str, np.ndarray]:
         """Features of images (B, 3, H, W) uint8, as float32 arrays."""
         return {
-            name: values.float().cpu().numpy()
-            for name, values in zip(self.outputs, self.network(images), strict=True)
+            name: values.float().cpu().numpy() for name, values in zip(self.outputs, self.network(images), strict=True)
         }
 
 
