@@ -34,34 +34,19 @@ def pool_tokens(x: torch.Tensor, bins: int) -> torch.Tensor:
     start, end = edges * tokens // bins, -((-(edges + 1) * tokens) // bins)
     place = torch.arange(tokens, device=x.device)
     inside = (place >= start[:, None]) & (place < end[:, None])
-    return torch.matmul(inside.to(x.dtype) / (end - start)[:, None].to(x.dtype), x)
+    # the means' divisors would be rounded in x's dtype
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (torch.matmul(inside.to(x.dtype), x).to(wide) / (end - start)[:, None]).to(x.dtype)
 
 
-def generate_kernels(
-    x: torch.Tensor,
-    proj_weight: torch.Tensor,
-    proj_bias: torch.Tensor,
-    mix_weight: torch.Tensor,
-    mix_bias: torch.Tensor,
-    activation: str = "gelu_tanh",
+def mix_taps(
+    logits: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str = "gelu_tanh"
 ) -> torch.Tensor:
-    """Adaptive routing: one k×k kernel for every image and channel, from the image's own tokens.
+    """Activation and mixing of the taps: logits (B, k², C), weight (k², k²) and bias (k²,) to kernels (B, k², C).
 
-    Pooling is linear and its rows sum to one, so pooling before the projection equals the published order
-    (projection of all N tokens, then pooling) and projects k² rows instead of N.
-
-    Args:
-        x: tokens (B, N, C).
-        proj_weight, proj_bias: (C, C) and (C,), the projection of the pooled context.
-        mix_weight, mix_bias: (k², k²) and (k²,), which mix the taps.
-        activation: a name of :data:`ACTIVATIONS`.
-
-    Returns:
-        (B, k², C) kernels before inhibition, row-major taps, in x's dtype.
+    ``activation`` is a name of :data:`ACTIVATIONS`.
     """
-    pooled = pool_tokens(x, mix_weight.shape[0])
-    logits = ACTIVATIONS[activation](F.linear(pooled, proj_weight, proj_bias))
-    return torch.matmul(mix_weight, logits) + mix_bias[:, None]
+    return torch.matmul(weight, ACTIVATIONS[activation](logits)) + bias[:, None]
 
 
 def inhibit(kernels: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
@@ -79,31 +64,39 @@ def make_kernels(
     activation: str = "gelu_tanh",
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adaptive routing and lateral inhibition: the kernels before and after it.
+    """Adaptive routing: one k×k kernel for every image and channel, from the image's own tokens; lateral inhibition.
 
-    Computed in float32 at least: nine rows cost nothing, and their mean is subtracted. Call it outside of autocast.
+    Pooling is linear and its rows sum to one, so pooling before the projection equals the published order
+    (projection of all N tokens, then pooling) and projects k² rows instead of N.
+
+    The projection, which is a large matrix, works in x's dtype, and under autocast as everywhere in float32; what
+    comes after it in float32 at least, as the taps' mean is subtracted.
 
     Args:
         x: tokens (B, N, C).
-        proj_weight, proj_bias, mix_weight, mix_bias, activation: as for :func:`generate_kernels`.
+        proj_weight, proj_bias: (C, C) and (C,), the projection of the pooled context.
+        mix_weight, mix_bias: (k², k²) and (k²,), which mix the taps.
         control: (C,), inhibition's; None for none.
+        activation: a name of :data:`ACTIVATIONS`.
         backend: a name of :data:`BACKENDS`; None takes :func:`fastest_backend`.
 
     Returns:
-        Two tensors (B, k², C), row-major taps, float32 or float64; one and the same without ``control``.
+        Two tensors (B, k², C), row-major taps, float32 or float64: the kernels before and after inhibition; one and
+        the same without ``control``.
 
     Raises:
         ValueError: the backend can't be used here.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    weights = [weight.to(wide) for weight in (proj_weight, proj_bias, mix_weight, mix_bias)]
+    mix_weight, mix_bias = mix_weight.to(wide), mix_bias.to(wide)
     control = None if control is None else control.to(wide)
-    if (backend or fastest_backend(x)) == "triton":
-        kernels = load_triton(x.device.type == "cpu")
-        pooled = kernels.pool(x, mix_weight.shape[0])
-        raw, inhibited = kernels.route(F.linear(pooled, *weights[:2]), *weights[2:], control, activation)
+    kernels = load_triton(x.device.type == "cpu") if (backend or fastest_backend(x)) == "triton" else None
+    pooled = kernels.pool(x, mix_weight.shape[0]).to(x.dtype) if kernels else pool_tokens(x, mix_weight.shape[0])
+    logits = F.linear(pooled, proj_weight.to(x.dtype), proj_bias.to(x.dtype))
+    if kernels:
+        raw, inhibited = kernels.route(logits, mix_weight, mix_bias, control, activation)
         return raw, raw if control is None else inhibited
-    raw = generate_kernels(x.to(wide), *weights, activation)
+    raw = mix_taps(logits.to(wide), mix_weight, mix_bias, activation)
     return raw, raw if control is None else inhibit(raw, control)
 
 

@@ -81,10 +81,10 @@ class ATConv(nn.Module):
     def kernels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The kernels before and after inhibition, for tokens x (B, N, C).
 
-        Computed in float32 at least, under autocast too.
+        Autocast leaves this branch in float32. See :func:`atconv.functional.make_kernels`.
 
         Returns:
-            Two tensors (B, k², C), row-major taps; (1, k², C) with routing off.
+            Two tensors (B, k², C), row-major taps, float32 or float64; (1, k², C) with routing off.
         """
         kind = x.device.type
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():

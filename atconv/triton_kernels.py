@@ -219,6 +219,7 @@ def _route(
     CHANNELS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     INHIBIT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Activation, tap mixing and inhibition. One program: all taps of one image, for CHANNELS channels."""
     channel_tiles = tl.cdiv(channels, CHANNELS)
@@ -228,7 +229,7 @@ def _route(
     real = channel < channels
     tap = tl.arange(0, ROOM)
     place = tap.to(tl.int64)[:, None] * l_tap + channel.to(tl.int64)[None, :] * l_channel
-    h = tl.load(logits + image * l_image + place, mask=(tap < TAPS)[:, None] & real[None, :], other=0.0)
+    h = tl.load(logits + image * l_image + place, mask=(tap < TAPS)[:, None] & real[None, :], other=0.0).to(WIDE)
     if ACTIVATION == "gelu_tanh":  # (1 + tanh u) / 2 is the sigmoid of 2u
         g = h * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
     elif ACTIVATION == "gelu":
@@ -461,16 +462,16 @@ def route(
     """Activation, mixing of the taps, lateral inhibition, in one kernel.
 
     Args:
-        logits: projected pooled context (B, k², C), float32 or float64, any strides.
-        weight, bias: (k², k²) and (k²,), which mix the taps, in the dtype of the logits.
+        logits: projected pooled context (B, k², C), of any floating type and strides.
+        weight, bias: (k², k²) and (k²,), which mix the taps, float32, or float64 where the logits are.
         control: (C,), inhibition's; None for none.
         activation: ``gelu_tanh``, ``gelu`` or ``silu``.
 
     Returns:
-        Kernels (B, k², C) before and after inhibition; the second is empty, of shape (0,), without control.
+        Kernels (B, k², C) before and after inhibition, in the dtype of the weight; the second is empty, of shape (0,), without control.
     """
     batch, taps, channels = logits.shape
-    raw = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    raw = torch.empty(logits.shape, dtype=_wide(logits.dtype), device=logits.device)
     inhibited = torch.empty(0 if control is None else raw.shape, dtype=raw.dtype, device=raw.device)
     if raw.numel():
         room = triton.next_power_of_2(taps)
@@ -480,14 +481,14 @@ def route(
             _route[(batch * triton.cdiv(channels, block),)](
                 logits, weight, bias, bias if control is None else control.contiguous(), raw, inhibited, channels,
                 *logits.stride(), TAPS=taps, ROOM=room, CHANNELS=block, ACTIVATION=activation,
-                INHIBIT=control is not None, num_warps=4,
+                INHIBIT=control is not None, WIDE=_tl(logits.dtype), num_warps=4,
             )  # fmt: skip
     return raw, inhibited
 
 
 @route.register_fake
 def _(logits, weight, bias, control, activation):
-    raw = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    raw = torch.empty(logits.shape, dtype=_wide(logits.dtype), device=logits.device)
     return raw, torch.empty(0 if control is None else raw.shape, dtype=raw.dtype, device=raw.device)
 
 
@@ -498,7 +499,8 @@ def _route_context(ctx, inputs, output):
 
 def _route_backward(ctx, grad_raw, grad_inhibited):
     """In plain torch: it works on k² rows an image."""
-    logits, weight, bias, control = ctx.saved_tensors
+    narrow, weight, bias, control = ctx.saved_tensors
+    logits = narrow.to(_wide(narrow.dtype))
     if ctx.activation == "silu":
         g = torch.nn.functional.silu(logits)
     else:
@@ -517,7 +519,7 @@ def _route_backward(ctx, grad_raw, grad_inhibited):
         d_logits = torch.ops.aten.silu_backward(d_g, logits)
     else:
         d_logits = torch.ops.aten.gelu_backward(d_g, logits, approximate=approximate)
-    return d_logits, d_weight, d_bias, d_control, None
+    return d_logits.to(narrow.dtype), d_weight, d_bias, d_control, None
 
 
 route.register_autograd(_route_backward, setup_context=_route_context)

@@ -95,11 +95,13 @@ def test_pooling_is_pytorchs_forward_and_backward(tokens, bins):
 
 
 @pytest.mark.parametrize("activation", functional.ACTIVATIONS)
-@pytest.mark.parametrize("with_control", [True, False])
-def test_branch_is_the_plain_one_to_the_gradients(activation, with_control):
+@pytest.mark.parametrize("with_control, dtype, tolerance", [
+    (True, torch.float32, 1e-5), (False, torch.float32, 1e-5), (True, torch.bfloat16, 2e-2),
+])  # fmt: skip
+def test_branch_is_the_plain_one_to_the_gradients(activation, with_control, dtype, tolerance):
     torch.manual_seed(0)
     shapes = [(2, 35, 20), (20, 20), (20,), (9, 9), (9,)] + [(20,)] * with_control
-    inputs = [random(*shape).requires_grad_() for shape in shapes]
+    inputs = [random(*shape).to(dtype).requires_grad_() for shape in shapes]
     weights = random(2, 9, 20), random(2, 9, 20)
 
     def run(inputs, backend):
@@ -110,7 +112,7 @@ def test_branch_is_the_plain_one_to_the_gradients(activation, with_control):
 
     wide = [value.detach().double().requires_grad_() for value in inputs]
     for one, truth in zip(run(inputs, "triton"), run(wide, "taps"), strict=True):
-        close(one, truth, 1e-5)
+        close(one, truth, tolerance)
 
 
 @pytest.mark.parametrize("options", [{}, {"inhibition": False}, {"routing": False}, {"kernel_size": 5}])
@@ -192,8 +194,10 @@ for dtype, side in (("bf16", 3), ("fp32", 3)):
     build(ops._average, {"x": p, "out": "*fp32"}, BINS=side**2, TOKENS=32, CHANNELS=64, WIDE=tl.float32)
     build(ops._spread, {"grad": "*fp32", "out": p}, BINS=9, SPAN=2, TOKENS=64, CHANNELS=64, WIDE=tl.float32)
 for activation in ("gelu_tanh", "gelu", "silu"):
-    build(ops._route, {name: "*fp32" for name in ("logits", "weight", "bias", "control", "raw", "inhibited")},
-          TAPS=9, ROOM=16, CHANNELS=64, ACTIVATION=activation, INHIBIT=True)
+    pointers = {name: "*fp32" for name in ("weight", "bias", "control", "raw", "inhibited")}
+    for dtype in ("*bf16", "*fp32"):
+        build(ops._route, pointers | {"logits": dtype},
+              TAPS=9, ROOM=16, CHANNELS=64, ACTIVATION=activation, INHIBIT=True, WIDE=tl.float32)
 print("compiled")
 """
 
