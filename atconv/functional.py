@@ -23,11 +23,12 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """Activations of the kernel branch: the published SiT variant's, AttNet's, and the REPA variant's."""
 
 
-def pool_tokens(x: torch.Tensor, bins: int) -> torch.Tensor:
+def pool_tokens(x: torch.Tensor, bins: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Adaptive average pooling over the flattened, row-major tokens: (B, N, C) to (B, bins, C).
 
     Bin j is the mean of the tokens ⌊jN/bins⌋ … ⌈(j+1)N/bins⌉ − 1, as in PyTorch's ``adaptive_avg_pool1d``; written
-    as a product with a bins × N matrix, which needs no transposed copy of the tokens.
+    as a product with a bins × N matrix, which needs no transposed copy of the tokens. The result is in ``dtype``, by
+    default x's.
     """
     tokens = x.shape[1]
     edges = torch.arange(bins, device=x.device)
@@ -36,7 +37,7 @@ def pool_tokens(x: torch.Tensor, bins: int) -> torch.Tensor:
     inside = (place >= start[:, None]) & (place < end[:, None])
     # the means' divisors would be rounded in x's dtype
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (torch.matmul(inside.to(x.dtype), x).to(wide) / (end - start)[:, None]).to(x.dtype)
+    return (torch.matmul(inside.to(x.dtype), x).to(wide) / (end - start)[:, None]).to(dtype or x.dtype)
 
 
 def mix_taps(
@@ -69,8 +70,8 @@ def make_kernels(
     Pooling is linear and its rows sum to one, so pooling before the projection equals the published order
     (projection of all N tokens, then pooling) and projects k² rows instead of N.
 
-    The projection, which is a large matrix, works in x's dtype, and under autocast as everywhere in float32; what
-    comes after it in float32 at least, as the taps' mean is subtracted.
+    The projection, which is a large matrix, works in the dtype of its weight; what comes after it in float32 at least,
+    as the taps' mean is subtracted. Call it outside of autocast.
 
     Args:
         x: tokens (B, N, C).
@@ -87,12 +88,12 @@ def make_kernels(
     Raises:
         ValueError: the backend can't be used here.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.promote_types(proj_weight.dtype, torch.float32)
     mix_weight, mix_bias = mix_weight.to(wide), mix_bias.to(wide)
     control = None if control is None else control.to(wide)
     kernels = load_triton(x.device.type == "cpu") if (backend or fastest_backend(x)) == "triton" else None
-    pooled = kernels.pool(x, mix_weight.shape[0]).to(x.dtype) if kernels else pool_tokens(x, mix_weight.shape[0])
-    logits = F.linear(pooled, proj_weight.to(x.dtype), proj_bias.to(x.dtype))
+    pooled = (kernels.pool if kernels else pool_tokens)(x, mix_weight.shape[0], proj_weight.dtype)
+    logits = F.linear(pooled, proj_weight, proj_bias)
     if kernels:
         raw, inhibited = kernels.route(logits, mix_weight, mix_bias, control, activation)
         return raw, raw if control is None else inhibited

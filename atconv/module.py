@@ -120,6 +120,9 @@ class ATConv(nn.Module):
         if tokens != grid[0] * grid[1]:
             raise ValueError(f"{tokens} tokens are no grid of {grid[0]} x {grid[1]}")
         self.check_grid(grid)
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))  # once for both branches: a wide copy would only serve the means
         _, kernels = self.kernels(x)
         v = self.x_proj(x)
         y = depthwise_conv(v.view(batch, *grid, dim), kernels, self.backend)

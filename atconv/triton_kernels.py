@@ -6,8 +6,11 @@ deterministic: no atomics, and tilings that depend on shapes alone. The operator
 checkpointing and data parallelism see ordinary operators. They are opaque ``custom_op``, not ``triton_op``: the latter
 refuses kernels that run in Triton's interpreter, which is how the tests run them.
 
+Shapes and strides inside an image are compile-time constants, which turns bounds and addresses into constants too: an
+image size that is new is compiled once, in about a second.
+
 The kernels have been run through the interpreter (``TRITON_INTERPRET=1``) and compiled for Hopper (sm_90); they have
-not been run on a GPU, so the tile sizes are reasoned, not measured.
+not been run on a GPU, so the tile sizes come from the machine code (``benchmarks/machine_code.py``), not from timings.
 """
 
 from __future__ import annotations
@@ -24,16 +27,16 @@ def _convolve(
     v,
     kernels,
     out,
-    height,
-    width,
-    channels,
     v_image,
-    v_row,
-    v_column,
     v_channel,
     k_image,
     k_tap,
     k_channel,
+    v_row: tl.constexpr,
+    v_column: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    channels: tl.constexpr,
     SIDE: tl.constexpr,
     FLIP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -41,34 +44,53 @@ def _convolve(
     CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One program: ROWS × COLUMNS pixels × CHANNELS of one image; each tap is loaded once."""
-    channel_tiles = tl.cdiv(channels, CHANNELS)
-    column_tiles = tl.cdiv(width, COLUMNS)
-    tiles = column_tiles * tl.cdiv(height, ROWS)
+    """One program: ROWS × COLUMNS pixels × CHANNELS of one image.
+
+    It goes down the rows and keeps the sums of the SIDE rows of output that a row of input adds to, so that each value
+    is loaded once for every column of the kernel, and each tap once.
+    """
+    MARGIN: tl.constexpr = SIDE // 2
+    channel_tiles: tl.constexpr = (channels + CHANNELS - 1) // CHANNELS
+    column_tiles: tl.constexpr = (width + COLUMNS - 1) // COLUMNS
+    tiles: tl.constexpr = column_tiles * ((height + ROWS - 1) // ROWS)
     program = tl.program_id(0)
     tile = program // channel_tiles % tiles
     image = (program // channel_tiles // tiles).to(tl.int64)
     channel = program % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
-    pixel = tl.arange(0, ROWS * COLUMNS)
-    row = tile // column_tiles * ROWS + pixel // COLUMNS
-    column = tile % column_tiles * COLUMNS + pixel % COLUMNS
+    first = tile // column_tiles * ROWS
+    column = tile % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    top = first + tl.zeros([COLUMNS], dtype=tl.int32)  # the interpreter can't join a scalar's mask with a tensor's
     real = channel < channels
-    wide_channel = channel.to(tl.int64)
-    v += image * v_image + wide_channel[None, :] * v_channel
+    wide_column, wide_channel = column.to(tl.int64)[:, None], channel.to(tl.int64)
+    v += image * v_image + first.to(tl.int64) * v_row + wide_column * v_column + (wide_channel * v_channel)[None, :]
     kernels += image * k_image + wide_channel * k_channel
-    total = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=WIDE)
+    out += (image * height + first) * width * channels + wide_column * channels + wide_channel[None, :]
+    taps = ()
     for tap in tl.static_range(SIDE * SIDE):
-        r = row + (tap // SIDE - SIDE // 2)
-        s = column + (tap % SIDE - SIDE // 2)
-        inside = (r >= 0) & (r < height) & (s >= 0) & (s < width)
-        place = r.to(tl.int64) * v_row + s.to(tl.int64) * v_column
-        value = tl.load(v + place[:, None], mask=inside[:, None] & real[None, :], other=0.0).to(WIDE)
         source = SIDE * SIDE - 1 - tap if FLIP else tap
-        total += value * tl.load(kernels + source * k_tap, mask=real, other=0.0).to(WIDE)[None, :]
-    place = (image * height + row) * width + column
-    inside = (row < height) & (column < width)
-    target = out + place[:, None] * channels + channel[None, :]
-    tl.store(target, total.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
+        taps = taps + (tl.load(kernels + source * k_tap, mask=real, other=0.0).to(WIDE)[None, :],)
+    zero = tl.zeros([COLUMNS, CHANNELS], dtype=WIDE)
+    sums = (zero,) * SIDE  # of output rows step - (SIDE - 1) … step of the tile
+    for step in tl.static_range(ROWS + SIDE - 1):
+        row = top + (step - MARGIN)
+        for shift in tl.static_range(SIDE):
+            place = column + (shift - MARGIN)
+            inside = (place >= 0) & (place < width) & (row >= 0) & (row < height)
+            source = v + ((step - MARGIN) * v_row + (shift - MARGIN) * v_column)
+            value = tl.load(source, mask=inside[:, None] & real[None, :], other=0.0).to(WIDE)
+            added = ()
+            for line in tl.static_range(SIDE):
+                added = added + (sums[line] + taps[(SIDE - 1 - line) * SIDE + shift] * value,)
+            sums = added
+        if step >= SIDE - 1:
+            done = step - (SIDE - 1)
+            inside = (top + done < height) & (column < width)
+            result = sums[0].to(out.dtype.element_ty)
+            tl.store(out + done * width * channels, result, mask=inside[:, None] & real[None, :])
+        moved = ()
+        for line in tl.static_range(SIDE - 1):
+            moved = moved + (sums[line + 1],)
+        sums = moved + (zero,)
 
 
 @triton.jit
@@ -76,57 +98,69 @@ def _correlate(
     v,
     grad,
     out,
-    height,
-    width,
-    channels,
-    chunks,
-    chunk,
     v_image,
-    v_row,
-    v_column,
     v_channel,
     g_image,
-    g_row,
-    g_column,
     g_channel,
+    v_row: tl.constexpr,
+    v_column: tl.constexpr,
+    g_row: tl.constexpr,
+    g_column: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    channels: tl.constexpr,
     SIDE: tl.constexpr,
-    PIXELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One program: the k² sums over ``chunk`` pixels of one image, for CHANNELS channels.
+    """One program: the k² sums over ROWS × COLUMNS pixels of one image, for CHANNELS channels.
 
-    Every tap keeps PIXELS running sums a channel in registers; they are added up once, at the end.
+    It goes down the rows and keeps the SIDE rows of the gradient that a row of values is multiplied with; every tap
+    has COLUMNS running sums a channel in registers, which are added up at the end.
     """
-    channel_tiles = tl.cdiv(channels, CHANNELS)
+    MARGIN: tl.constexpr = SIDE // 2
+    channel_tiles: tl.constexpr = (channels + CHANNELS - 1) // CHANNELS
+    column_tiles: tl.constexpr = (width + COLUMNS - 1) // COLUMNS
+    tiles: tl.constexpr = column_tiles * ((height + ROWS - 1) // ROWS)
     program = tl.program_id(0)
-    part = program // channel_tiles  # image * chunks + its chunk
-    image = (part // chunks).to(tl.int64)
-    start = part % chunks * chunk
+    part = program // channel_tiles  # image * tiles + its tile
+    tile = part % tiles
+    image = (part // tiles).to(tl.int64)
     channel = program % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
+    first = tile // column_tiles * ROWS
+    column = tile % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    top = first + tl.zeros([COLUMNS], dtype=tl.int32)  # as above
     real = channel < channels
-    wide_channel = channel.to(tl.int64)
-    v += image * v_image + wide_channel[None, :] * v_channel
-    grad += image * g_image + wide_channel[None, :] * g_channel
-    end = tl.minimum(start + chunk, height * width)
-    zero = tl.zeros([PIXELS, CHANNELS], dtype=WIDE)
+    wide_row, wide_column, wide_channel = first.to(tl.int64), column.to(tl.int64)[:, None], channel.to(tl.int64)
+    v += image * v_image + wide_row * v_row + wide_column * v_column + (wide_channel * v_channel)[None, :]
+    grad += image * g_image + wide_row * g_row + wide_column * g_column + (wide_channel * g_channel)[None, :]
+    zero = tl.zeros([COLUMNS, CHANNELS], dtype=WIDE)
     sums = (zero,) * (SIDE * SIDE)
-    for first in range(start, end, PIXELS):
-        pixel = first + tl.arange(0, PIXELS)
-        row = pixel // width
-        column = pixel % width
-        counted = pixel < end
-        place = row.to(tl.int64) * g_row + column.to(tl.int64) * g_column
-        g = tl.load(grad + place[:, None], mask=counted[:, None] & real[None, :], other=0.0).to(WIDE)
-        added = ()
-        for tap in tl.static_range(SIDE * SIDE):
-            r = row + (tap // SIDE - SIDE // 2)
-            s = column + (tap % SIDE - SIDE // 2)
-            inside = counted & (r >= 0) & (r < height) & (s >= 0) & (s < width)
-            place = r.to(tl.int64) * v_row + s.to(tl.int64) * v_column
-            value = tl.load(v + place[:, None], mask=inside[:, None] & real[None, :], other=0.0).to(WIDE)
-            added = added + (sums[tap] + value * g,)
-        sums = added
+    lines = (zero,) * SIDE  # of the gradient's rows step … step - (SIDE - 1) of the tile
+    for step in tl.static_range(ROWS + SIDE - 1):
+        newest = zero
+        if step < ROWS:
+            inside = (top + step < height) & (column < width)
+            newest = tl.load(grad + step * g_row, mask=inside[:, None] & real[None, :], other=0.0).to(WIDE)
+        moved = (newest,)
+        for line in tl.static_range(SIDE - 1):
+            moved = moved + (lines[line],)
+        lines = moved
+        row = top + (step - MARGIN)
+        for shift in tl.static_range(SIDE):
+            place = column + (shift - MARGIN)
+            inside = (place >= 0) & (place < width) & (row >= 0) & (row < height)
+            source = v + ((step - MARGIN) * v_row + (shift - MARGIN) * v_column)
+            value = tl.load(source, mask=inside[:, None] & real[None, :], other=0.0).to(WIDE)
+            added = ()
+            for tap in tl.static_range(SIDE * SIDE):
+                if tap % SIDE == shift and step >= tap // SIDE and step < tap // SIDE + ROWS:
+                    added = added + (sums[tap] + lines[tap // SIDE] * value,)
+                else:
+                    added = added + (sums[tap],)
+            sums = added
     out += part.to(tl.int64) * (SIDE * SIDE) * channels + channel
     for tap in tl.static_range(SIDE * SIDE):
         tl.store(out + tap * channels, tl.sum(sums[tap], axis=0), mask=real)
@@ -163,7 +197,7 @@ def _average(
         place = token.to(tl.int64)[:, None] * x_token
         total += tl.load(x + place, mask=(token < end)[:, None] & real[None, :], other=0.0).to(WIDE)
     mean = tl.sum(total, axis=0) / (end - start).to(WIDE)
-    tl.store(out + part.to(tl.int64) * channels + channel, mean, mask=real)
+    tl.store(out + part.to(tl.int64) * channels + channel, mean.to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -186,7 +220,7 @@ def _spread(
     token_tiles = tl.cdiv(tokens, TOKENS)
     program = tl.program_id(0)
     image = (program // channel_tiles // token_tiles).to(tl.int64)
-    token = (program // channel_tiles % token_tiles * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    token = program // channel_tiles % token_tiles * TOKENS + tl.arange(0, TOKENS)
     channel = program % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
     real = channel < channels
     grad += image * g_image + channel.to(tl.int64)[None, :] * g_channel
@@ -196,10 +230,29 @@ def _spread(
         start = bin * tokens // BINS
         end = ((bin + 1) * tokens + BINS - 1) // BINS
         inside = (token < tokens) & (bin < BINS) & (start <= token)
-        g = tl.load(grad + bin[:, None] * g_bin, mask=inside[:, None] & real[None, :], other=0.0).to(WIDE)
+        g = tl.load(grad + bin.to(tl.int64)[:, None] * g_bin, mask=inside[:, None] & real[None, :], other=0.0).to(WIDE)
         total += g / (end - start).to(WIDE)[:, None]
     target = out + (image * tokens + token)[:, None] * channels + channel[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=(token < tokens)[:, None] & real[None, :])
+
+
+@triton.jit
+def _activate(h, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu_tanh":  # (1 + tanh u) / 2 is the sigmoid of 2u
+        return h * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
+    elif ACTIVATION == "gelu":
+        return 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
+    else:
+        return h * tl.sigmoid(h)
+
+
+@triton.jit
+def _mix(active, weight, bias, target, TAPS: tl.constexpr):
+    """Tap ``target`` of the kernels: a mixture of all taps."""
+    kernel = active[0] * tl.load(weight + target * TAPS) + tl.load(bias + target)
+    for tap in tl.static_range(1, TAPS):
+        kernel += active[tap] * tl.load(weight + target * TAPS + tap)
+    return kernel
 
 
 @triton.jit
@@ -210,46 +263,41 @@ def _route(
     control,
     raw,
     inhibited,
-    channels,
     l_image,
     l_tap,
     l_channel,
+    channels: tl.constexpr,
     TAPS: tl.constexpr,
-    ROOM: tl.constexpr,
     CHANNELS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     INHIBIT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Activation, tap mixing and inhibition. One program: all taps of one image, for CHANNELS channels."""
-    channel_tiles = tl.cdiv(channels, CHANNELS)
+    """Activation, tap mixing and inhibition. One program: all taps of one image, for CHANNELS channels.
+
+    A thread has all taps of its channels, so that nothing is exchanged; inhibition mixes a second time, which costs
+    less than to keep the kernels.
+    """
+    channel_tiles: tl.constexpr = (channels + CHANNELS - 1) // CHANNELS
     program = tl.program_id(0)
     image = (program // channel_tiles).to(tl.int64)
     channel = program % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
     real = channel < channels
-    tap = tl.arange(0, ROOM)
-    place = tap.to(tl.int64)[:, None] * l_tap + channel.to(tl.int64)[None, :] * l_channel
-    h = tl.load(logits + image * l_image + place, mask=(tap < TAPS)[:, None] & real[None, :], other=0.0).to(WIDE)
-    if ACTIVATION == "gelu_tanh":  # (1 + tanh u) / 2 is the sigmoid of 2u
-        g = h * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
-    elif ACTIVATION == "gelu":
-        g = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
-    else:
-        g = h * tl.sigmoid(h)
+    logits += image * l_image + channel.to(tl.int64) * l_channel
     place = image * TAPS * channels + channel
-    if INHIBIT:
-        # the mean over the taps of the mixed kernels is the mixture by the mean row
-        square = tl.load(
-            weight + tap[:, None] * TAPS + tap[None, :], mask=(tap < TAPS)[:, None] & (tap < TAPS)[None, :], other=0.0
-        )
-        mean = tl.sum((tl.sum(square, axis=0) / TAPS)[:, None] * g, axis=0)
-        mean += tl.sum(tl.load(bias + tap, mask=tap < TAPS, other=0.0), axis=0) / TAPS
-        taken = tl.sigmoid(tl.load(control + channel, mask=real, other=0.0)) * mean
-    for target in tl.static_range(TAPS):
-        row = tl.load(weight + target * TAPS + tap, mask=tap < TAPS, other=0.0)
-        kernel = tl.sum(row[:, None] * g, axis=0) + tl.load(bias + target)
+    active = ()
+    for tap in tl.static_range(TAPS):
+        logit = tl.load(logits + tap * l_tap, mask=real, other=0.0).to(WIDE)
+        active = active + (_activate(logit, ACTIVATION),)
+    total = tl.zeros([CHANNELS], dtype=WIDE)
+    for target in range(TAPS):
+        kernel = _mix(active, weight, bias, target, TAPS)
         tl.store(raw + place + target * channels, kernel, mask=real)
-        if INHIBIT:
+        total += kernel
+    if INHIBIT:
+        taken = tl.sigmoid(tl.load(control + channel, mask=real, other=0.0)) * (total / TAPS)
+        for target in range(TAPS):
+            kernel = _mix(active, weight, bias, target, TAPS)
             tl.store(inhibited + place + target * channels, kernel - taken, mask=real)
 
 
@@ -266,18 +314,37 @@ def _tl(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _channel_block(channels: int, item: int) -> int:
+def channel_block(channels: int, item: int) -> int:
     """Channels of a tile: a cache line of 128 bytes, less where there are fewer."""
     return min(triton.next_power_of_2(channels), 128 // item)
 
 
-def _pixel_block(height: int, width: int, programs: int) -> tuple[int, int]:
-    """Rows and columns of a tile, of 128 pixels where ``programs`` of one pixel each are enough to fill the GPU."""
-    columns = min((16, 8, 4), key=lambda size: triton.cdiv(width, size) * size)  # the first of the least wasteful
-    pixels = 128
-    while pixels > 32 and programs < PROGRAMS * pixels:
-        pixels //= 2
-    return min(pixels // columns, triton.next_power_of_2(height)), columns
+def tile(batch: int, height: int, width: int, channels: int, side: int, item: int) -> dict[str, int]:
+    """ROWS, COLUMNS, CHANNELS and num_warps for values (B, H, W, C) of ``item`` bytes and kernels side × side.
+
+    The widest tiles that leave the GPU enough programs, of which the least is in vain: outside the image, or seen by
+    two programs. A thread has few enough channels for its k² taps, or sums, to stay in registers.
+    """
+    vector = 4 if side <= 5 else 2 if side == 7 else 1
+    block = min(channel_block(channels, item), 32 * vector if side <= 5 else 8 * vector)
+
+    def waste(length: int, size: int) -> int:
+        return triton.cdiv(length, size) * (size + side - 1)
+
+    columns = min((16, 8, 4), key=lambda size: waste(width, size))
+    strips = batch * triton.cdiv(channels, block) * triton.cdiv(width, columns)
+    fitting = [
+        rows for rows in (16, 8, 4) if (side <= 3 or rows <= 8) and strips * triton.cdiv(height, rows) >= PROGRAMS
+    ]
+    rows = min(fitting, key=lambda size: waste(height, size), default=2)
+    warps = max(1, min(8, columns * block // (32 * vector)))
+    return {"ROWS": rows, "COLUMNS": columns, "CHANNELS": block, "num_warps": warps}
+
+
+def _programs(v: torch.Tensor, options: dict[str, int]) -> int:
+    batch, height, width, channels = v.shape
+    tiles = triton.cdiv(height, options["ROWS"]) * triton.cdiv(width, options["COLUMNS"])
+    return batch * tiles * triton.cdiv(channels, options["CHANNELS"])
 
 
 @torch.library.custom_op("atconv::depthwise", mutates_args=())
@@ -297,17 +364,14 @@ def depthwise(v: torch.Tensor, kernels: torch.Tensor, flip: bool = False) -> tor
     if not out.numel():
         return out
     side = round(kernels.shape[1] ** 0.5)
-    block = _channel_block(channels, v.element_size())
-    per_pixel = batch * triton.cdiv(channels, block)
-    rows, columns = _pixel_block(height, width, per_pixel * height * width)
-    grid = (per_pixel * triton.cdiv(height, rows) * triton.cdiv(width, columns),)
-    shared = kernels.shape[0] == 1
+    options = tile(batch, height, width, channels, side, v.element_size())
+    v_image, v_row, v_column, v_channel = v.stride()
+    k_image, k_tap, k_channel = kernels.stride()
     with torch.cuda.device_of(v):
-        _convolve[grid](
-            v, kernels, out, height, width, channels,
-            *v.stride(), 0 if shared else kernels.stride(0), kernels.stride(1), kernels.stride(2),
-            SIDE=side, FLIP=flip, ROWS=rows, COLUMNS=columns, CHANNELS=block, WIDE=_tl(v.dtype),
-            num_warps=8 if rows * columns >= 128 else 4,
+        _convolve[(_programs(v, options),)](
+            v, kernels, out, v_image, v_channel, 0 if kernels.shape[0] == 1 else k_image, k_tap, k_channel,
+            v_row=v_row, v_column=v_column, height=height, width=width, channels=channels,
+            SIDE=side, FLIP=flip, WIDE=_tl(v.dtype), **options,
         )  # fmt: skip
     return out
 
@@ -352,19 +416,16 @@ def depthwise_kernel_grad(v: torch.Tensor, grad: torch.Tensor, taps: int, shared
     wide, side = _wide(v.dtype), round(taps**0.5)
     if not v.numel():
         return torch.zeros(1 if shared else batch, taps, channels, dtype=wide, device=v.device)
-    # the k² running sums of a program stay in registers: at most 4096 · 9 of them in 4 warps
-    block = min(triton.next_power_of_2(channels), 64 if side <= 3 else 32)
-    pixels = 16 if side <= 3 else 8 if side <= 5 else 4
-    per_image = triton.cdiv(channels, block)
-    chunks = max(1, min(triton.cdiv(PROGRAMS, batch * per_image), triton.cdiv(height * width, 4 * pixels)))
-    chunks = max(chunks, triton.cdiv(height * width, 4096))  # a bound on a program's length, and on its rounding
-    chunk = triton.cdiv(triton.cdiv(height * width, chunks), pixels) * pixels
-    chunks = triton.cdiv(height * width, chunk)
-    partial = torch.empty(batch, chunks, taps, channels, dtype=wide, device=v.device)
+    options = tile(batch, height, width, channels, side, v.element_size())
+    tiles = triton.cdiv(height, options["ROWS"]) * triton.cdiv(width, options["COLUMNS"])
+    partial = torch.empty(batch, tiles, taps, channels, dtype=wide, device=v.device)
+    v_image, v_row, v_column, v_channel = v.stride()
+    g_image, g_row, g_column, g_channel = grad.stride()
     with torch.cuda.device_of(v):
-        _correlate[(batch * chunks * per_image,)](
-            v, grad, partial, height, width, channels, chunks, chunk, *v.stride(), *grad.stride(),
-            SIDE=side, PIXELS=pixels, CHANNELS=block, WIDE=_tl(v.dtype), num_warps=4,
+        _correlate[(_programs(v, options),)](
+            v, grad, partial, v_image, v_channel, g_image, g_channel,
+            v_row=v_row, v_column=v_column, g_row=g_row, g_column=g_column,
+            height=height, width=width, channels=channels, SIDE=side, WIDE=_tl(v.dtype), **options,
         )  # fmt: skip
     return partial.sum((0, 1))[None] if shared else partial.sum(1)
 
@@ -389,35 +450,35 @@ depthwise_kernel_grad.register_autograd(_kernel_grad_backward, setup_context=_ke
 
 
 @torch.library.custom_op("atconv::pool", mutates_args=())
-def pool(x: torch.Tensor, bins: int) -> torch.Tensor:
-    """Adaptive average pooling over flattened tokens, (B, N, C) to (B, bins, C), in float32 (float64 for float64).
+def pool(x: torch.Tensor, bins: int, dtype: torch.dtype) -> torch.Tensor:
+    """Adaptive average pooling over flattened tokens, (B, N, C) to (B, bins, C) in ``dtype``.
 
     Bin j is the mean of the tokens ⌊jN/bins⌋ … ⌈(j+1)N/bins⌉ − 1; x is read once, in its own dtype, and is not copied.
     """
     batch, tokens, channels = x.shape
-    out = torch.empty(batch, bins, channels, dtype=_wide(x.dtype), device=x.device)
+    out = torch.empty(batch, bins, channels, dtype=dtype, device=x.device)
     if out.numel():
-        block = _channel_block(channels, x.element_size())
+        block = channel_block(channels, x.element_size())
         with torch.cuda.device_of(x):
             _average[(batch * bins * triton.cdiv(channels, block),)](
                 x, out, tokens, channels, *x.stride(),
-                BINS=bins, TOKENS=32, CHANNELS=block, WIDE=_tl(x.dtype), num_warps=4,
+                BINS=bins, TOKENS=32, CHANNELS=block, WIDE=_tl(x.dtype), num_warps=1,
             )  # fmt: skip
     return out
 
 
 @pool.register_fake
-def _(x, bins):
-    return torch.empty(x.shape[0], bins, x.shape[2], dtype=_wide(x.dtype), device=x.device)
+def _(x, bins, dtype):
+    return torch.empty(x.shape[0], bins, x.shape[2], dtype=dtype, device=x.device)
 
 
 def _pool_context(ctx, inputs, output):
-    x, ctx.bins = inputs
+    x = inputs[0]
     ctx.tokens, ctx.dtype = x.shape[1], x.dtype
 
 
 def _pool_backward(ctx, grad):
-    return unpool(grad, ctx.tokens, ctx.dtype), None
+    return unpool(grad, ctx.tokens, ctx.dtype), None, None
 
 
 pool.register_autograd(_pool_backward, setup_context=_pool_context)
@@ -429,7 +490,7 @@ def unpool(grad: torch.Tensor, tokens: int, dtype: torch.dtype) -> torch.Tensor:
     batch, bins, channels = grad.shape
     out = torch.empty(batch, tokens, channels, dtype=dtype, device=grad.device)
     if out.numel():
-        block = _channel_block(channels, out.element_size())
+        block = channel_block(channels, out.element_size())
         with torch.cuda.device_of(grad):
             _spread[(batch * triton.cdiv(tokens, 64) * triton.cdiv(channels, block),)](
                 grad, out, tokens, channels, *grad.stride(),
@@ -449,7 +510,7 @@ def _unpool_context(ctx, inputs, output):
 
 
 def _unpool_backward(ctx, upstream):
-    return pool(upstream, ctx.bins).to(ctx.dtype), None, None
+    return pool(upstream, ctx.bins, ctx.dtype), None, None
 
 
 unpool.register_autograd(_unpool_backward, setup_context=_unpool_context)
@@ -468,19 +529,19 @@ def route(
         activation: ``gelu_tanh``, ``gelu`` or ``silu``.
 
     Returns:
-        Kernels (B, k², C) before and after inhibition, in the dtype of the weight; the second is empty, of shape (0,), without control.
+        Kernels (B, k², C) before and after inhibition, in the dtype of the weight; the second is empty, of shape (0,),
+        without control.
     """
     batch, taps, channels = logits.shape
     raw = torch.empty(logits.shape, dtype=_wide(logits.dtype), device=logits.device)
     inhibited = torch.empty(0 if control is None else raw.shape, dtype=raw.dtype, device=raw.device)
     if raw.numel():
-        room = triton.next_power_of_2(taps)
-        block = min(triton.next_power_of_2(channels), 64 if room <= 32 else 32)
+        block = min(triton.next_power_of_2(channels), 128)
         weight, bias = weight.contiguous(), bias.contiguous()
         with torch.cuda.device_of(raw):
             _route[(batch * triton.cdiv(channels, block),)](
-                logits, weight, bias, bias if control is None else control.contiguous(), raw, inhibited, channels,
-                *logits.stride(), TAPS=taps, ROOM=room, CHANNELS=block, ACTIVATION=activation,
+                logits, weight, bias, bias if control is None else control.contiguous(), raw, inhibited,
+                *logits.stride(), channels=channels, TAPS=taps, CHANNELS=block, ACTIVATION=activation,
                 INHIBIT=control is not None, WIDE=_tl(logits.dtype), num_warps=4,
             )  # fmt: skip
     return raw, inhibited
@@ -498,7 +559,12 @@ def _route_context(ctx, inputs, output):
 
 
 def _route_backward(ctx, grad_raw, grad_inhibited):
-    """In plain torch: it works on k² rows an image."""
+    """In plain torch: it works on k² rows an image. Autocast may be on where the backward pass is traced."""
+    with torch.autocast(grad_raw.device.type, enabled=False):
+        return _route_gradients(ctx, grad_raw, grad_inhibited)
+
+
+def _route_gradients(ctx, grad_raw, grad_inhibited):
     narrow, weight, bias, control = ctx.saved_tensors
     logits = narrow.to(_wide(narrow.dtype))
     if ctx.activation == "silu":

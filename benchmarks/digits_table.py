@@ -1,8 +1,8 @@
 """The README's table: digits FID and class accuracy of samples, of the VAE's reconstructions, of untrained networks.
 
-    accelerate launch train.py --mixer attention --output-dir runs/attention
-    accelerate launch train.py --mixer atconv --output-dir runs/atconv
-    python benchmarks/digits_table.py runs/attention runs/atconv --json docs/digits-table.json
+accelerate launch train.py --mixer attention --output-dir runs/attention
+accelerate launch train.py --mixer atconv --output-dir runs/atconv
+python benchmarks/digits_table.py runs/attention runs/atconv --json docs/digits-table.json
 """
 
 from __future__ import annotations

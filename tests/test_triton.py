@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from atconv import ATConv, functional  # noqa: E402
 from atconv import triton_kernels as ops  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MACHINE_CODE = str(Path(__file__).parents[1] / "benchmarks" / "machine_code.py")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-12}
 
 pytestmark = pytest.mark.skipif(
@@ -46,7 +48,10 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         ((3, 6, 5, 130), 1),
     ],
 )
-def test_convolution_and_gradients(shape, k, dtype):
+@pytest.mark.parametrize("programs", [1, ops.PROGRAMS])
+def test_convolution_and_gradients(shape, k, dtype, programs, monkeypatch):
+    """In large tiles, and in the small ones of inputs that would leave the GPU idle."""
+    monkeypatch.setattr(ops, "PROGRAMS", programs)
     torch.manual_seed(sum(shape))
     v, g, kernels = random(*shape, dtype=dtype), random(*shape, dtype=dtype), random(shape[0], k * k, shape[3])
 
@@ -60,6 +65,13 @@ def test_convolution_and_gradients(shape, k, dtype):
     for one, truth in zip(ours, exact, strict=True):
         assert one.dtype == dtype
         close(one, truth, TOLERANCE[dtype])
+
+
+def test_tiles_waste_little_and_keep_the_gpu_busy():
+    for length, size in {4: 4, 7: 8, 14: 16, 16: 16, 28: 16, 64: 16}.items():
+        options = ops.tile(999, length, length, 64, 3, 2)
+        assert (options["ROWS"], options["COLUMNS"]) == (size, size)
+    assert [ops.tile(images, 16, 16, 1152, 3, 2)["ROWS"] for images in (1, 8, 16, 128)] == [2, 4, 8, 16]
 
 
 def test_any_strides():
@@ -88,7 +100,7 @@ def test_shared_kernels():
 @pytest.mark.parametrize("tokens, bins", [(9, 9), (16, 9), (256, 9), (31, 25), (10, 1), (100, 49)])
 def test_pooling_is_pytorchs_forward_and_backward(tokens, bins):
     x, weight = random(2, tokens, 40).requires_grad_(), random(2, bins, 40)
-    ours = ops.pool(x, bins)
+    ours = ops.pool(x, bins, x.dtype)
     exact = F.adaptive_avg_pool1d(x.double().transpose(1, 2), bins).transpose(1, 2)
     close(ours, exact, 1e-6)
     close(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in (ours, exact)), 1e-6)
@@ -142,7 +154,7 @@ def test_second_derivatives():
     inputs = v.requires_grad_(), kernels.requires_grad_()
     assert torch.autograd.gradgradcheck(lambda v, k: ops.depthwise(v, k), inputs)
     x = random(1, 5, 2, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda x: ops.pool(x, 3), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: ops.pool(x, 3, x.dtype), (x,))
 
 
 def test_operators_keep_torchs_contract():
@@ -151,7 +163,7 @@ def test_operators_keep_torchs_contract():
     grad = [value.clone().requires_grad_() for value in (v, kernels, x)]
     torch.library.opcheck(ops.depthwise, (grad[0], grad[1]))
     torch.library.opcheck(ops.depthwise_kernel_grad, (v, v, 9, False))
-    torch.library.opcheck(ops.pool, (grad[2], 9))
+    torch.library.opcheck(ops.pool, (grad[2], 9, torch.float32))
     torch.library.opcheck(ops.unpool, (random(2, 9, 5), 12, torch.bfloat16))
     torch.library.opcheck(ops.route, (grad[1], random(9, 9), random(9), random(5), "gelu_tanh"))
 
@@ -170,43 +182,15 @@ def test_compiles_without_graph_breaks_and_under_checkpointing():
     torch.testing.assert_close(mixer.proj.weight.grad, gradient)
 
 
-COMPILE = """
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from atconv import triton_kernels as ops
-
-assert not ops.INTERPRETED
-
-def build(kernel, pointers, **constants):
-    signature = {name: "i32" for name in kernel.arg_names} | pointers | {name: "constexpr" for name in constants}
-    source = ASTSource(kernel, signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-
-tl = ops.tl
-for dtype, side in (("bf16", 3), ("fp32", 3)):
-    p = "*" + dtype
-    build(ops._convolve, {"v": p, "kernels": "*fp32", "out": p},
-          SIDE=side, FLIP=False, ROWS=8, COLUMNS=16, CHANNELS=64, WIDE=tl.float32)
-    build(ops._correlate, {"v": p, "grad": p, "out": "*fp32"},
-          SIDE=side, PIXELS=16, CHANNELS=64, WIDE=tl.float32)
-    build(ops._average, {"x": p, "out": "*fp32"}, BINS=side**2, TOKENS=32, CHANNELS=64, WIDE=tl.float32)
-    build(ops._spread, {"grad": "*fp32", "out": p}, BINS=9, SPAN=2, TOKENS=64, CHANNELS=64, WIDE=tl.float32)
-for activation in ("gelu_tanh", "gelu", "silu"):
-    pointers = {name: "*fp32" for name in ("weight", "bias", "control", "raw", "inhibited")}
-    for dtype in ("*bf16", "*fp32"):
-        build(ops._route, pointers | {"logits": dtype},
-              TAPS=9, ROOM=16, CHANNELS=64, ACTIVATION=activation, INHIBIT=True, WIDE=tl.float32)
-print("compiled")
-"""
-
-
-def test_kernels_compile_for_hopper():
+def test_kernels_compile_for_hopper_and_stay_in_registers():
     """To machine code, which needs no GPU: what the interpreter accepts, the compiler may not."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert result.stdout.strip() == "compiled", result.stderr[-2000:]
+    command = [sys.executable, MACHINE_CODE, "--images", "2", "--channels", "1152"]
+    command += ["--grids", "16", "--kernel-sizes", "3", "5"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines() if "sm_" in line]
+    assert {row[0] for row in rows} == {"convolve", "correlate", "average", "spread", "route"}, result.stderr[-2000:]
+    assert all(int(row[-2]) == 0 for row in rows), result.stdout  # bytes spilled
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
