@@ -10,11 +10,12 @@ and weights and to write its outputs once at the measured copy rate; the share i
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,13 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from sit.compiling import compile_for_sampling
 from sit.files import atomic_write
 from sit.mixers import register_mixer
-from sit.model import MODELS, SiT, SiTBlock, create_model, parse_mixers
+from sit.model import MODELS, SiTBlock, create_model, parse_mixers
 from sit.sampler import SamplerConfig, sample
 from sit.transport import Transport
 
 register_mixer("published-atconv")(PublishedATConv)
 VARIANTS = {"attention": "attention", "as published": "published-atconv", "ours": "atconv"}
-BACKWARD = {"forward": 1, "forward+backward": 3}  # multiply-accumulates of the passes, in forward passes
 Scope = Literal["mixer", "block", "network", "training", "sampling"]
 
 
@@ -76,14 +76,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Row(Case):
-    """One variant's result; seconds are medians, peak memory is CUDA's, in bytes."""
+    """One variant's result; seconds are medians, None where the device has too little memory.
+
+    Peak memory is CUDA's, in bytes: the most that the variant took, its weights and optimiser included.
+    """
 
     what: str
     variant: str
-    seconds: float
+    seconds: float | None
     macs: int
     bytes: int
-    share: float
+    share: float | None
     peak_memory: int | None
 
 
@@ -128,21 +131,36 @@ def build(case: Case, variant: str, device: torch.device) -> nn.Module:
     if case.scope in ("mixer", "block"):
         (spec,), hidden, heads = parse_mixers(VARIANTS[variant]), shape["hidden_size"], shape["num_heads"]
         tokens = side // shape["patch_size"]
-        block = SiTBlock(hidden, heads, 4.0, spec, (tokens, tokens))
+        with device:
+            block = SiTBlock(hidden, heads, 4.0, spec, (tokens, tokens))
         module = block.attn if case.scope == "mixer" else block
     else:
-        module = create_model(case.model, mixer=VARIANTS[variant], input_size=side)
+        with device:
+            module = create_model(case.model, mixer=VARIANTS[variant], input_size=side)
         for parameter in module.parameters():  # the zeros of a new network would spare it work
             nn.init.normal_(parameter, std=0.02)
-    module = module.to(device)
-    return module.to(getattr(torch, case.dtype)) if case.scope != "training" else module
+    # not module.to: diffusers warns there of layers kept in float32, even if there are none
+    return module if case.scope == "training" else nn.Module.to(module, dtype=getattr(torch, case.dtype))
+
+
+def passes(case: Case, arguments: Arguments) -> dict[str, int]:
+    """What is timed of a case, and how many forward passes' multiply-accumulates it has."""
+    if case.scope in ("mixer", "block"):
+        return {"forward": 1, "forward+backward": 3}
+    if case.scope == "network":
+        return {"forward": 1}
+    if case.scope == "training":
+        return {"forward+backward": 3}
+    return {f"{arguments.steps} steps": arguments.steps * (1 if arguments.guidance == 1 else 2)}
 
 
 def runs(case: Case, module: nn.Module, arguments: Arguments) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
+    """What is timed, by the names of :func:`passes`."""
     device, dtype = torch.device(arguments.device), getattr(torch, case.dtype)
     shape, side, batch = MODELS[case.model], case.pixels // 8, case.batch
     call: Callable = module
+    if case.scope == "training" and case.dtype == "bfloat16":  # inside of what is compiled, as Accelerate has it
+        module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)
     if case.compile and case.scope in ("network", "sampling"):
         compile_for_sampling(module)
     elif case.compile:
@@ -172,73 +190,85 @@ def runs(case: Case, module: nn.Module, arguments: Arguments) -> dict[str, Calla
         return {"forward": evaluate}
     if case.scope == "training":
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-        narrow = case.dtype == "bfloat16"
 
         def step() -> None:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
-                loss = transport.loss(call, x, torch.rand(batch, device=device), torch.randn_like(x), y=labels).mean()
-            loss.backward()
+            t, noise = torch.rand(batch, device=device), torch.randn_like(x)
+            transport.loss(call, x, t, noise, y=labels).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
 
         return {"forward+backward": step}
     config = SamplerConfig(sampler="ode", method="euler", steps=arguments.steps, cfg_scale=arguments.guidance)
-    narrow = _Narrow(module, dtype)
-    return {f"sampling, {arguments.steps} steps": lambda: sample(narrow, transport, x, labels, config)}
+    return {next(iter(passes(case, arguments))): lambda: sample(module, transport, x, labels, config)}
 
 
-class _Narrow(nn.Module):
-    """A network in a narrower type, inside a sampler that integrates in float32."""
+def prepare(case: Case, variant: str, arguments: Arguments) -> tuple[dict[str, Callable[[], object]], int | None]:
+    """A variant's runs, each made three times, so that all is compiled and recorded; and the peak memory of that.
 
-    def __init__(self, network: SiT, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.network, self.dtype, self.config = network, dtype, network.config
+    Raises:
+        torch.OutOfMemoryError: the device has too little.
+    """
+    device = torch.device(arguments.device)
+    on_cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_cuda else 0
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    timed = runs(case, build(case, variant, device), arguments)
+    for run in timed.values():
+        for _ in range(3 if on_cuda or case.compile else 1):
+            run()
+    return timed, torch.cuda.max_memory_allocated() - before if on_cuda else None
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.network(x.to(self.dtype), t, y).to(x.dtype)
 
-
-def measure(case: Case, arguments: Arguments, machine: Machine) -> Iterator[Row]:
+def measure(case: Case, arguments: Arguments, machine: Machine) -> list[Row]:
     """The rows of a case."""
     device = torch.device(arguments.device)
-    modules = {variant: build(case, variant, device) for variant in VARIANTS}
-    timed = {variant: runs(case, module, arguments) for variant, module in modules.items()}
-    for what in timed["ours"]:
-        peaks: dict[str, int | None] = dict.fromkeys(VARIANTS)
-        if device.type == "cuda":
-            for variant in VARIANTS:
-                timed[variant][what]()
-                torch.cuda.reset_peak_memory_stats()
-                timed[variant][what]()
-                peaks[variant] = torch.cuda.max_memory_allocated()
-        candidates = {variant: timed[variant][what] for variant in VARIANTS}
-        seconds = interleaved(candidates, device, arguments.repeats, warm_up=3 if case.compile else 1)
-        for variant, module in modules.items():
-            macs, moved = work(case, module, what, variant, arguments)
-            bound = macs / machine.macs[case.dtype] + moved / machine.copy
-            took = seconds[variant]
-            yield Row(**asdict(case), what=what, variant=variant, seconds=took, macs=macs, bytes=moved,
-                      share=bound / took, peak_memory=peaks[variant])  # fmt: skip
+    ready: dict[str, dict[str, Callable[[], object]]] = {}
+    peaks: dict[str, int | None] = dict.fromkeys(VARIANTS)
+    for variant in VARIANTS:
+        try:
+            ready[variant], peaks[variant] = prepare(case, variant, arguments)
+        except torch.OutOfMemoryError:
+            release(device)
+    seconds: dict[str, dict[str, float]] = {}
+    for what in next(iter(ready.values()), {}):
+        try:
+            candidates = {variant: timed[what] for variant, timed in ready.items()}
+            seconds[what] = interleaved(candidates, device, arguments.repeats)
+        except torch.OutOfMemoryError:  # one fits, but not beside the others
+            release(device)
+    rows = []
+    for what, variant in itertools.product(passes(case, arguments), VARIANTS):
+        macs, moved = work(case, what, variant, arguments)
+        bound, took = macs / machine.macs[case.dtype] + moved / machine.copy, seconds.get(what, {}).get(variant)
+        rows.append(Row(**asdict(case), what=what, variant=variant, seconds=took, macs=macs, bytes=moved,
+                        share=bound / took if took else None, peak_memory=peaks[variant]))  # fmt: skip
+    return rows
 
 
-def work(case: Case, module: nn.Module, what: str, variant: str, arguments: Arguments) -> tuple[int, int]:
+def release(device: torch.device) -> None:
+    """Give memory back."""
+    gc.collect()
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def work(case: Case, what: str, variant: str, arguments: Arguments) -> tuple[int, int]:
     """Multiply-accumulates, and bytes of inputs, outputs and weights, that a run can't do without.
 
     Counted on the forward pass of the plain PyTorch formulation; the published variant is judged by its own count.
     """
     size, hidden = getattr(torch, case.dtype).itemsize, MODELS[case.model]["hidden_size"]
     tokens = (case.pixels // 8 // MODELS[case.model]["patch_size"]) ** 2
-    plain = build(case, variant, torch.device("meta"))
-    plain_case = Arguments(**asdict(arguments) | {"device": "meta"})
     scope = "network" if case.scope in ("training", "sampling") else case.scope
-    simple = Case(**asdict(case) | {"scope": scope, "compile": False})
-    macs = count(runs(simple, plain, plain_case)["forward"])
+    plain = Case(**asdict(case) | {"scope": scope, "compile": False})
+    module = build(plain, variant, torch.device("meta"))
+    macs = count(runs(plain, module, Arguments(**asdict(arguments) | {"device": "meta"}))["forward"])
     weights = sum(p.numel() for p in module.parameters()) * size
     streams = 2 * case.batch * (tokens * hidden if case.scope in ("mixer", "block") else 4 * (case.pixels // 8) ** 2)
-    moved = weights + streams * size
-    passes = 3 if what == "forward+backward" else arguments.steps if case.scope == "sampling" else 1
-    passes *= 2 if case.scope == "sampling" and arguments.guidance != 1 else 1
-    return passes * macs, passes * moved
+    times = passes(case, arguments)[what]
+    return times * macs, times * (weights + streams * size)
 
 
 def describe(device: torch.device) -> str:
@@ -265,23 +295,31 @@ def main(arguments: Arguments) -> None:
         arguments.compile,
     )
     for case in itertools.starmap(Case, itertools.product(*choices)):
-        made = list(measure(case, arguments, machine))
+        made = measure(case, arguments, machine)
         rows += made
         for what in dict.fromkeys(row.what for row in made):
             group = {row.variant: row for row in made if row.what == what}
             for row in group.values():
-                peak = f"{row.peak_memory / 2**30:.2f} GiB" if row.peak_memory else ""
-                against = [group[other].seconds / row.seconds for other in ("attention", "as published")]
-                cells = (f"{case.scope}, {what}", case.model, case.pixels, case.batch, case.dtype,
-                         "yes" if case.compile else "no", row.variant, f"{1e3 * row.seconds:.4g}",
-                         f"{case.batch / row.seconds:.4g}", *(f"{ratio:.2f}" for ratio in against),
-                         f"{row.share:.0%}", peak)  # fmt: skip
+                cells = [f"{case.scope}, {what}", case.model, case.pixels, case.batch, case.dtype,
+                         "yes" if case.compile else "no", row.variant]  # fmt: skip
+                if row.seconds is None:
+                    cells += ["too little memory", "", "", "", ""]
+                else:
+                    others = [group[name].seconds for name in ("attention", "as published")]
+                    ratios = [f"{other / row.seconds:.2f}" if other else "" for other in others]
+                    cells += [
+                        f"{1e3 * row.seconds:.4g}",
+                        f"{case.batch / row.seconds:.4g}",
+                        *ratios,
+                        f"{row.share:.0%}",
+                    ]
+                cells.append(f"{row.peak_memory / 2**30:.2f} GiB" if row.peak_memory else "")
                 print(f"| {' | '.join(map(str, cells))} |", flush=True)
-        torch.compiler.reset()
-    if arguments.json:
-        found = {"machine": describe(device), "rates": asdict(machine), "rows": [asdict(row) for row in rows]}
-        with atomic_write(arguments.json) as temporary:
-            temporary.write_text(json.dumps(found, indent=1) + "\n")
+        release(device)
+        if arguments.json:  # after every case: a long run may be cut off
+            found = {"machine": describe(device), "rates": asdict(machine), "rows": [asdict(row) for row in rows]}
+            with atomic_write(arguments.json) as temporary:
+                temporary.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
