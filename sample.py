@@ -18,6 +18,7 @@ from sit.compiling import WORTH_IT, compile_for_sampling, should_compile
 from sit.device import pick_device
 from sit.errors import UserError, door
 from sit.files import atomic_folder
+from sit.precision import Precision, for_sampling
 from sit.previews import labelled_grid, save_png
 from sit.published import FileHints
 from sit.sampler import SamplerConfig
@@ -47,6 +48,8 @@ class Arguments:
     """height and width; None as the network was trained, which published files without a positional table don't tell"""
     vae: str | None = None
     """a VAE's name on the Hub or folder, instead of the checkpoint's"""
+    precision: Precision | None = None
+    """of the network; None is tf32 on GPUs, as published, and float32 elsewhere. The sampler integrates in float32"""
     compile: bool | None = None
     """torch.compile the network, on GPUs with CUDA graphs; None does so on GPUs from 1000 network evaluations on"""
     device: str | None = None
@@ -60,10 +63,12 @@ def main(arguments: Arguments) -> None:
         raise UserError(f"--num-samples must be at least 1, not {arguments.num_samples}")
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {arguments.batch_size}")
+    device = pick_device(arguments.device)
     loaded = load_for_sampling(
         arguments.ckpt,
         vae=arguments.vae,
-        device=pick_device(arguments.device),
+        device=device,
+        dtype=for_sampling(arguments.precision, device),
         image_size=arguments.image_size,
         **vars(arguments.published),
     )

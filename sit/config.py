@@ -89,6 +89,8 @@ class TrainConfig:
     # how it runs
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """None takes what `accelerate launch` or `accelerate config` say"""
+    tf32: bool = True
+    """round float32 matrix products to TF32 on GPUs, as published"""
     compile: bool | None = None
     """torch.compile the network; None does so on GPUs where it can"""
     gradient_checkpointing: bool = False

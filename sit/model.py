@@ -7,7 +7,6 @@ Key names and initial values are those of the published code, so its weights loa
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -17,6 +16,7 @@ from torch import nn
 
 from sit.errors import UserError
 from sit.mixers import MixerSpec, build_mixer, needs_positional_embedding, parse_mixers
+from sit.tables import made_once
 
 # depth, hidden size, heads (FACTS of DiT and SiT; XS is ours, for data of a few thousand small images)
 SIZES = {
@@ -64,7 +64,7 @@ def sincos_table(hidden_size: int, rows: torch.Tensor, columns: torch.Tensor) ->
     return torch.cat([column_half, row_half], dim=2).reshape(1, height * width, hidden_size).float()
 
 
-@lru_cache(maxsize=8)
+@made_once
 def _stretched_table(
     hidden_size: int, trained: tuple[int, int], grid: tuple[int, int], device: torch.device
 ) -> torch.Tensor:

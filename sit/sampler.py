@@ -452,8 +452,11 @@ def generate(
     for start in range(0, len(indices), batch_size):
         chosen, wanted = indices[start : start + batch_size], labels[start : start + batch_size]
         if not on_cpu:
-            noise = KeyedNoise(seed, chosen.tolist(), latent_shape, device)
-            yield chosen, sample(model, transport, noise(), wanted.to(device), config, noise, on_step)
+            short = batch_size - len(chosen) if start else 0  # filled up: a compiled network knows one batch size
+            filled = torch.cat([torch.arange(len(chosen)), torch.zeros(short, dtype=torch.int64)])
+            noise = KeyedNoise(seed, chosen[filled].tolist(), latent_shape, device)
+            x = sample(model, transport, noise(), wanted[filled].to(device), config, noise, on_step)
+            yield chosen, x[: len(chosen)]
             continue
         group, parts = computing_group(config, tokens), []
         for positions, rows in grouped(chosen.tolist(), group):

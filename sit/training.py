@@ -28,6 +28,7 @@ from sit.latents import decode
 from sit.loader import Batch, training_batches
 from sit.mixers import parse_mixers
 from sit.model import MODELS, SiT, check_model_name, create_model
+from sit.precision import allow_tf32
 from sit.previews import labelled_grid, save_png
 from sit.runs import JsonLinesTracker, clear_leftovers, new_run_folder, prune_checkpoints, replaced
 from sit.sampler import SamplerConfig, generate
@@ -93,6 +94,7 @@ class Trainer:
             step_scheduler_with_optimizer=False,
         )
         self.device = self.accelerator.device
+        allow_tf32(self.device, config.tf32)
         if self.device.type == "cpu":
             # `accelerate launch` starts processes with one thread each
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -35,6 +35,26 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     assert obstacle(CPU) is None
 
 
+@pytest.mark.parametrize("mixer", ["attention", "neighbourhood"])
+def test_tables_are_constants_of_a_compiled_network(mixer):
+    """The positional table of a grid that is not the trained one, and the neighbourhoods' mask."""
+    model = SiT(8, patch_size=1, hidden_size=32, depth=1, num_heads=2, num_classes=10, mixer=mixer).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.1)
+    nodes = []
+
+    def backend(graph, inputs):
+        nodes.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=backend)
+    inputs = torch.randn(2, 4, 8, 12), torch.rand(2), torch.tensor([1, 2])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs), model(*inputs))
+    assert sum("sin" in name for name in nodes) == 1  # the embedding of the times
+    assert not any("clamp" in name for name in nodes)
+
+
 @pytest.mark.skipif(obstacle(CPU) is not None, reason="no C++ compiler")
 def test_a_compiled_network_samples_the_same():
     torch.manual_seed(0)

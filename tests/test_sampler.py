@@ -474,6 +474,22 @@ def test_groups():
     assert list(grouped([0, 4, 1], 4)) == [([0], [0]), ([1, 2], [0, 1])]
 
 
+def test_an_accelerator_sees_one_batch_size():
+    """A compiled network is compiled for it; the meta device stands for an accelerator."""
+    with torch.device("meta"):
+        model = SiT(8, 1, 4, 32, 1, 2, num_classes=10).eval()
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    options = dict(seed=0, config=SamplerConfig("ode", 2, "euler"), latent_shape=(4, 8, 8), device="meta")
+    made = list(generate(model, Transport(), torch.arange(10), torch.arange(10), batch_size=4, **options))
+    assert [(indices.tolist(), len(latents)) for indices, latents in made] == [
+        ([0, 1, 2, 3], 4), ([4, 5, 6, 7], 4), ([8, 9], 2),
+    ]  # fmt: skip
+    assert set(seen) == {4}
+    next(generate(model, Transport(), torch.arange(3), torch.arange(3), batch_size=4, **options))
+    assert seen[-1] == 3  # few samples are not filled up
+
+
 def test_keyed_noise():
     first, second = KeyedNoise(5, [0, 1, 2], (4, 2, 2), "cpu"), KeyedNoise(5, [2], (4, 2, 2), "cpu")
     for step in range(3):

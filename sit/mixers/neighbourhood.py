@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sit.errors import UserError
 from sit.mixers.registry import register_mixer
 from sit.mixers.shapes import check_choice, check_heads, check_kernel_size, join_heads, split_heads
+from sit.tables import made_once
 
 BACKENDS = ("auto", "sdpa", "flex")
 BLOCK = 128
@@ -110,7 +111,7 @@ def sees(grid: tuple[int, int], kernel_size: int) -> Callable[..., torch.Tensor]
     return mask
 
 
-@lru_cache(maxsize=8)
+@made_once
 def dense_mask(grid: tuple[int, int], kernel_size: int, device: torch.device) -> torch.Tensor:
     """(N, N) bool: whether a query (row) sees a key (column)."""
     with torch.inference_mode(False):  # a mask first made for sampling may be kept for training
