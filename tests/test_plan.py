@@ -38,6 +38,9 @@ def test_multiply_accumulates_of_xl2(mixer, blocks_g):
         ("linear_attention", lambda n, c, d: 4 * n * c * c + 2 * n * c * (d + 1)),
         ("depthwise:kernel_size=5", lambda n, c, d: 2 * n * c * c + 25 * n * c),
         ("dico", lambda n, c, d: 2 * n * c * c + 9 * n * c + c * c),
+        ("atconv", lambda n, c, d: 2 * n * c * c + 9 * c * c + 9 * n * c + 81 * c),
+        ("atconv:kernel_size=5:inhibition=false", lambda n, c, d: 2 * n * c * c + 25 * c * c + 25 * n * c + 625 * c),
+        ("atconv:routing=false", lambda n, c, d: 2 * n * c * c),
         ("dico,attention", lambda n, c, d: (6 * n * c * c + 9 * n * c + c * c + 2 * n * n * c) / 2),
     ],
 )
