@@ -57,3 +57,9 @@ def test_an_asset_made_before_is_replaced(tmp_path):
     assert (config.output_dir / WEIGHTS.name).read_bytes() != before
     assert sorted(path.name for path in config.output_dir.iterdir()) == ["README.md", WEIGHTS.name]
     assert list(tmp_path.iterdir()) == [config.output_dir]
+
+
+def test_the_committed_vaes_readme_is_what_its_script_writes():
+    lines = (DIGITS_VAE / "README.md").read_text().splitlines()
+    assert [line for line in make_digits_vae.README.splitlines() if "{" not in line and line not in lines] == []
+    assert {line.count("|") for line in lines if line.startswith("|")} == {4}
