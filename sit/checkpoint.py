@@ -110,7 +110,7 @@ def save_checkpoint(
     transport: Transport,
     vae_source: str | Path | None,
     info: CheckpointInfo,
-    training_state: Callable[[Path], None] | Mapping[str, Any] | None = None,
+    training_state: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write one checkpoint folder; it appears under its name only when it is complete.
 
@@ -122,8 +122,7 @@ def save_checkpoint(
         transport: the training objective, a component of the pipeline.
         vae_source: a local folder, whose files are hard-linked (copied where the disk can't), or a name on the Hub.
         info: what the checkpoint is.
-        training_state: called with the folder ``training/`` to fill it, or a mapping saved there as
-            ``state.pt`` (tensors and plain values only), or None for a checkpoint that only samples.
+        training_state: called with the folder ``training/`` to fill it; None for a checkpoint that only samples.
 
     Returns:
         The folder.
@@ -139,10 +138,7 @@ def save_checkpoint(
         if training_state is not None:
             training = place / "training"
             training.mkdir()
-            if callable(training_state):
-                training_state(training)
-            else:
-                torch.save(dict(training_state), training / "state.pt")
+            training_state(training)
         write_json(place / "model_index.json", _model_index(place, vae_name, info))
         _write_index(place, vae_name, info)
     return folder

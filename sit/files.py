@@ -110,6 +110,32 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def replaced_folder(path: str | Path) -> Iterator[Path]:
+    """As :func:`atomic_folder`, but what is at ``path`` gives way: it is removed once the new folder has its place.
+
+    A crash between the two renames leaves both, as ``.NAME.PID.old`` and ``.NAME.PID.new`` beside their place.
+
+    Raises:
+        UserError: the disk is full or the place can't be written.
+    """
+    path = Path(path).resolve()
+    new, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    with atomic_folder(new) as place:
+        yield place
+    with explain_os_errors(path):
+        if path.exists():
+            os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
+        _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def refuse_used(path: str | Path, flag: str) -> None:
     """Whether an output folder is free, before any work is done for it.
 

@@ -66,9 +66,6 @@ class Interpolant:
     def score_from_noise(self, noise: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return -noise / self.sigma(per_image(t, x))
 
-    def noise_from_score(self, score: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return -score * self.sigma(per_image(t, x))
-
     def score_from_velocity(self, velocity: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         # multiplied through by α/α̇, so that t = 0, where λ is infinite, stays regular
         t = per_image(t, x)

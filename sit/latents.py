@@ -7,6 +7,7 @@ encoder gives, and the cache on disk, are unscaled.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,14 +35,8 @@ def load_vae(
     Raises:
         UserError: there is none at ``name``, it is damaged, or it can't be downloaded.
     """
-    folder = DIGITS_VAE if name is None or str(name) == "digits" else Path(name)
+    folder = _folder(name)
     if folder.is_dir():
-        if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
-            folder = folder / "vae"
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"--vae {name}: neither config.json nor vae/config.json in this folder; give a VAE's folder"
-            )
         vae = _from_pretrained(str(folder), name, dtype, {"local_files_only": True})
     elif folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", ".."):
         raise UserError(f"--vae {name}: no such folder, and not a Hub name like stabilityai/sd-vae-ft-ema")
@@ -50,20 +45,63 @@ def load_vae(
     return vae.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def _from_pretrained(source: str, name: object, dtype: torch.dtype, options: dict[str, Any]) -> AutoencoderKL:
+def empty_vae(name: str | Path | None) -> AutoencoderKL | None:
+    """A VAE's shapes without its weights: on the meta device, from the config of a folder; nothing is downloaded.
+
+    Args:
+        name: as for :func:`load_vae`.
+
+    Returns:
+        The VAE, or None if there is no such folder.
+
+    Raises:
+        UserError: the folder is no VAE's, or its config is damaged.
+    """
+    folder = _folder(name)
+    if not folder.is_dir():
+        return None
+    with _explained(name, "is the folder whole?"), torch.device("meta"):
+        return AutoencoderKL.from_config(_load_config(str(folder), name, {"local_files_only": True}))
+
+
+def _folder(name: str | Path | None) -> Path:
+    """Where the VAE's ``config.json`` lies, if ``name`` is a folder's; else ``name`` as it is."""
+    folder = DIGITS_VAE if name is None or str(name) == "digits" else Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        folder = folder / "vae"
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"--vae {name}: neither config.json nor vae/config.json in this folder; give a VAE's folder"
+            )
+    return folder
+
+
+@contextlib.contextmanager
+def _explained(name: object, mend: str) -> Iterator[None]:
+    """Turn what the Hub's client, safetensors and diffusers raise, each kinds of their own, into a UserError."""
     try:
-        config = AutoencoderKL.load_config(source, **options)
-        if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-            raise UserError(f"--vae {name} is a {config['_class_name']}, not an AutoencoderKL; give a VAE's folder")
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--vae {name} can't be loaded ({reason}); {mend}") from error
+
+
+def _load_config(source: str, name: object, options: dict[str, Any]) -> dict[str, Any]:
+    config = AutoencoderKL.load_config(source, **options)
+    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise UserError(f"--vae {name} is a {config['_class_name']}, not an AutoencoderKL; give a VAE's folder")
+    return config
+
+
+def _from_pretrained(source: str, name: object, dtype: torch.dtype, options: dict[str, Any]) -> AutoencoderKL:
+    mend = "is the folder whole?" if options else "download it where there is a network and give its folder"
+    with _explained(name, mend):
+        _load_config(source, name, options)
         vae, found = AutoencoderKL.from_pretrained(
             source, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=dtype, **options
         )
-    except UserError:
-        raise
-    except Exception as error:  # the Hub client, safetensors and diffusers each raise their own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        mend = "is the folder whole?" if options else "download it where there is a network and give its folder"
-        raise UserError(f"--vae {name} can't be loaded ({reason}); {mend}") from error
     if found["missing_keys"]:
         raise UserError(f"--vae {name}: the weights lack {found['missing_keys'][0]}; is the folder whole?")
     return vae

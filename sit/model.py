@@ -18,7 +18,7 @@ from sit.errors import UserError
 from sit.mixers import MixerSpec, build_mixer, needs_positional_embedding, parse_mixers
 from sit.tables import made_once
 
-# depth, hidden size, heads (FACTS of DiT and SiT; XS is ours, for data of a few thousand small images)
+# depth, hidden size, heads (those of DiT and SiT; XS is ours, for data of a few thousand small images)
 SIZES = {
     "XS": (6, 128, 4),
     "S": (12, 384, 6),

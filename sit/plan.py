@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
 from sit.cache import MANIFEST, Manifest, is_cache
 from sit.config import TrainConfig
 from sit.data import open_images
 from sit.errors import UserError
-from sit.latents import load_vae
+from sit.latents import downsampling, empty_vae, latent_shape
 from sit.model import SiT, create_model
 
-IMAGENET = (4, 8, 1000)
-"""latent channels, VAE factor and classes that are planned with where the data and the VAE are not at hand"""
+CLASSES = 1000
+"""ImageNet's, planned with where the data are not at hand"""
+VAE = dict(
+    latent_channels=4,
+    block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+)
+"""Stable Diffusion's, planned with where the VAE is not at hand"""
 
 
 def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str:
@@ -27,34 +37,34 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
         images_per_second: measured training speed of all of them together.
 
     Raises:
-        UserError: settings that don't fit together.
+        UserError: settings that don't fit together; the message tells what was assumed.
     """
     parts = gpus * config.gradient_accumulation
     if config.batch_size % parts:
         raise UserError(f"--batch-size {config.batch_size} can't be divided into {parts} micro-batches: see --gpus")
     micro_batch = config.batch_size // parts
-    latent_shape, classes, images, assumed = describe_data(config)
-    with torch.device("meta"):
+    shape, classes, images, assumed = describe_data(config)
+    with naming(assumed), torch.device("meta"):
         network = create_model(
             config.model,
             mixer=config.mixer,
-            input_size=latent_shape[1:],
-            in_channels=latent_shape[0],
+            input_size=shape[1:],
+            in_channels=shape[0],
             num_classes=classes,
             class_dropout=config.class_dropout,
             learn_sigma=config.learn_sigma,
         )
     parameters = sum(p.numel() for p in network.parameters())
-    forward = multiply_accumulates(network, latent_shape)
+    forward = multiply_accumulates(network, shape)
     state = 20 * parameters  # weights, gradients, two moments and the moving average, float32
     half = config.mixed_precision in ("bf16", "fp16")
-    activations = saved_bytes(network, latent_shape, micro_batch, half, config.gradient_checkpointing)
+    activations = saved_bytes(network, shape, micro_batch, half, config.gradient_checkpointing)
     tokens = network.grid[0] * network.grid[1]
     shown = config.steps * config.batch_size
     rows = [
         ("network", f"{config.model}, mixer {config.mixer}"),
         ("parameters", f"{parameters:,}"),
-        ("latent, tokens", f"{'x'.join(map(str, latent_shape))}, {tokens}"),
+        ("latent, tokens", f"{'x'.join(map(str, shape))}, {tokens}"),
         ("multiply-accumulates, forward", f"{forward / 1e9:.2f} G an image (matrix products and convolutions)"),
         ("multiply-accumulates, training", f"{3 * forward * shown / 1e18:.3g} E for the whole run"),
         ("batch", f"{config.batch_size} = {gpus} GPUs x {config.gradient_accumulation} micro-batches x {micro_batch}"),
@@ -74,19 +84,36 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
 
 def describe_data(config: TrainConfig) -> tuple[tuple[int, int, int], int, int | None, str]:
     """Latent shape, classes and count of the data, and what had to be assumed because it is not at hand."""
-    channels, factor, classes = IMAGENET
     if is_cache(config.data):
         manifest = Manifest.read(Path(config.data) / MANIFEST)
         return tuple(manifest.latent_shape), len(manifest.classes), manifest.count, ""
+    assumed = []
     try:
         images = open_images(config.data, config.image_size)
-        classes, count, missing = len(images.classes), len(images), ""
+        classes, count = len(images.classes), len(images)
     except UserError:
-        count, missing = None, f"--data {config.data} is not here: {classes} classes"
-    if config.vae == "digits":
-        vae = load_vae(config.vae)
-        channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
-    return (channels, config.image_size // factor, config.image_size // factor), classes, count, missing
+        classes, count = CLASSES, None
+        assumed.append(f"--data {config.data} is not here: {classes} classes")
+    vae = empty_vae(config.vae)
+    if vae is None:
+        with torch.device("meta"):
+            vae = AutoencoderKL(**VAE)
+        assumed.append(
+            f"--vae {config.vae} is no folder here: {vae.config.latent_channels} channels, "
+            f"1/{downsampling(vae)} of the image's side"
+        )
+    told = "; ".join(assumed)
+    with naming(told):
+        return latent_shape(vae, config.image_size), classes, count, told
+
+
+@contextlib.contextmanager
+def naming(assumed: str) -> Iterator[None]:
+    """Let a refusal tell what was assumed, as it may be due to that."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} (assumed: {assumed})" if assumed else str(error)) from error
 
 
 def multiply_accumulates(network: SiT, latent_shape: tuple[int, int, int]) -> int:

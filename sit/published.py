@@ -30,6 +30,7 @@ VAE_NAMES = {name: f"stabilityai/sd-vae-ft-{name}" for name in ("ema", "mse")}
 NULL_CLASS_DROPOUT = 0.1
 _FREQUENCIES = 256
 _CONVOLUTIONS = ("kernel_proj", "x_proj", "proj")  # of ATConv, which its REPA variant has as 1×1 convolutions
+_ACTIVATIONS = {"published": "gelu_tanh", "repa": "silu"}  # of ATConv's kernel branch, which no file tells
 _INTERPOLANTS = {"linear": "linear", "gvp": "gvp", "cosine": "gvp", "vp": "vp"}
 _PREDICTIONS = {"velocity": "velocity", "v": "velocity", "score": "score", "noise": "noise"}
 _REPA_ARGUMENTS = {"enc_type", "proj_coeff", "encoder_depth"}
@@ -359,25 +360,44 @@ def to_layout(
         layout: ``published`` for SiT, and ATConv's SiT variant and hybrid; ``repa`` for its REPA variant.
 
     Raises:
-        UserError: the network's time or activation is not that of the layout, so its code would misread the weights.
+        UserError: the network's time or a mixer is not of the layout, whose code would misread or refuse the weights.
     """
     from sit.model import SiT
 
     reverse = bool(config.get("time_reversed", False))
-    is_silu = "activation=silu" in config["mixer"]
-    has_atconv = "atconv" in config["mixer"]
-    if reverse != (layout == "repa") or (has_atconv and is_silu != (layout == "repa")):
+    if reverse != (layout == "repa"):
         other = "repa" if reverse else "published"
-        raise UserError(f"this network has the time and activation of --layout {other}; {layout} code would misread it")
+        raise UserError(f"this network has the time direction of --layout {other}; {layout} code would misread it")
+    _refuse_other_mixers(config["mixer"], layout)
     with torch.device("meta"):
         order = list(SiT.from_config(dict(config)).state_dict())
     converted = {}
     for name in order:
         head, is_mixer, tail = name.partition(".attn.")
         module, _, kind = tail.partition(".")
-        convolutional = is_mixer and f"{head}.attn.kernel_gen.weight" in state
+        convolutional = is_mixer and f"{head}.attn.x_proj.weight" in state
         if layout == "repa" and convolutional and module in _CONVOLUTIONS and kind == "weight":
             converted[name] = state[name][:, :, None, None].contiguous()
         else:
             converted[name] = state[name].contiguous()
     return converted
+
+
+def _refuse_other_mixers(pattern: str, layout: Literal["published", "repa"]) -> None:
+    """Whether the layout's code has the pattern's mixers, and :func:`_mixer` tells them from their keys and shapes.
+
+    The other options of the two change keys or shapes, except ATConv's ``backend``, which changes no result.
+
+    Raises:
+        UserError: a mixer that it does not have.
+    """
+    from sit.mixers import parse_mixers
+
+    activation = _ACTIVATIONS[layout]
+    for spec in parse_mixers(pattern):
+        made = spec.options.get("activation", "gelu_tanh")  # the default of ATConv
+        if spec.name != "attention" and (spec.name, made) != ("atconv", activation):
+            raise UserError(
+                f"--layout {layout} has only attention and atconv with activation {activation}, and its code would "
+                f"misread this network's mixer {spec}; keep it in our layout"
+            )

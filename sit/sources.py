@@ -183,10 +183,12 @@ class HubSource:
                 f"--data {self.name} needs the datasets library; install it by: pip install datasets"
             ) from error
         where, _, split = name.partition("@")
+        self._identity = self.name
         try:
             if Path(where).is_dir() and any((Path(where) / n).exists() for n in ("state.json", "dataset_dict.json")):
                 data = datasets.load_from_disk(where)
                 data = data[split or "train"] if isinstance(data, datasets.DatasetDict) else data
+                self._identity = data._fingerprint  # kept in the folder, so that this may be moved
             else:
                 data = datasets.load_dataset(where, split=split or "train")
         except Exception as error:  # the library and the Hub's client raise many kinds
@@ -216,7 +218,7 @@ class HubSource:
         return f"row {index}"
 
     def fingerprint(self) -> str:
-        return hash_names([self.name.encode()], self.labels)
+        return hash_names([self._identity.encode()], self.labels)
 
 
 _TORCHVISION = ("fashion-mnist", "fashion-mnist-test", "cifar10", "cifar10-test", "imagenet", "imagenet-val")

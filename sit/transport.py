@@ -132,32 +132,16 @@ class Transport(SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ sampling
 
-    def velocity(self, model: Field) -> Field:
-        """The velocity field of a network: the drift of the ODE."""
-
-        def velocity(x: torch.Tensor, t: torch.Tensor, **conditions) -> torch.Tensor:
-            return self.velocity_of(model(x, t, **conditions), x, t)
-
-        return velocity
-
     def velocity_of(self, out: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The velocity that a network's output ``out`` at (x, t) means."""
+        """The velocity, the drift of the ODE, that a network's output ``out`` at (x, t) means."""
         if self.config.prediction == "velocity":
             return out
         if self.config.prediction == "noise":
             out = self.interpolant.score_from_noise(out, x, t)
         return self.interpolant.velocity_from_score(out, x, t)
 
-    def score(self, model: Field) -> Field:
-        """The score field ∇ log p_t of a network."""
-
-        def score(x: torch.Tensor, t: torch.Tensor, **conditions) -> torch.Tensor:
-            return self.score_of(model(x, t, **conditions), x, t)
-
-        return score
-
     def score_of(self, out: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The score that a network's output ``out`` at (x, t) means."""
+        """The score ∇ log p_t that a network's output ``out`` at (x, t) means."""
         if self.config.prediction == "velocity":
             return self.interpolant.score_from_velocity(out, x, t)
         if self.config.prediction == "noise":

@@ -159,6 +159,19 @@ def test_verify_finds_a_changed_entry_and_a_changed_list(copy, pictures, tmp_pat
         verify(Verify(copy, data=str(moved)))
 
 
+def test_a_set_of_the_datasets_library_may_be_moved(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
+    images = [Image.fromarray(np.full((16, 16), 20 * number, dtype=np.uint8)) for number in range(6)]
+    made = datasets.Dataset.from_dict({"img": images, "label": [0, 1] * 3}, features=features)
+    made.save_to_disk(tmp_path / "set")
+    wish = Encode(tmp_path / "latents", f"datasets:{tmp_path / 'set'}", image_size=16, batch_size=2, chunk=2, workers=0)
+    encode(wish, stop_after=1)
+    (tmp_path / "set").rename(tmp_path / "moved")
+    wish = replace(wish, data=f"datasets:{tmp_path / 'moved'}")
+    assert verify(Verify(encode(wish), data=wish.data))["compared"] == 6
+
+
 def test_training_refuses_another_vae_or_size(whole, tmp_path):
     cache, vae = CachedLatents(whole), load_vae("digits")
     cache.check(vae, "digits", 16)

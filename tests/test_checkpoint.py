@@ -53,6 +53,11 @@ INFO = CheckpointInfo(
 )
 
 
+def saving(state):
+    """Fills ``training/`` by one file."""
+    return lambda folder: torch.save(state, folder / "state.pt")
+
+
 def write(folder, seed=0, vae=None, **options):
     save_checkpoint(
         folder,
@@ -74,7 +79,7 @@ def test_everything_comes_back(tmp_path, vae_folder):
         transport=Transport(interpolant="gvp", prediction="noise"),
         vae_source=vae_folder,
         info=INFO,
-        training_state={"step": 7, "raw": model.state_dict()},
+        training_state=saving({"step": 7, "raw": model.state_dict()}),
     )
     for path in (
         folder,
@@ -128,7 +133,7 @@ def test_vae_is_copied_where_links_are_refused(tmp_path, vae_folder, monkeypatch
 
 
 def test_a_checkpoint_cut_off_at_any_byte_is_recognised(tmp_path, vae_folder):
-    whole = write(tmp_path / "whole", vae=vae_folder, training_state={"step": 7})
+    whole = write(tmp_path / "whole", vae=vae_folder, training_state=saving({"step": 7}))
     assert is_whole(whole)
     files = [path for path in whole.rglob("*") if path.is_file()]
     assert len(files) == 8
@@ -243,7 +248,7 @@ for save in (lambda p: torch.save({"a": torch.ones(9999)}, p), lambda p: save_fi
 
 
 def test_a_checkpoint_without_its_training_folder_still_samples(tmp_path):
-    folder = write(tmp_path / "run" / "checkpoints" / "step-0000003", training_state={"step": 3})
+    folder = write(tmp_path / "run" / "checkpoints" / "step-0000003", training_state=saving({"step": 3}))
     assert newest_checkpoint(tmp_path / "run", resumable=True) == folder
     shutil.rmtree(folder / "training")
     assert load_for_sampling(tmp_path / "run").path == folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tarfile
 from pathlib import Path
@@ -225,6 +226,17 @@ def test_sets_of_the_datasets_library(tmp_path, monkeypatch):
     data = open_images(f"datasets:{tmp_path / 'set'}", 8)
     assert data.classes == ["x", "y"] and data.labels.tolist() == [0, 1, 1, 0]
     assert np.array_equal(data[2][0].numpy().transpose(1, 2, 0), np.asarray(centre_crop(picture(2), 8)))
+    (tmp_path / "set").rename(tmp_path / "moved")
+    moved = open_images(f"datasets:{tmp_path / 'moved'}", 8)
+    assert moved.fingerprint() == data.fingerprint()
+    made.select([1, 0, 3, 2]).map(lambda row: {"label": 1 - row["label"]}).save_to_disk(tmp_path / "other")
+    other = open_images(f"datasets:{tmp_path / 'other'}", 8)
+    assert np.array_equal(other.labels, data.labels) and other.fingerprint() != data.fingerprint()
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda name, split: made)
+        hub = open_images("datasets:someone/something@test", 8)
+    named = b"datasets:someone/something@test\0" + np.array([0, 1, 1, 0], dtype="<i8").tobytes()
+    assert hub.fingerprint() == hashlib.blake2b(named, digest_size=16).hexdigest()
     made.remove_columns("label").save_to_disk(tmp_path / "bare")
     with pytest.raises(UserError, match="ClassLabel"):
         open_images(f"datasets:{tmp_path / 'bare'}", 8)

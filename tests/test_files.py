@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from scipy import stats
 
 from sit.errors import UserError, door
-from sit.files import atomic_folder, atomic_write, new_output
+from sit.files import atomic_folder, atomic_write, new_output, replaced_folder
 from sit.randomness import generator, key, randn
 
 
@@ -32,6 +33,45 @@ def test_a_failed_folder_leaves_nothing(tmp_path):
         (temporary / "inside").write_text("half")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
+    path = tmp_path / "folder"
+
+    def write(text: str) -> None:
+        with replaced_folder(path) as temporary:
+            (temporary / text).write_text(text)
+            if path.exists():
+                assert [entry.name for entry in path.iterdir()] == ["old"]
+            if text == "bad":
+                raise RuntimeError
+
+    def there() -> list[list[str]]:
+        return [[entry.name for entry in folder.iterdir()] for folder in tmp_path.iterdir()]
+
+    write("old")
+    with pytest.raises(RuntimeError):
+        write("bad")
+    assert there() == [["old"]]
+    monkeypatch.chdir(path)
+    write("new")
+    assert there() == [["new"]]
+
+
+def test_a_replaced_folder_is_put_back_if_the_new_one_cant_take_its_place(tmp_path, monkeypatch):
+    path, rename = tmp_path / "folder", os.rename
+    path.mkdir()
+    (path / "old").write_text("old")
+
+    def refuse(source, target):
+        if str(source).endswith(".new"):
+            raise OSError(errno.EROFS, "refused")
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", refuse)
+    with pytest.raises(UserError, match="can't be written"), replaced_folder(path) as temporary:
+        (temporary / "new").write_text("new")
+    assert [entry.name for entry in path.iterdir()] == ["old"]
 
 
 @pytest.mark.parametrize(

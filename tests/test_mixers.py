@@ -369,6 +369,12 @@ def rows(heading: str) -> dict[str, list[str]]:
     return {line[0].strip("`"): line[1:] for line in lines}
 
 
+def evaluate(formula: str, **values: int) -> int:
+    """A formula as documents write it, e.g. 2NC² + k²C(d + 1)."""
+    product = re.sub(r"(?<=[\w²⁴)])(?=[A-Za-z(])", "*", formula)
+    return eval(product.replace("²", "**2").replace("⁴", "**4"), values)
+
+
 def test_the_documents_list_of_mixers():
     listed = rows("name")
     ours = {name for name, factory in registry._registry.items() if factory.__module__.startswith("sit.")}
@@ -380,8 +386,11 @@ def test_the_documents_list_of_mixers():
 
 @pytest.mark.parametrize("pattern", rows("pattern"))
 def test_the_documents_numbers(pattern):
-    """Two blocks and four are built and 28 counted on from them, as it is the same for each further pair."""
-    parameters, *counts, _, positional = rows("pattern")[pattern]
+    """Two blocks and four are built and 28 counted on from them, as it is the same for each further pair.
+
+    A block is the mixer's layer, the MLP's 8NC² and adaLN's 6C².
+    """
+    parameters, *counts, layer, positional = rows("pattern")[pattern]
     with torch.device("meta"):
         two, four = (create_model("SiT-XL/2", mixer=pattern, depth=depth) for depth in (2, 4))
 
@@ -391,4 +400,9 @@ def test_the_documents_numbers(pattern):
     assert f"{at_28(lambda network: sum(p.numel() for p in network.parameters())):,}" == parameters
     for side, told in zip((32, 64, 128), counts, strict=True):
         assert f"{at_28(lambda network, side=side: multiply_accumulates(network, (4, side, side))) / 1e9:.2f}" == told
+        if layer:
+            n, c = (side // 2) ** 2, 1152
+            per_block = (multiply_accumulates(four, (4, side, side)) - multiply_accumulates(two, (4, side, side))) / 2
+            taps = parse_mixers(pattern)[0].options.get("kernel_size", 3)
+            assert per_block - 8 * n * c**2 - 6 * c**2 == evaluate(layer, N=n, C=c, k=taps, d=c // 16)
     assert positional == ("yes" if two.config.positional_embedding else "no")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from sit.config import TrainConfig, load_recipe
 from sit.errors import UserError
@@ -36,6 +38,9 @@ def test_multiply_accumulates_of_xl2(mixer, blocks_g):
         ("linear_attention", lambda n, c, d: 4 * n * c * c + 2 * n * c * (d + 1)),
         ("depthwise:kernel_size=5", lambda n, c, d: 2 * n * c * c + 25 * n * c),
         ("dico", lambda n, c, d: 2 * n * c * c + 9 * n * c + c * c),
+        ("atconv", lambda n, c, d: 2 * n * c * c + 9 * c * c + 9 * n * c + 81 * c),
+        ("atconv:kernel_size=5:inhibition=false", lambda n, c, d: 2 * n * c * c + 25 * c * c + 25 * n * c + 625 * c),
+        ("atconv:routing=false", lambda n, c, d: 2 * n * c * c),
         ("dico,attention", lambda n, c, d: (6 * n * c * c + 9 * n * c + c * c + 2 * n * n * c) / 2),
     ],
 )
@@ -79,6 +84,35 @@ def test_the_table(tmp_path):
     assert "= 53.4 epochs of 1,797" in plan(load_recipe("digits"), 1, None)
     with pytest.raises(UserError, match="can't be divided into 3"):
         plan(TrainConfig(batch_size=64), gpus=3, images_per_second=None)
+
+
+def test_a_vae_of_another_downsampling_is_planned_with_if_it_is_here(tmp_path):
+    """Two levels halve 32 pixels once: 16 x 16 latents, 64 tokens of 2 x 2. The config alone is needed."""
+    vae = AutoencoderKL(
+        latent_channels=3, block_out_channels=(4, 4), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    vae.save_config(tmp_path / "pipeline" / "vae")
+    for folder in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae"):
+        text = plan(TrainConfig(vae=str(folder), mixer="atconv"), 1, None)
+        assert "3x16x16, 64" in text and "assumed" not in text
+    with pytest.raises(UserError, match=f"--vae {tmp_path}"):
+        plan(TrainConfig(vae=str(tmp_path)), 1, None)
+    (tmp_path / "pipeline" / "vae" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is the folder whole"):
+        plan(TrainConfig(vae=str(tmp_path / "pipeline")), 1, None)
+
+
+@pytest.mark.parametrize("vae", ["vaes/fashion-mnist", "/nowhere/vae", "stabilityai/sd-vae-ft-ema"])
+def test_what_is_assumed_of_a_vae_that_is_not_here_is_said(vae, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = replace(load_recipe("fashion-mnist"), vae=vae)
+    last = plan(config, 1, None).splitlines()[-1]
+    assert last.startswith("assumed") and "1000 classes" in last and f"--vae {vae}" in last and "1/8" in last
+    for unfit in (replace(config, mixer="atconv"), replace(config, image_size=100)):
+        with pytest.raises(UserError, match=f"assumed: .*--vae {vae}.*1/8") as caught:
+            plan(unfit, 1, None)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_dry_run_starts_nothing(tmp_path):

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from sit.checkpoint import load_for_sampling
 from sit.convert import Convert, Inspect, convert, inspect, main
 from sit.errors import UserError
+from sit.mixers import known_mixers, parse_mixers
+from sit.mixers.registry import _factory
 from sit.model import SiT, sincos_table
 from sit.published import Hints, grid_of_table, read_published
 from sit.sampler import SamplerConfig, sample
@@ -410,6 +412,58 @@ def test_layouts_are_not_mixed_up(tmp_path):
     with pytest.raises(UserError, match="exists already"):
         convert(Convert(tmp_path / "sit.pt", tmp_path / "sit.pt", layout="published"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["repa.pt", "sit.pt"]
+
+
+def network_of(mixer: str, layout: str) -> SiT:
+    """A small network whose weights are all random, so that its output depends on every one."""
+    torch.manual_seed(0)
+    options = dict(hidden_size=48, depth=4, num_heads=3, num_classes=7, learn_sigma=False)
+    network = SiT(16, mixer=mixer, time_reversed=layout == "repa", **options)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return network.eval()
+
+
+EXPORTED = {
+    "published": ["attention", "attention:qk_norm=true", "atconv", "atconv:kernel_size=5", "atconv:inhibition=false",
+                  "atconv:routing=false", "atconv:activation=gelu_tanh", "attention,atconv:kernel_size=5"],
+    "repa": ["attention", "atconv:activation=silu", "atconv:routing=false:activation=silu",
+             "attention,atconv:kernel_size=5:inhibition=false:activation=silu"],
+}  # fmt: skip
+REFUSED = {
+    "published": ["neighbourhood", "neighbourhood:kernel_size=7", "linear_attention", "depthwise", "dico",
+                  "atconv:activation=gelu", "atconv:activation=silu", "attention,atconv:activation=gelu",
+                  "attention,linear_attention"],
+    "repa": ["neighbourhood", "linear_attention", "depthwise", "dico", "atconv", "atconv:activation=gelu",
+             "attention,atconv", "atconv:activation=silu,neighbourhood"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout, mixer", [(layout, mixer) for layout in EXPORTED for mixer in EXPORTED[layout]])
+def test_what_is_exported_is_read_back_as_the_same_network(layout, mixer, tmp_path):
+    network = network_of(mixer, layout)
+    network.save_pretrained(tmp_path / "ours")
+    convert(Convert(tmp_path / "ours", tmp_path / "x.pt", layout=layout))
+    reversed_attention = True if (layout, mixer) == ("repa", "attention") else None  # which nothing in the file tells
+    hints = dict(image_size=128, num_heads=3, num_classes=7, time_reversed=reversed_attention)
+    again = load_for_sampling(tmp_path / "x.pt", **hints).model.double()
+    x, t, y = torch.randn(2, 4, 16, 16).double(), torch.tensor([0.2, 0.7]).double(), torch.tensor([1, 6])
+    with torch.no_grad():
+        torch.testing.assert_close(again(x, t, y), network.double()(x, t, y))
+
+
+@pytest.mark.parametrize("layout, mixer", [(layout, mixer) for layout in REFUSED for mixer in REFUSED[layout]])
+def test_mixers_that_a_layout_lacks_are_refused(layout, mixer, tmp_path):
+    network_of(mixer, layout).save_pretrained(tmp_path / "ours")
+    with pytest.raises(UserError, match=f"--layout {layout}") as caught:
+        convert(Convert(tmp_path / "ours", tmp_path / "x.pt", layout=layout))
+    assert "\n" not in str(caught.value) and not (tmp_path / "x.pt").exists()
+
+
+def test_every_mixer_is_either_exported_or_refused():
+    for layout in EXPORTED:
+        tried = {spec.name for mixer in EXPORTED[layout] + REFUSED[layout] for spec in parse_mixers(mixer)}
+        assert tried >= {name for name in known_mixers() if _factory(name).__module__.startswith(("sit.", "atconv."))}
 
 
 def test_the_command_line(tmp_path, capsys):

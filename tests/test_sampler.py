@@ -11,7 +11,7 @@ import torch
 
 from sit.diffusion import DIFFUSION_FORMS
 from sit.errors import UserError
-from sit.interpolant import get_interpolant
+from sit.interpolant import get_interpolant, per_image
 from sit.likelihood import bits_per_dimension, log_likelihood, random_signs
 from sit.model import SiT
 from sit.sampler import (
@@ -242,7 +242,7 @@ def test_forward_and_back(interpolant):
             if prediction == "velocity":
                 return out
             score = path.score_from_velocity(out, x, t)
-            return score if prediction == "score" else path.noise_from_score(score, x, t)
+            return score if prediction == "score" else -score * path.sigma(per_image(t, x))
 
         config, image = SamplerConfig(sampler="ode", rtol=1e-6, atol=1e-7), normal(*SHAPE)
         noise = sample(model, transport, image, None, config, reverse=True)

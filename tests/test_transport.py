@@ -58,7 +58,8 @@ def test_velocity_weight_is_the_loss_of_the_velocity():
         for prediction in ("score", "noise"):
             transport = Transport(interpolant, prediction, "velocity")
             path = transport.interpolant
-            implied = transport.velocity(network)(path.interpolate(x1, x0, t), t)
+            x = path.interpolate(x1, x0, t)
+            implied = transport.velocity_of(network(x, t), x, t)
             expected = (implied - path.velocity(x1, x0, t)).square().flatten(1).mean(1).float()
             torch.testing.assert_close(transport.loss(network, x1, t, x0).float(), expected, rtol=1e-5, atol=0)
 
@@ -68,7 +69,7 @@ def test_velocity_weight_is_the_loss_of_the_velocity():
 def test_drift_and_score(interpolant, prediction):
     transport = Transport(interpolant, prediction)
     x, _, y = draws()
-    velocity, score = (field(network)(x, TIMES, y=y) for field in (transport.velocity, transport.score))
+    velocity, score = (means(network(x, TIMES, y), x, TIMES) for means in (transport.velocity_of, transport.score_of))
     for i, t in enumerate(TIMES.double().tolist()):
         state = x[i : i + 1].double().numpy()
         out = network(state, np.array([t]), np.array([i]))

@@ -7,7 +7,6 @@ Trained on the 1,437 digits of ``digits:train``, turned, scaled and shifted a li
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +16,14 @@ import tyro
 from safetensors.torch import save_file
 from tqdm import trange
 
+from sit.assets.replacing import refuse_others
 from sit.data import digits_arrays, digits_split
 from sit.errors import door
-from sit.files import atomic_folder
+from sit.files import replaced_folder
 from sit.metrics.digits import WEIGHTS, DigitsClassifier
 from sit.randomness import generator
+
+TITLE = "# The digits' classifier"
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Config:
     """Everything that decides the weights."""
 
     output_dir: Path = WEIGHTS.parent
-    """replaced by the new classifier"""
+    """a new folder, or a digits' classifier made before, which the new one replaces"""
     steps: int = 1000
     batch_size: int = 128
     lr: float = 3e-3
@@ -49,6 +51,7 @@ def warp(images: torch.Tensor, source: torch.Generator) -> torch.Tensor:
 
 
 def main(config: Config) -> None:
+    refuse_others(config.output_dir, TITLE, ("README.md", WEIGHTS.name))
     images, labels = digits_arrays()
     images = torch.from_numpy(images)[:, None].float() / 127.5 - 1
     labels = torch.from_numpy(labels)
@@ -70,12 +73,11 @@ def main(config: Config) -> None:
     with torch.no_grad():
         accuracy = (network(images[held_out])[1].argmax(1) == labels[held_out]).float().mean().item()
     parameters = sum(p.numel() for p in network.parameters())
-    shutil.rmtree(config.output_dir, ignore_errors=True)
-    with atomic_folder(config.output_dir) as place:
+    with replaced_folder(config.output_dir) as place:
         save_file(network.state_dict(), place / WEIGHTS.name)
         (place / WEIGHTS.name).chmod(0o644)
         (place / "README.md").write_text(
-            "# The digits' classifier\n\n"
+            f"{TITLE}\n\n"
             f"`sit.metrics.digits.DigitsClassifier`, {parameters:,} parameters. Its 64 penultimate features are what\n"
             "the digits' Fréchet distance is measured on. Trained on the 1,437 digits of `digits:train` only, by\n\n"
             "    python -m sit.assets.make_digits_classifier\n\n"

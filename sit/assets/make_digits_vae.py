@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -22,12 +21,16 @@ import tyro
 from diffusers import AutoencoderKL
 from sklearn.svm import SVC
 
+from sit.assets.replacing import refuse_others
 from sit.data import open_images, shrink_digits
 from sit.errors import door
-from sit.files import atomic_folder
+from sit.files import replaced_folder
 from sit.latents import DIGITS_VAE, latent_shape, load_vae
 from sit.randomness import generator
 from sit.train_vae import NOISE_LEVELS, VAEConfig, build, centre_latents, fit, pixels, psnr, reconstructions
+
+TITLE = "# The digits' VAE"
+FILES = ("README.md", "config.json", "diffusion_pytorch_model.safetensors")
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Config(VAEConfig):
     """Everything that decides the weights."""
 
     output_dir: Path = DIGITS_VAE
-    """replaced by the new VAE"""
+    """a new folder, or a digits' VAE made before, which the new one replaces"""
 
 
 def warp(images: torch.Tensor, source: torch.Generator) -> torch.Tensor:
@@ -68,7 +71,7 @@ def measure(vae: AutoencoderKL) -> dict[str, float]:
     return figures
 
 
-README = """# The digits' VAE
+README = """{title}
 
 diffusers' `AutoencoderKL`, {parameters:,} parameters (float16, {megabytes:.2f} MB): 32×32 RGB → 4×8×8 latents.
 Trained on the 1,437 digits of `digits:train` only, in {minutes:.1f} minutes on {threads} CPU threads, by
@@ -92,7 +95,7 @@ def write(vae: AutoencoderKL, config: Config, seconds: float) -> dict[str, float
     """Save ``vae`` (float16) with its README in place of ``config.output_dir``; answers the figures."""
     parameters = sum(parameter.numel() for parameter in vae.parameters())
     command = "python -m sit.assets.make_digits_vae " + " ".join(sys.argv[1:])
-    with atomic_folder(config.output_dir.with_name(config.output_dir.name + ".new")) as folder:
+    with replaced_folder(config.output_dir) as folder:
         vae.half().save_pretrained(folder)
         figures = measure(load_vae(folder))
         rows = [
@@ -100,20 +103,19 @@ def write(vae: AutoencoderKL, config: Config, seconds: float) -> dict[str, float
             for level in NOISE_LEVELS
         ]
         settings = {name: value for name, value in vars(config).items() if name != "output_dir"}
-        size = (folder / "diffusion_pytorch_model.safetensors").stat().st_size / 1e6
+        size = (folder / FILES[-1]).stat().st_size / 1e6
         text = README.format(
-            parameters=parameters, megabytes=size, minutes=seconds / 60, threads=torch.get_num_threads(),
+            title=TITLE, parameters=parameters, megabytes=size, minutes=seconds / 60, threads=torch.get_num_threads(),
             command=command.strip(), rows="\n".join(rows), settings=json.dumps(settings), **figures,
         )  # fmt: skip
         (folder / "README.md").write_text(text)
-    shutil.rmtree(config.output_dir, ignore_errors=True)
-    config.output_dir.with_name(config.output_dir.name + ".new").rename(config.output_dir)
     return figures
 
 
 @door
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
+    refuse_others(config.output_dir, TITLE, FILES)
     torch.manual_seed(config.seed)
     vae = build(config.widths, 32).to(memory_format=torch.channels_last).train()
     assert latent_shape(vae, 32) == (4, 8, 8)
