@@ -76,11 +76,11 @@ class ReferenceArguments:
     """Make reference statistics in ADM's format: mu, sigma, mu_s, sigma_s and some of the images."""
 
     data: str
-    """a folder or npz of images, a latent cache, or a data set as train.py takes it"""
+    """a folder or npz of images, a latent cache, or a data set as train.py takes it, tar files too"""
     out: str
     """the npz to write; must not exist"""
     image_size: int | None = None
-    """side to crop to; None as the data are"""
+    """side that folders and data sets are cropped to; None: a folder's images as they are, a data set's own size"""
     features: str = "inception"
     """inception, digits, dinov2 or classifier:FOLDER"""
     inception_weights: str | None = None

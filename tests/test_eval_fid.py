@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -336,6 +337,45 @@ def test_a_latent_cache_is_a_reference_through_its_vae(tmp_path):
     assert torch.equal(images.batch(np.arange(4)), expected.permute(0, 3, 1, 2))
 
 
+def write_wide_pictures(folder: Path, names: tuple[str, ...]) -> np.ndarray:
+    """Pictures of 32 rows and different widths; answers their middle 32 columns: (len(names), 3, 32, 32)."""
+    rng, middles = np.random.default_rng(0), []
+    for number, name in enumerate(names):
+        pixels = rng.integers(0, 256, size=(32, 32 + 2 * number, 3), dtype=np.uint8)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / name)
+        middles.append(pixels[:, number : number + 32].transpose(2, 0, 1))
+    return np.stack(middles)
+
+
+def test_folders_and_tars_are_cropped_as_training_data_are(tmp_path):
+    flat = write_wide_pictures(tmp_path / "flat", ("a.png", "b.png", "c.png"))
+    names = ("n1/a.png", "n1/b.png", "n2/deeper/c.png")
+    assert (write_wide_pictures(tmp_path / "classes", names) == flat).all()
+    with tarfile.open(tmp_path / "classes.tar", "w") as archive:
+        archive.add(tmp_path / "classes", arcname=".")
+    labels = {"flat": None, "classes": [0, 0, 1], "classes.tar": [0, 0, 1]}
+    for name, known in labels.items():
+        for images in (open_samples(str(tmp_path / name), 32), open_reference(str(tmp_path / name), 32)):
+            assert (images.batch(np.arange(3)).numpy() == flat).all(), name
+            assert images.labels is known or images.labels.tolist() == known
+        out = tmp_path / f"{name}.npz"
+        run_door(["eval_fid.py", "reference", "--data", str(tmp_path / name), "--image-size", "32", "--features",
+                  "digits", "--out", str(out)])  # fmt: skip
+        with np.load(out) as archive:
+            assert (archive["arr_0"].transpose(0, 3, 1, 2) == flat).all()
+    smaller = open_samples(str(tmp_path / "flat"), 16).batch(np.arange(3))
+    assert smaller.shape == (3, 3, 16, 16)
+    for name in ("flat", "classes"):
+        with pytest.raises(UserError, match="are of different sizes: crop them by --image-size"):
+            open_samples(str(tmp_path / name)).batch(np.arange(3))
+    with pytest.raises(UserError, match="--image-size 0 must be positive"):
+        open_samples(str(tmp_path / "flat"), 0)
+    (tmp_path / "notes.txt").write_text("no data")
+    with pytest.raises(UserError, match="notes.txt is a file"):
+        open_samples(str(tmp_path / "notes.txt"))
+
+
 def test_data_sets_that_torch_fidelity_has_registered(monkeypatch):
     from torch_fidelity.registry import DATASETS_REGISTRY
 
@@ -343,6 +383,8 @@ def test_data_sets_that_torch_fidelity_has_registered(monkeypatch):
     monkeypatch.setitem(DATASETS_REGISTRY, "five-pictures", lambda root, download: list(pictures))
     images = open_samples("five-pictures")
     assert len(images) == 5 and torch.equal(images.batch(np.array([3, 1])), pictures[[3, 1]])
+    means = pictures[:1].unfold(2, 2, 2).unfold(3, 2, 2).float().mean(dim=(4, 5))  # the box filter that halves
+    torch.testing.assert_close(open_samples("five-pictures", 4).batch(np.array([0])).float(), means, atol=1, rtol=0)
 
     def refuse(root, download):
         raise RuntimeError("no network")

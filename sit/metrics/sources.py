@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch_fidelity.registry import DATASETS_REGISTRY
 
 from sit.cache import CachedLatents, is_cache
-from sit.data import EXTENSIONS, open_images
+from sit.data import EXTENSIONS, centre_crop, has_classes, only_tars, open_images
 from sit.errors import UserError
 from sit.latents import decode, load_vae
 from sit.metrics.distances import Moments
@@ -73,10 +73,15 @@ class ArrayImages(Images):
 
 
 class FileImages(Images):
-    """The images of a folder, in the order of their names, whatever subfolders they are in; all of one size."""
+    """The images of a folder, in the order of their names, whatever subfolders they are in.
 
-    def __init__(self, folder: Path) -> None:
-        self.name = str(folder)
+    Args:
+        folder: which.
+        image_size: side that they are cropped to, as training data are; None takes them as they are, all of one size.
+    """
+
+    def __init__(self, folder: Path, image_size: int | None = None) -> None:
+        self.name, self.image_size = str(folder), image_size
         self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
         # the labelled overview that sample.py leaves among the samples is none of them
         self.paths = [path for path in self.paths if path.name != "grid.png"]
@@ -89,11 +94,11 @@ class FileImages(Images):
         for number in numbers:
             try:
                 with Image.open(self.paths[number]) as image:
-                    arrays.append(np.array(image.convert("RGB")))
+                    arrays.append(_pixels(image.convert("RGB"), self.image_size))
             except (OSError, UnidentifiedImageError, SyntaxError) as error:
                 raise UserError(f"corrupt image {self.paths[number]} ({error}); repair or remove it") from error
         if len({array.shape for array in arrays}) > 1:
-            raise UserError(f"the images of {self.name} are of different sizes: crop them to one first")
+            raise UserError(f"the images of {self.name} are of different sizes: crop them by --image-size SIDE")
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
@@ -109,9 +114,12 @@ class DataImages(Images):
 
 
 class RegisteredImages(Images):
-    """A data set that torch-fidelity knows by name, such as ``cifar10-train``, from its usual place or downloaded."""
+    """A data set that torch-fidelity knows by name, such as ``cifar10-train``, from its usual place or downloaded.
 
-    def __init__(self, name: str) -> None:
+    ``image_size`` is the side that its images are cropped to; None takes them as they are.
+    """
+
+    def __init__(self, name: str, image_size: int | None = None) -> None:
         root = Path(torch.hub.get_dir()).parent / "fidelity_datasets"
         try:
             self.data = DATASETS_REGISTRY[name](str(root), True)
@@ -119,10 +127,17 @@ class RegisteredImages(Images):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             mend = f"put torchvision's files into {root}"
             raise UserError(f"the data set {name} can't be had ({reason}): {mend}") from error
-        self.name, self.count = name, len(self.data)
+        self.name, self.count, self.image_size = name, len(self.data), image_size
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
-        return torch.stack([self.data[int(number)] for number in numbers])
+        pictures = [Image.fromarray(self.data[int(number)].permute(1, 2, 0).numpy()) for number in numbers]
+        arrays = [_pixels(picture, self.image_size) for picture in pictures]
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def _pixels(picture: Image.Image, image_size: int | None) -> np.ndarray:
+    """An RGB picture as (H, W, 3) uint8, cropped as training data are; None leaves it as it is."""
+    return np.array(picture if image_size is None else centre_crop(picture, image_size))
 
 
 class CacheImages(Images):
@@ -176,12 +191,15 @@ def open_samples(spec: str, image_size: int | None = None, vae: str | None = Non
 
     Args:
         spec: which.
-        image_size: side that a data set's images are cropped to; None as they are.
+        image_size: side that the images of folders and data sets are cropped to; None takes a folder's as they are,
+            and a data set's at its own size (256 for tar files). An npz's and a latent cache's are always as they are.
         vae: the VAE of a latent cache; None takes the one that its manifest names.
 
     Raises:
         UserError: there is no such thing, or it is of a wrong form.
     """
+    if image_size is not None and image_size < 1:
+        raise UserError(f"--image-size {image_size} must be positive")
     path = Path(spec)
     if path.suffix == ".npz":
         return _images_of(path, _read_npz(path))
@@ -189,10 +207,14 @@ def open_samples(spec: str, image_size: int | None = None, vae: str | None = Non
         return CacheImages(spec, vae)
     if path.is_dir():
         packed = path / "samples.npz"
-        return open_samples(str(packed)) if packed.is_file() else FileImages(path)
+        if packed.is_file():
+            return open_samples(str(packed))
+        if only_tars(path) or (image_size is not None and has_classes(path)):
+            return DataImages(spec, image_size)
+        return FileImages(path, image_size)
     if not path.exists() and spec in DATASETS_REGISTRY:
-        return RegisteredImages(spec)
-    if not path.exists() and (spec.split(":")[0] == "digits" or ":" in spec):
+        return RegisteredImages(spec, image_size)
+    if path.is_file() or spec.split(":")[0] == "digits" or ":" in spec:
         return DataImages(spec, image_size)
     raise UserError(f"{spec}: no such folder, npz file or data set")
 
