@@ -53,6 +53,9 @@ class Arguments:
     """a file of timm's DINOv2 weights; None lets timm fetch or find them"""
     batch_size: int = 64
     """images made and judged at a time"""
+    image_size: int | tuple[int, int] | None = None
+    """side, or height and width, of a checkpoint's samples, which published files without a positional table don't
+    tell, and the side that folders and data sets are cropped to; None: as the network was trained, else as they are"""
     save: str | None = None
     """an npz to keep a checkpoint's samples in; without it they never touch the disk"""
     work_dir: str | None = None
@@ -117,18 +120,25 @@ def main(arguments: Arguments) -> None:
     if save is not None and (save.suffix != ".npz" or save.exists()):
         raise UserError(f"--save {save} must be a new file that ends in .npz")
 
+    size = (arguments.image_size,) * 2 if isinstance(arguments.image_size, int) else arguments.image_size
+
     if arguments.ckpt is not None:
-        loaded = load_for_sampling(arguments.ckpt, vae=arguments.vae, device=device, **vars(arguments.published))
+        loaded = load_for_sampling(
+            arguments.ckpt, vae=arguments.vae, device=device, image_size=size, **vars(arguments.published)
+        )
         count = arguments.num_samples or (1_000 if name == "digits" else 50_000)
         evaluations = math.ceil(count / state.num_processes / arguments.batch_size) * arguments.sampler.steps
         if should_compile(arguments.compile, loaded.device, state.print, evaluations >= WORTH_IT):
             compile_for_sampling(loaded.model)
-        samples = GeneratedImages(loaded, count, arguments.seed, arguments.label_order, arguments.sampler)
-        side = loaded.info.image_size[0] if loaded.info.image_size else None
+        samples = GeneratedImages(loaded, count, arguments.seed, arguments.label_order, arguments.sampler, size)
+        height, width = size or loaded.info.image_size or (None, None)
+        side = height if height == width else None  # nothing is cropped to a rectangle
     else:
-        samples = open_samples(arguments.samples, vae=arguments.vae)
+        if size is not None and size[0] != size[1]:
+            raise UserError(f"--image-size {size[0]} {size[1]}: --samples are cropped to squares; give one side")
+        side = size[0] if size is not None else None
+        samples = open_samples(arguments.samples, side, arguments.vae)
         samples.limit(arguments.num_samples)
-        side = None
     reference = open_reference(arguments.reference, side, arguments.vae)
     extractor = get_extractor(name, device, weights_for(name, arguments))
     judge = Judge.load(arguments.judge, device) if arguments.judge else None

@@ -18,6 +18,7 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 import eval_fid
+from sit.checkpoint import WEIGHTS, load_for_sampling
 from sit.data import digits_arrays, open_images
 from sit.errors import UserError
 from sit.metrics.digits import EXTRACTOR, DigitsFeatureExtractor
@@ -322,6 +323,34 @@ def test_saved_samples_are_those_that_were_judged(checkpoint, tmp_path, monkeypa
     np.testing.assert_allclose(*values, rtol=1e-9)
 
 
+def test_a_weights_file_that_does_not_tell_its_size_is_told(checkpoint, tmp_path, capsys):
+    """The checkpoint's weights alone, without a positional table, as ATConv's are published."""
+    bare = tmp_path / "bare.safetensors"
+    bare.write_bytes((checkpoint / "transformer" / WEIGHTS).read_bytes())
+    words = ["--reference", "digits:heldout", "--num-samples", "12", "--steps", "2"]
+    whole = ["--ckpt", str(checkpoint), "--image-size", "64", "64"]
+    run_door(["eval_fid.py", "--save", str(tmp_path / "a.npz"), *whole, *words])
+    words += ["--ckpt", str(bare), "--vae", "digits"]
+    with pytest.raises(SystemExit):
+        run_door(["eval_fid.py", *words])
+    assert "--image-size" in capsys.readouterr().err
+    run_door(["eval_fid.py", "--image-size", "64", "--save", str(tmp_path / "b.npz"), *words])
+    with np.load(tmp_path / "a.npz") as one, np.load(tmp_path / "b.npz") as other:
+        assert one["arr_0"].shape == (12, 64, 64, 3) and np.array_equal(one["arr_0"], other["arr_0"])
+
+
+def test_samples_of_another_size_than_the_training(checkpoint, tmp_path, capsys):
+    wide = GeneratedImages(load_for_sampling(checkpoint), 2, 0, "balanced", SamplerConfig(steps=2), (32, 64))
+    assert wide.batch(np.arange(2)).shape == (2, 3, 32, 64)
+    for words, said in (
+        (["--ckpt", str(checkpoint), "--image-size", "30"], "--image-size 30 30: both must be multiples of 8"),
+        (["--samples", "digits", "--image-size", "32", "64"], "--image-size 32 64: --samples are cropped to squares"),
+    ):
+        with pytest.raises(SystemExit):
+            run_door(["eval_fid.py", "--reference", "digits", *words])
+        assert said in capsys.readouterr().err
+
+
 def test_a_latent_cache_is_a_reference_through_its_vae(tmp_path):
     from sit.latents import decode, encode_images, load_vae
 
@@ -422,8 +451,6 @@ def test_dinov2_features_are_timms_class_token(tmp_path):
 
 
 def test_labels_of_generated_images(checkpoint):
-    from sit.checkpoint import load_for_sampling
-
     loaded = load_for_sampling(checkpoint)
     balanced = GeneratedImages(loaded, 25, 0, "balanced", SamplerConfig(steps=2))
     assert np.bincount(balanced.labels).tolist() == [3] * 5 + [2] * 5

@@ -25,7 +25,7 @@ from sit.metrics.distances import Moments
 from sit.metrics.extractors import Extractor
 from sit.metrics.sources import Images, Statistics
 from sit.sampler import SamplerConfig
-from sit.sampling import balanced_labels, sample_images, uniform_labels
+from sit.sampling import balanced_labels, latent_shape_for, sample_images, uniform_labels
 
 CHUNK = 512
 """images whose features are written together: what a restart repeats at most, for each process"""
@@ -42,15 +42,29 @@ class GeneratedImages(Images):
         seed: the seed.
         labels: ``balanced`` (every class as often) or ``uniform`` (drawn at random).
         config: the sampler.
+        image_size: (height, width); None as the network was trained.
+
+    Raises:
+        UserError: the network or its VAE can't make images of that size.
     """
 
-    def __init__(self, loaded: Loaded, count: int, seed: int, labels: str, config: SamplerConfig) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        count: int,
+        seed: int,
+        labels: str,
+        config: SamplerConfig,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
+        latent_shape_for(loaded, image_size)  # a size that doesn't fit is told before anything is made
         classes = range(loaded.model.config.num_classes)
         numbers = range(count)
         drawn = balanced_labels(numbers, classes) if labels == "balanced" else uniform_labels(numbers, classes, seed)
         self.loaded, self.count, self.seed, self.config = loaded, count, seed, config
-        self.labels = drawn.numpy()
-        self.name = f"{loaded.path}, seed {seed}, {labels} labels, {config}"
+        self.labels, self.image_size = drawn.numpy(), image_size
+        size = f", {image_size[0]} x {image_size[1]} pixels" if image_size else ""
+        self.name = f"{loaded.path}, seed {seed}, {labels} labels{size}, {config}"
         self.identity = f"{self.name}, VAE {loaded.vae_source}"
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
@@ -61,6 +75,7 @@ class GeneratedImages(Images):
             torch.from_numpy(self.labels[numbers]),
             seed=self.seed,
             config=self.config,
+            image_size=self.image_size,
             batch_size=len(numbers),
         )
         return made.images.permute(0, 3, 1, 2)
