@@ -137,9 +137,9 @@ def main(arguments: Arguments) -> None:
         if size is not None and size[0] != size[1]:
             raise UserError(f"--image-size {size[0]} {size[1]}: --samples are cropped to squares; give one side")
         side = size[0] if size is not None else None
-        samples = open_samples(arguments.samples, side, arguments.vae)
+        samples = open_samples(arguments.samples, side, arguments.vae, device)
         samples.limit(arguments.num_samples)
-    reference = open_reference(arguments.reference, side, arguments.vae)
+    reference = open_reference(arguments.reference, side, arguments.vae, device)
     extractor = get_extractor(name, device, weights_for(name, arguments))
     judge = Judge.load(arguments.judge, device) if arguments.judge else None
 
@@ -166,7 +166,7 @@ def reference_main(arguments: ReferenceArguments) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
     device = pick_device(arguments.device)
     extractor = get_extractor(arguments.features, device, weights_for(arguments.features, arguments))
-    images = open_samples(arguments.data, arguments.image_size, arguments.vae)
+    images = open_samples(arguments.data, arguments.image_size, arguments.vae, device)
     make_reference(images, extractor, Path(arguments.out), arguments.images, device, arguments.batch_size)
     print(f"reference: {arguments.out}")
 

@@ -303,7 +303,7 @@ def compare(arguments: Arguments) -> Path:
     features = arguments.features or ("digits" if on_digits else "inception")
     tools = Tools(
         get_extractor(features, device, arguments.inception_weights),
-        open_reference(arguments.reference or "digits", runs[0].config.image_size),
+        open_reference(arguments.reference or "digits", runs[0].config.image_size, device=device),
         Judge.load(arguments.judge, device) if arguments.judge else None,
         device,
         arguments.batch_size,

@@ -351,7 +351,7 @@ def test_samples_of_another_size_than_the_training(checkpoint, tmp_path, capsys)
         assert said in capsys.readouterr().err
 
 
-def test_a_latent_cache_is_a_reference_through_its_vae(tmp_path):
+def test_a_latent_cache_is_a_reference_through_its_vae(tmp_path, monkeypatch):
     from sit.latents import decode, encode_images, load_vae
 
     command = [sys.executable, "-m", "sit.latents", "encode", "--data", "digits:heldout", "--vae", "digits",
@@ -364,6 +364,16 @@ def test_a_latent_cache_is_a_reference_through_its_vae(tmp_path):
     mean, _ = encode_images(vae, torch.stack([data[i][0] for i in range(4)]))
     expected = decode(vae, mean.half().float() * vae.config.scaling_factor)
     assert torch.equal(images.batch(np.arange(4)), expected.permute(0, 3, 1, 2))
+
+    asked = []  # for the VAE on a device
+    monkeypatch.setattr("sit.metrics.sources.load_vae", lambda name, device: asked.append((name, device)) or vae)
+    for opened in (open_samples, open_reference):
+        opened(str(tmp_path / "cache"), device="cuda:1")
+    run_door(["eval_fid.py", "reference", "--data", str(tmp_path / "cache"), "--features", "digits", "--device", "cpu",
+              "--out", str(tmp_path / "stats.npz")])  # fmt: skip
+    run_door(["eval_fid.py", "--samples", str(tmp_path / "cache"), "--reference", str(tmp_path / "cache"),
+              "--features", "digits", "--device", "cpu", "--num-samples", "4"])  # fmt: skip
+    assert asked == [("digits", "cuda:1")] * 2 + [("digits", CPU)] * 3
 
 
 def write_wide_pictures(folder: Path, names: tuple[str, ...]) -> np.ndarray:

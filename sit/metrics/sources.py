@@ -143,14 +143,19 @@ def _pixels(picture: Image.Image, image_size: int | None) -> np.ndarray:
 class CacheImages(Images):
     """The images of a latent cache, decoded by its VAE from the posterior means: what a perfect generator could give.
 
+    Args:
+        folder: the cache.
+        vae: its VAE; None takes the one that its manifest names.
+        device: where the VAE decodes.
+
     Raises:
         UserError: the cache is damaged, or the VAE is not the one that made it.
     """
 
-    def __init__(self, folder: str, vae: str | None) -> None:
+    def __init__(self, folder: str, vae: str | None = None, device: torch.device | str = "cpu") -> None:
         cache = CachedLatents(folder)
         name = vae or cache.manifest.vae
-        self.vae = load_vae(name)
+        self.vae = load_vae(name, device)
         cache.check(self.vae, name)
         self.cache, self.name, self.count, self.labels = cache, folder, len(cache), np.asarray(cache.labels)
 
@@ -170,7 +175,9 @@ class Statistics:
     images: ArrayImages | None
 
 
-def open_reference(spec: str, image_size: int | None = None, vae: str | None = None) -> Images | Statistics:
+def open_reference(
+    spec: str, image_size: int | None = None, vae: str | None = None, device: torch.device | str = "cpu"
+) -> Images | Statistics:
     """Open a reference: ADM statistics, or whatever :func:`open_samples` opens.
 
     Raises:
@@ -182,10 +189,12 @@ def open_reference(spec: str, image_size: int | None = None, vae: str | None = N
         if "mu" in arrays or "sigma" in arrays:
             return _statistics(path, arrays)
         return _images_of(path, arrays)
-    return open_samples(spec, image_size, vae)
+    return open_samples(spec, image_size, vae, device)
 
 
-def open_samples(spec: str, image_size: int | None = None, vae: str | None = None) -> Images:
+def open_samples(
+    spec: str, image_size: int | None = None, vae: str | None = None, device: torch.device | str = "cpu"
+) -> Images:
     """Open images: an npz with ``arr_0``, a folder of images, a latent cache, or a data set: ``digits``, another of
     ``train.py --data``, or one that torch-fidelity has registered.
 
@@ -194,6 +203,7 @@ def open_samples(spec: str, image_size: int | None = None, vae: str | None = Non
         image_size: side that the images of folders and data sets are cropped to; None takes a folder's as they are,
             and a data set's at its own size (256 for tar files). An npz's and a latent cache's are always as they are.
         vae: the VAE of a latent cache; None takes the one that its manifest names.
+        device: where a latent cache is decoded.
 
     Raises:
         UserError: there is no such thing, or it is of a wrong form.
@@ -204,7 +214,7 @@ def open_samples(spec: str, image_size: int | None = None, vae: str | None = Non
     if path.suffix == ".npz":
         return _images_of(path, _read_npz(path))
     if is_cache(path):
-        return CacheImages(spec, vae)
+        return CacheImages(spec, vae, device)
     if path.is_dir():
         packed = path / "samples.npz"
         if packed.is_file():
