@@ -164,7 +164,9 @@ def classifier_extractor(device: torch.device, folder: str | None = None) -> Ext
     if not folder:
         raise UserError("--features classifier: name its folder, as classifier:FOLDER")
     classifier = load_classifier(folder).to(device)
-    label = f"features of the {classifier.config.architecture} in {folder}, not comparable with Inception FID"
+    # the folder's name alone, as the label is part of metrics' names; the whole path is kept in ``weights``
+    name = Path(folder).resolve().name
+    label = f"features of the {classifier.config.architecture} in {name}, not comparable with Inception FID"
     return Extractor("classifier", label, classifier, ("features", "logits"), folder)
 
 
