@@ -22,7 +22,7 @@ from sit.errors import UserError, door
 from sit.files import atomic_write
 from sit.metrics.classifier import Judge
 from sit.metrics.evaluate import GeneratedImages, evaluate
-from sit.metrics.extractors import get_extractor
+from sit.metrics.extractors import FeatureWeights, get_extractor
 from sit.metrics.reference import make_reference
 from sit.metrics.sources import open_reference, open_samples
 from sit.published import FileHints
@@ -47,10 +47,6 @@ class Arguments:
     """sample i under a seed is the same image however it is made"""
     features: str | None = None
     """digits, inception, dinov2, classifier:FOLDER; None takes digits where the reference is digits, else inception"""
-    inception_weights: str | None = None
-    """the Inception weights file; None looks in torch-fidelity's usual place"""
-    dinov2_weights: str | None = None
-    """a file of timm's DINOv2 weights; None lets timm fetch or find them"""
     batch_size: int = 64
     """images made and judged at a time"""
     image_size: int | tuple[int, int] | None = None
@@ -70,6 +66,7 @@ class Arguments:
     """torch.compile the network, on GPUs with CUDA graphs; None does so on GPUs from 1000 network evaluations on"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
+    weights_files: Annotated[FeatureWeights, tyro.conf.OmitArgPrefixes] = field(default_factory=FeatureWeights)
     published: Annotated[FileHints, tyro.conf.OmitArgPrefixes] = field(default_factory=FileHints)
     sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
 
@@ -86,10 +83,6 @@ class ReferenceArguments:
     """side that folders and data sets are cropped to; None: a folder's images as they are, a data set's own size"""
     features: str = "inception"
     """inception, digits, dinov2 or classifier:FOLDER"""
-    inception_weights: str | None = None
-    """the Inception weights file; None looks in torch-fidelity's usual place"""
-    dinov2_weights: str | None = None
-    """a file of timm's DINOv2 weights; None lets timm fetch or find them"""
     images: int = 10_000
     """how many of the images are kept, for precision and recall"""
     vae: str | None = None
@@ -98,11 +91,7 @@ class ReferenceArguments:
     """images judged at a time"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
-
-
-def weights_for(features: str, arguments: Arguments | ReferenceArguments) -> str | None:
-    """The weights file that the flags name for these features."""
-    return {"inception": arguments.inception_weights, "dinov2": arguments.dinov2_weights}.get(features)
+    weights_files: Annotated[FeatureWeights, tyro.conf.OmitArgPrefixes] = field(default_factory=FeatureWeights)
 
 
 def main(arguments: Arguments) -> None:
@@ -140,7 +129,7 @@ def main(arguments: Arguments) -> None:
         samples = open_samples(arguments.samples, side, arguments.vae, device)
         samples.limit(arguments.num_samples)
     reference = open_reference(arguments.reference, side, arguments.vae, device)
-    extractor = get_extractor(name, device, weights_for(name, arguments))
+    extractor = get_extractor(name, device, arguments.weights_files.of(name))
     judge = Judge.load(arguments.judge, device) if arguments.judge else None
 
     report = evaluate(
@@ -165,7 +154,7 @@ def reference_main(arguments: ReferenceArguments) -> None:
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
     device = pick_device(arguments.device)
-    extractor = get_extractor(arguments.features, device, weights_for(arguments.features, arguments))
+    extractor = get_extractor(arguments.features, device, arguments.weights_files.of(arguments.features))
     images = open_samples(arguments.data, arguments.image_size, arguments.vae, device)
     make_reference(images, extractor, Path(arguments.out), arguments.images, device, arguments.batch_size)
     print(f"reference: {arguments.out}")

@@ -15,7 +15,7 @@ import platform
 import shlex
 import statistics
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +33,7 @@ from sit.files import atomic_folder, atomic_write
 from sit.integrity import is_whole
 from sit.metrics.classifier import Judge
 from sit.metrics.evaluate import GeneratedImages, Number, Report, WorkDirectory, evaluate, extract
-from sit.metrics.extractors import Extractor, get_extractor
+from sit.metrics.extractors import Extractor, FeatureWeights, get_extractor
 from sit.metrics.sources import Images, Statistics, open_reference
 from sit.model import SiT
 from sit.plan import multiply_accumulates
@@ -58,8 +58,6 @@ class Arguments:
     """as eval_fid.py takes it; None takes digits for runs on digits, else inception"""
     judge: str | None = None
     """a folder of sit.train_classifier, whose word is taken for the samples' classes: class accuracy"""
-    inception_weights: str | None = None
-    """the Inception weights file; None looks in torch-fidelity's usual place"""
     at_steps: tuple[int, ...] = ()
     """checkpoints to evaluate, by their step; none given means all"""
     num_samples: int = 1000
@@ -74,6 +72,7 @@ class Arguments:
     """keeps finished evaluations, so that the same command goes on after a crash"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
+    weights_files: Annotated[FeatureWeights, tyro.conf.OmitArgPrefixes] = field(default_factory=FeatureWeights)
     sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
 
 
@@ -302,7 +301,7 @@ def compare(arguments: Arguments) -> Path:
         raise UserError("give --reference: only runs on the digits have one by themselves")
     features = arguments.features or ("digits" if on_digits else "inception")
     tools = Tools(
-        get_extractor(features, device, arguments.inception_weights),
+        get_extractor(features, device, arguments.weights_files.of(features)),
         open_reference(arguments.reference or "digits", runs[0].config.image_size, device=device),
         Judge.load(arguments.judge, device) if arguments.judge else None,
         device,
@@ -348,11 +347,11 @@ def losses(run: Run) -> list[dict[str, float]]:
 def command(arguments: Arguments) -> str:
     """The command line that these arguments stand for: the runs and whatever is not a default."""
     parts = list(arguments.runs)
-    for holder, elsewhere in ((arguments, ("runs", "sampler")), (arguments.sampler, ())):
+    for holder in (arguments, arguments.weights_files, arguments.sampler):
         for entry in fields(holder):
             value = getattr(holder, entry.name)
             default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
-            if entry.name in elsewhere or value == default:
+            if entry.name == "runs" or is_dataclass(value) or value == default:
                 continue
             flag = "--" + entry.name.replace("_", "-")
             if isinstance(value, bool):

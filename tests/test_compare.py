@@ -19,6 +19,7 @@ from sit.config import TrainConfig
 from sit.errors import UserError
 from sit.latents import DIGITS_VAE
 from sit.metrics.evaluate import Number, Report
+from sit.metrics.extractors import FeatureWeights
 from sit.model import create_model
 from sit.sampler import SamplerConfig
 from sit.transport import Transport
@@ -77,6 +78,10 @@ def test_what_is_refused(runs, tmp_path):
     other = make_run(tmp_path / "other", "atconv", (4,), image_size=64)
     with pytest.raises(UserError, match="was trained with image_size 64 and .* with 32"):
         open_runs((runs[0], str(other)), ())
+    weights = FeatureWeights("inception.pth", "dinov2.safetensors")
+    for features, said in (("inception", "inception.pth are missing"), ("dinov2", "--dinov2-weights dinov2.safetens")):
+        with pytest.raises(UserError, match=said):
+            compare(Arguments(runs, str(tmp_path / "no"), features=features, weights_files=weights))
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match="exists already"):
         compare(Arguments(runs, str(tmp_path / "taken"), num_samples=10, sampler=SamplerConfig(steps=2)))
@@ -121,7 +126,9 @@ def test_seeds_are_repetitions(tmp_path, monkeypatch):
 
 def test_the_command_that_is_printed_makes_the_same_arguments():
     sampler = SamplerConfig(sampler="ode", method="heun2", steps=7, cfg_interval=(0.1, 0.9))
-    arguments = Arguments(("a b", "c"), "out", reference="digits", at_steps=(1, 2), sampler=sampler)
+    weights = FeatureWeights(dinov2_weights="dinov2.safetensors")
+    options = dict(reference="digits", at_steps=(1, 2), sampler=sampler, weights_files=weights)
+    arguments = Arguments(("a b", "c"), "out", **options)
     words = shlex.split(command(arguments))
     assert words[:3] == ["python", "-m", "sit.compare"]
     assert tyro.cli(Arguments, args=words[3:]) == arguments

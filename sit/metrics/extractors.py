@@ -178,6 +178,20 @@ EXTRACTORS: dict[str, Callable[[torch.device, str | None], Extractor]] = {
 }
 
 
+@dataclass(frozen=True)
+class FeatureWeights:
+    """Flags that name the weights of features that do not come with this repository."""
+
+    inception_weights: str | None = None
+    """the Inception weights file; None looks in torch-fidelity's usual place"""
+    dinov2_weights: str | None = None
+    """a file of timm's DINOv2 weights; None lets timm fetch or find them"""
+
+    def of(self, features: str) -> str | None:
+        """The file that is named for these features, if any."""
+        return {"inception": self.inception_weights, "dinov2": self.dinov2_weights}.get(features)
+
+
 def get_extractor(name: str, device: torch.device, weights: str | None = None) -> Extractor:
     """The extractor of that name; ``classifier:FOLDER`` names its folder with it.
 
