@@ -130,7 +130,7 @@ def main(arguments: Arguments) -> None:
         samples.limit(arguments.num_samples)
     reference = open_reference(arguments.reference, side, arguments.vae, device)
     extractor = get_extractor(name, device, arguments.weights_files.of(name))
-    judge = Judge.load(arguments.judge, device) if arguments.judge else None
+    judge = Judge.load(arguments.judge, device, samples.classes) if arguments.judge else None
 
     report = evaluate(
         samples,

@@ -300,10 +300,11 @@ def compare(arguments: Arguments) -> Path:
     if arguments.reference is None and not on_digits:
         raise UserError("give --reference: only runs on the digits have one by themselves")
     features = arguments.features or ("digits" if on_digits else "inception")
+    classes = read_info(runs[0].checkpoints[-1][1]).classes or None  # of all runs: their data are the same
     tools = Tools(
         get_extractor(features, device, arguments.weights_files.of(features)),
         open_reference(arguments.reference or "digits", runs[0].config.image_size, device=device),
-        Judge.load(arguments.judge, device) if arguments.judge else None,
+        Judge.load(arguments.judge, device, classes) if arguments.judge else None,
         device,
         arguments.batch_size,
     )

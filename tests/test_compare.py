@@ -68,7 +68,7 @@ def test_the_report(runs, tmp_path):
     assert f"{attention['parameters']:,}" in text and "0 (" not in text.split("images/s")[0]
 
 
-def test_what_is_refused(runs, tmp_path):
+def test_what_is_refused(runs, judge_of_three, tmp_path):
     with pytest.raises(UserError, match="is not a run's folder"):
         open_runs((str(tmp_path),), ())
     with pytest.raises(UserError, match="has no whole checkpoint to compare; its steps are: 2, 4"):
@@ -82,6 +82,8 @@ def test_what_is_refused(runs, tmp_path):
     for features, said in (("inception", "inception.pth are missing"), ("dinov2", "--dinov2-weights dinov2.safetens")):
         with pytest.raises(UserError, match=said):
             compare(Arguments(runs, str(tmp_path / "no"), features=features, weights_files=weights))
+    with pytest.raises(UserError, match="knows 3 classes, and the samples have 10"):
+        compare(Arguments(runs, str(tmp_path / "no"), judge=judge_of_three))
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match="exists already"):
         compare(Arguments(runs, str(tmp_path / "taken"), num_samples=10, sampler=SamplerConfig(steps=2)))

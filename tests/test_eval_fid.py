@@ -361,6 +361,7 @@ def test_a_latent_cache_is_a_reference_through_its_vae(tmp_path, monkeypatch):
     images = open_samples(str(tmp_path / "cache"))
     data, vae = open_images("digits:heldout"), load_vae("digits")
     assert len(images) == len(data) and (images.labels == data.labels).all()
+    assert images.classes == 10
     mean, _ = encode_images(vae, torch.stack([data[i][0] for i in range(4)]))
     expected = decode(vae, mean.half().float() * vae.config.scaling_factor)
     assert torch.equal(images.batch(np.arange(4)), expected.permute(0, 3, 1, 2))
@@ -413,6 +414,16 @@ def test_folders_and_tars_are_cropped_as_training_data_are(tmp_path):
     (tmp_path / "notes.txt").write_text("no data")
     with pytest.raises(UserError, match="notes.txt is a file"):
         open_samples(str(tmp_path / "notes.txt"))
+
+
+def test_a_judge_of_other_classes_is_refused(checkpoint, judge_of_three, tmp_path, capsys):
+    write_wide_pictures(tmp_path / "classes", ("n1/a.png", "n2/b.png"))
+    samples = {"--ckpt": (str(checkpoint), 10), "--samples": (str(tmp_path / "classes"), 2)}
+    for flag, (source, classes) in samples.items():
+        with pytest.raises(SystemExit):
+            run_door(["eval_fid.py", flag, source, "--image-size", "32", "--reference", "digits", "--judge",
+                      judge_of_three])  # fmt: skip
+        assert f"knows 3 classes, and the samples have {classes}" in capsys.readouterr().err
 
 
 def test_data_sets_that_torch_fidelity_has_registered(monkeypatch):

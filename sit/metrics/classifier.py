@@ -97,7 +97,8 @@ class Judge:
         classifier = load_classifier(folder).to(device)
         known = len(classifier.config.classes)
         if classes is not None and known != classes:
-            raise UserError(f"--judge {folder} knows {known} classes, and the samples have {classes}")
+            mend = "train one on their data"
+            raise UserError(f"--judge {folder} knows {known} classes, and the samples have {classes}: {mend}")
         return cls(classifier, folder)
 
     @torch.no_grad()

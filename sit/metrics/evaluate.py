@@ -58,7 +58,8 @@ class GeneratedImages(Images):
         image_size: tuple[int, int] | None = None,
     ) -> None:
         latent_shape_for(loaded, image_size)  # a size that doesn't fit is told before anything is made
-        classes = range(loaded.model.config.num_classes)
+        self.classes = loaded.model.config.num_classes
+        classes = range(self.classes)
         numbers = range(count)
         drawn = balanced_labels(numbers, classes) if labels == "balanced" else uniform_labels(numbers, classes, seed)
         self.loaded, self.count, self.seed, self.config = loaded, count, seed, config

@@ -25,6 +25,7 @@ class Images:
         name: what to call them.
         count: how many there are.
         labels: (count,) integers, or None.
+        classes: how many classes there are; None if unknown.
         identity: what tells them from others where the name does not suffice; empty where it does.
     """
 
@@ -32,6 +33,7 @@ class Images:
     identity: str = ""
     count: int
     labels: np.ndarray | None = None
+    classes: int | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -108,6 +110,7 @@ class DataImages(Images):
     def __init__(self, spec: str, image_size: int | None) -> None:
         self.data = open_images(spec, image_size)
         self.name, self.count, self.labels = spec, len(self.data), np.asarray(self.data.labels)
+        self.classes = len(self.data.classes)
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.stack([self.data[int(number)][0] for number in numbers])
@@ -158,6 +161,7 @@ class CacheImages(Images):
         self.vae = load_vae(name, device)
         cache.check(self.vae, name)
         self.cache, self.name, self.count, self.labels = cache, folder, len(cache), np.asarray(cache.labels)
+        self.classes = len(cache.classes)
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         mean = torch.from_numpy(self.cache.moments(numbers, np.zeros(len(numbers), dtype=bool)))[:, 0].float()
