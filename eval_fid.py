@@ -119,7 +119,8 @@ def main(arguments: Arguments) -> None:
         evaluations = math.ceil(count / state.num_processes / arguments.batch_size) * arguments.sampler.steps
         if should_compile(arguments.compile, loaded.device, state.print, evaluations >= WORTH_IT):
             compile_for_sampling(loaded.model)
-        samples = GeneratedImages(loaded, count, arguments.seed, arguments.label_order, arguments.sampler, size)
+        which = (arguments.seed, arguments.label_order, arguments.sampler, size, arguments.published)
+        samples = GeneratedImages(loaded, count, *which)
         height, width = size or loaded.info.image_size or (None, None)
         side = height if height == width else None  # nothing is cropped to a rectangle
     else:

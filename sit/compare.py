@@ -224,17 +224,15 @@ def sample_grid(run: Run, loaded: Loaded, arguments: Arguments, path: Path) -> N
 # ---------------------------------------------------------------------- the report
 
 
-def judged(run: Run, checkpoint: Path, loaded: Loaded, tools: Tools, arguments: Arguments) -> Report:
+def judged(loaded: Loaded, tools: Tools, arguments: Arguments) -> Report:
     """The evaluation of one checkpoint: kept in ``--work-dir``, and read from there if it has been made."""
     options = (arguments.num_samples, arguments.seed, "balanced", arguments.sampler)
     samples = GeneratedImages(loaded, *options)
     kept = None
     if arguments.work_dir is not None:
-        weights = next(checkpoint.glob("transformer/*.safetensors")).stat()
-        judge = tools.judge.folder if tools.judge else ""
-        made_from = (str(checkpoint.absolute()), weights.st_size, weights.st_mtime_ns)
-        judged_by = (tools.reference.name, tools.extractor.name, tools.extractor.weights, judge)
-        what = (samples.identity, arguments.num_samples, *made_from, *judged_by)
+        judge = tools.judge.identity if tools.judge else ""
+        judged_by = (tools.reference.identity or tools.reference.name, tools.extractor.identity, judge)
+        what = (samples.identity, arguments.num_samples, *judged_by)
         kept = Path(arguments.work_dir) / f"{hashlib.blake2b(repr(what).encode(), digest_size=12).hexdigest()}.json"
         if kept.is_file():
             report = json.loads(kept.read_text())
@@ -321,7 +319,7 @@ def compare(arguments: Arguments) -> Path:
                 reports[run.config.seed] = {}
                 for step, checkpoint in run.checkpoints:
                     loaded = load_for_sampling(checkpoint, device=device)
-                    reports[run.config.seed][step] = judged(run, checkpoint, loaded, tools, arguments)
+                    reports[run.config.seed][step] = judged(loaded, tools, arguments)
                 if run is members[0]:
                     newest[name] = loaded
                     sample_grid(run, loaded, arguments, place / f"samples-{len(newest)}.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -124,6 +125,9 @@ def test_seeds_are_repetitions(tmp_path, monkeypatch):
     assert len(calls) == 6
     compare(Arguments(tuple(paths), str(tmp_path / "again"), **options))
     assert len(calls) == 6, "what is in --work-dir is made again"
+    os.utime(next(Path(paths[0]).glob("checkpoints/*/transformer/*.safetensors")), ns=(0, 0))
+    compare(Arguments(tuple(paths), str(tmp_path / "retrained"), **options))
+    assert len(calls) == 7, "replaced weights are another evaluation, and only those"
 
 
 def test_the_command_that_is_printed_makes_the_same_arguments():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -21,10 +22,12 @@ import eval_fid
 from sit.checkpoint import WEIGHTS, load_for_sampling
 from sit.data import digits_arrays, open_images
 from sit.errors import UserError
+from sit.metrics.classifier import Judge
 from sit.metrics.digits import EXTRACTOR, DigitsFeatureExtractor
 from sit.metrics.evaluate import GeneratedImages, evaluate, extract
 from sit.metrics.extractors import get_extractor
 from sit.metrics.sources import ArrayImages, DataImages, open_reference, open_samples
+from sit.published import FileHints
 from sit.sampler import SamplerConfig
 
 CPU = torch.device("cpu")
@@ -290,6 +293,67 @@ def test_a_replaced_file_or_other_weights_are_another_evaluation(tmp_path):
     write_npz(path, 8, seed=1, arr_1=np.arange(8))
     with pytest.raises(UserError, match="is of another evaluation"):
         extract(open_samples(str(path)), extractor, tmp_path / "work", CPU, 8, "replaced")
+
+
+def test_everything_that_features_depend_on_tells_an_evaluation_from_others(checkpoint, judge_of_three, tmp_path):
+    """Each change gives another identity, and no change the same."""
+
+    def change(path: Path) -> None:
+        state = path.stat()
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+
+    write_wide_pictures(tmp_path / "flat", ("a.png", "b.png"))
+    write_wide_pictures(tmp_path / "classes", ("n1/a.png", "n2/b.png"))
+    with tarfile.open(tmp_path / "classes.tar", "w") as archive:
+        archive.add(tmp_path / "classes", arcname=".")
+    changing = {"flat": "flat/a.png", "classes": "classes/n1/a.png", "classes.tar": "classes.tar"}
+    for name, file in changing.items():
+        seen = [open_samples(str(tmp_path / name), size).identity for size in (32, 16)]
+        change(tmp_path / file)
+        seen.append(open_samples(str(tmp_path / name), 32).identity)
+        assert len(set(seen)) == 3 and seen[-1] == open_samples(str(tmp_path / name), 32).identity
+    (tmp_path / "flat" / "b.png").rename(tmp_path / "flat" / "c.png")
+    seen = [open_samples(str(tmp_path / "flat"), None).identity]
+    (tmp_path / "flat" / "c.png").unlink()
+    assert open_samples(str(tmp_path / "flat"), None).identity not in seen
+
+    run, vae = tmp_path / "run", tmp_path / "vae"
+    shutil.copytree(checkpoint, run)
+    shutil.copytree(run / "vae", vae)
+
+    def identity(*more) -> str:
+        loaded = load_for_sampling(run, vae=vae)
+        return GeneratedImages(loaded, 2, 0, "balanced", SamplerConfig(steps=2), *more).identity
+
+    seen = [identity(), identity((64, 64)), identity(None, FileHints(weights="model"))]
+    for file in (run / "transformer" / WEIGHTS, vae / WEIGHTS):
+        change(file)
+        seen.append(identity())
+    assert len(set(seen)) == 5 and identity() == seen[-1]
+    (run / "training").mkdir()  # what is removed to make a checkpoint small
+    assert identity() == seen[-1]
+
+    judge = tmp_path / "judge"
+    shutil.copytree(judge_of_three, judge)
+    seen = [(get_extractor(f"classifier:{judge}", CPU).identity, Judge.load(str(judge), CPU).identity)]
+    change(judge / "model.safetensors")
+    again = get_extractor(f"classifier:{judge}", CPU).identity, Judge.load(str(judge), CPU).identity
+    assert again[0] != seen[0][0] and again[1] != seen[0][1]
+
+
+def test_weights_that_were_replaced_are_another_evaluation(checkpoint, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run)
+    words = ["--ckpt", str(run), "--reference", "digits:heldout", "--num-samples", "12", "--steps", "2"]
+    words += ["--work-dir", str(tmp_path / "work")]
+    run_door(["eval_fid.py", *words])
+    first = capsys.readouterr().out
+    run_door(["eval_fid.py", *words])
+    assert capsys.readouterr().out == first
+    os.utime(run / "transformer" / WEIGHTS, ns=(0, 0))
+    with pytest.raises(SystemExit):
+        run_door(["eval_fid.py", *words])
+    assert "is of another evaluation" in capsys.readouterr().err
 
 
 def test_from_a_checkpoint_on_one_process_and_on_two(checkpoint, tmp_path):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sit.errors import UserError
+from sit.integrity import stamp
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -100,6 +101,11 @@ class Judge:
             mend = "train one on their data"
             raise UserError(f"--judge {folder} knows {known} classes, and the samples have {classes}: {mend}")
         return cls(classifier, folder)
+
+    @property
+    def identity(self) -> str:
+        """What tells its word from others': its folder, and the state of that on the disk."""
+        return f"{self.folder}, files {stamp(self.folder)}"
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

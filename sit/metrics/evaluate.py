@@ -19,11 +19,13 @@ from sit.checkpoint import Loaded
 from sit.data import shrink_digits
 from sit.errors import UserError
 from sit.files import atomic_write
+from sit.integrity import stamp
 from sit.metrics import distances
 from sit.metrics.classifier import Judge
 from sit.metrics.distances import Moments
 from sit.metrics.extractors import Extractor
 from sit.metrics.sources import Images, Statistics
+from sit.published import FileHints
 from sit.sampler import SamplerConfig
 from sit.sampling import balanced_labels, latent_shape_for, sample_images, uniform_labels
 
@@ -43,6 +45,7 @@ class GeneratedImages(Images):
         labels: ``balanced`` (every class as often) or ``uniform`` (drawn at random).
         config: the sampler.
         image_size: (height, width); None as the network was trained.
+        hints: how a published file was read, which is part of what tells these images from others.
 
     Raises:
         UserError: the network or its VAE can't make images of that size.
@@ -56,6 +59,7 @@ class GeneratedImages(Images):
         labels: str,
         config: SamplerConfig,
         image_size: tuple[int, int] | None = None,
+        hints: FileHints | None = None,
     ) -> None:
         latent_shape_for(loaded, image_size)  # a size that doesn't fit is told before anything is made
         self.classes = loaded.model.config.num_classes
@@ -66,7 +70,12 @@ class GeneratedImages(Images):
         self.labels, self.image_size = drawn.numpy(), image_size
         size = f", {image_size[0]} x {image_size[1]} pixels" if image_size else ""
         self.name = f"{loaded.path}, seed {seed}, {labels} labels{size}, {config}"
-        self.identity = f"{self.name}, VAE {loaded.vae_source}"
+        place = loaded.path
+        read = [place]
+        if place.is_dir():  # the weights and what else sampling depends on, but not the training's state
+            read = [place / "transformer", place / "transport", *sorted(place.glob("*.safetensors"))]
+        files = stamp(*read, loaded.vae_source or "")
+        self.identity = f"{self.name}, VAE {loaded.vae_source}, {hints or FileHints()}, files {files}"
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         indices = torch.from_numpy(numbers)
@@ -109,10 +118,9 @@ def extract(
         what = {
             "images": images.identity or images.name,
             "count": len(images),
-            "features": extractor.name,
-            "weights": extractor.weights,
+            "features": extractor.identity,
             "kept": keep_images,
-            "judge": judge.folder if judge else "",
+            "judge": judge.identity if judge else "",
         }
         _claim(work, what)
     state.wait_for_everyone()

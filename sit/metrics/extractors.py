@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sit.errors import UserError
+from sit.integrity import stamp
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -27,7 +28,7 @@ class Extractor:
         label: what its distances must be called, so that nobody compares the incomparable.
         network: uint8 images (B, 3, H, W) to a tuple of tensors, named by ``outputs``.
         outputs: of ``features`` (B, D), ``logits`` (B, classes) and ``spatial`` (B, 2023).
-        weights: the file that was named, so that features of other weights are not taken for these.
+        weights: the file or folder that was named.
     """
 
     name: str
@@ -35,6 +36,11 @@ class Extractor:
     network: nn.Module
     outputs: tuple[str, ...]
     weights: str = ""
+
+    @property
+    def identity(self) -> str:
+        """What tells its features from others: its name, and the state of its weights on the disk."""
+        return f"{self.name}, weights {self.weights}, files {stamp(self.weights)}"
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch_fidelity.registry import DATASETS_REGISTRY
 
-from sit.cache import CachedLatents, is_cache
+from sit.cache import MANIFEST, CachedLatents, is_cache
 from sit.data import EXTENSIONS, centre_crop, has_classes, only_tars, open_images
 from sit.errors import UserError
+from sit.integrity import stamp
 from sit.latents import decode, load_vae
 from sit.metrics.distances import Moments
 
@@ -67,8 +69,7 @@ class ArrayImages(Images):
         if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
             raise UserError(f"{path}: arr_1 must be whole numbers of shape (N,), not {labels.dtype} {labels.shape}")
         self.name, self.count, self.array, self.labels = str(path), len(array), array, labels
-        if path.is_file():
-            self.identity = f"{path}, {path.stat().st_size} bytes of {path.stat().st_mtime_ns}"
+        self.identity = f"{path}, files {stamp(path)}"
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(self.array[numbers]).permute(0, 3, 1, 2)
@@ -91,6 +92,10 @@ class FileImages(Images):
             raise UserError(f"{folder} has no images ({', '.join(EXTENSIONS)} are looked for)")
         self.count = len(self.paths)
 
+    @functools.cached_property
+    def identity(self) -> str:
+        return f"{self.name}, size {self.image_size}, files {stamp(*self.paths)}"
+
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         arrays = []
         for number in numbers:
@@ -112,6 +117,10 @@ class DataImages(Images):
         self.name, self.count, self.labels = spec, len(self.data), np.asarray(self.data.labels)
         self.classes = len(self.data.classes)
 
+    @functools.cached_property
+    def identity(self) -> str:
+        return f"{self.name}, size {self.data.image_size}, list {self.data.fingerprint()}, files {stamp(self.name)}"
+
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.stack([self.data[int(number)][0] for number in numbers])
 
@@ -131,6 +140,7 @@ class RegisteredImages(Images):
             mend = f"put torchvision's files into {root}"
             raise UserError(f"the data set {name} can't be had ({reason}): {mend}") from error
         self.name, self.count, self.image_size = name, len(self.data), image_size
+        self.identity = f"{name}, size {image_size}"
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         pictures = [Image.fromarray(self.data[int(number)].permute(1, 2, 0).numpy()) for number in numbers]
@@ -162,6 +172,7 @@ class CacheImages(Images):
         cache.check(self.vae, name)
         self.cache, self.name, self.count, self.labels = cache, folder, len(cache), np.asarray(cache.labels)
         self.classes = len(cache.classes)
+        self.identity = f"{folder}, VAE {name}, files {stamp(cache.folder / MANIFEST)}"
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         mean = torch.from_numpy(self.cache.moments(numbers, np.zeros(len(numbers), dtype=bool)))[:, 0].float()
@@ -171,12 +182,16 @@ class CacheImages(Images):
 
 @dataclass(frozen=True)
 class Statistics:
-    """An ADM reference: the moments of its features and of its spatial features, and some of its images."""
+    """An ADM reference: the moments of its features and of its spatial features, and some of its images.
+
+    ``name`` and ``identity`` are as those of :class:`Images`.
+    """
 
     name: str
     features: Moments
     spatial: Moments | None
     images: ArrayImages | None
+    identity: str = ""
 
 
 def open_reference(
@@ -267,4 +282,5 @@ def _statistics(path: Path, arrays: dict[str, np.ndarray]) -> Statistics:
         return Moments(mean, covariance)
 
     images = _images_of(path, arrays) if "arr_0" in arrays else None
-    return Statistics(str(path), moments("mu", "sigma"), moments("mu_s", "sigma_s"), images)
+    identity = f"{path}, files {stamp(path)}"
+    return Statistics(str(path), moments("mu", "sigma"), moments("mu_s", "sigma_s"), images, identity)
