@@ -7,6 +7,7 @@ Runs that differ by their seed alone are one group, with intervals over the seed
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,6 +16,7 @@ import platform
 import shlex
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -165,13 +167,26 @@ def describe(run: Run, loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def measure_speed(loaded: dict[str, Loaded], sampler: SamplerConfig, batch_size: int, repeats: int) -> dict[str, dict]:
-    """Images a second of a training step and of sampling's network steps, interleaved, medians.
+@contextlib.contextmanager
+def rows_shown(network: SiT) -> Iterator[list[int]]:
+    """Within the block, the list gets the number of rows of each call of the network; guidance takes two an image."""
+    rows: list[int] = []
+    hook = network.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    try:
+        yield rows
+    finally:
+        hook.remove()
 
-    Sampling is timed over a few SDE or ODE steps and scaled to the sampler's number of steps.
+
+def measure_speed(loaded: dict[str, Loaded], sampler: SamplerConfig, batch_size: int, repeats: int) -> dict[str, dict]:
+    """Images a second of a training step and of sampling without the VAE, interleaved, medians.
+
+    Sampling is timed over a few steps of the sampler, and scaled by the rows of latents that the network is shown: they
+    are counted there, and in one whole run, which warms up. Adaptive solvers are timed over whole runs.
     """
     seconds: dict[str, dict[str, list[float]]] = {name: {"training": [], "sampling": []} for name in loaded}
-    few = SamplerConfig(sampler="ode", method="euler", steps=4, cfg_scale=sampler.cfg_scale)
+    few = sampler if sampler.adaptive else replace(sampler, steps=min(sampler.steps, 4))
+    whole: dict[str, int] = {}
 
     def timed(device: torch.device, run) -> float:
         if device.type != "cpu":
@@ -193,16 +208,22 @@ def measure_speed(loaded: dict[str, Loaded], sampler: SamplerConfig, batch_size:
             def train(network=network, one=one, x1=x1, t=t, x0=x0, labels=labels) -> None:
                 one.transport.loss(network, x1, t, x0, y=labels.to(x1.device)).mean().backward()
 
-            def sample(one=one, shape=shape, labels=labels, device=device) -> None:
+            config = few if round_number else sampler
+
+            def sample(one=one, shape=shape, labels=labels, device=device, config=config) -> None:
                 indices = torch.arange(batch_size)
-                options = dict(seed=0, config=few, latent_shape=shape, device=device, batch_size=batch_size)
+                options = dict(seed=0, config=config, latent_shape=shape, device=device, batch_size=batch_size)
                 for _ in generate(one.model, one.transport, indices, labels, **options):
                     pass
 
-            times = timed(device, train), timed(device, sample) * sampler.steps / few.steps
+            training = timed(device, train)
+            with rows_shown(one.model) as rows:
+                sampling = timed(device, sample)
             if round_number:
-                seconds[name]["training"].append(times[0])
-                seconds[name]["sampling"].append(times[1])
+                seconds[name]["training"].append(training)
+                seconds[name]["sampling"].append(sampling * whole[name] / sum(rows))
+            else:
+                whole[name] = sum(rows)
     return {
         name: {kind: batch_size / statistics.median(values) for kind, values in kinds.items()}
         for name, kinds in seconds.items()

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,15 +15,15 @@ import tyro
 from PIL import Image
 from scipy import stats
 
-from sit.checkpoint import CheckpointInfo, save_checkpoint
-from sit.compare import Arguments, command, compare, open_runs
+from sit.checkpoint import CheckpointInfo, load_for_sampling, save_checkpoint
+from sit.compare import Arguments, command, compare, measure_speed, open_runs
 from sit.config import TrainConfig
 from sit.errors import UserError
 from sit.latents import DIGITS_VAE
 from sit.metrics.evaluate import Number, Report
 from sit.metrics.extractors import FeatureWeights
 from sit.model import create_model
-from sit.sampler import SamplerConfig
+from sit.sampler import KeyedNoise, Prediction, SamplerConfig, sample_ode
 from sit.transport import Transport
 
 
@@ -66,7 +67,46 @@ def test_the_report(runs, tmp_path):
     for file in re.findall(r"\]\((\S+\.png)\)", text):
         assert Image.open(out / file).size[0] > 100
     assert "FID (digits features, not comparable with Inception FID)" in text
-    assert f"{attention['parameters']:,}" in text and "0 (" not in text.split("images/s")[0]
+    assert f"{attention['parameters']:,}" in text
+    for kind in ("training", "sampling"):
+        first, second = (run["images_per_second"][kind] for run in (attention, atconv))
+        assert f"| images/s, {kind} | {first:.4g} (1.00x) | {second:.4g} ({second / first:.2f}x) |" in text
+
+
+@pytest.mark.parametrize(
+    "config, evaluations",
+    [
+        (SamplerConfig("ode", 12, "euler"), 12),
+        (SamplerConfig("ode", 12, "heun2"), 24),
+        (SamplerConfig("ode", 3, "rk4"), 12),
+        (SamplerConfig("ode", 12, "heun2", cfg_scale=1.5), 48),
+        (SamplerConfig("sde", 50), 50),
+        (SamplerConfig("sde", 10, "heun"), 19),  # the last step is one evaluation
+        (SamplerConfig("sde", 10, "heun", last_step="none"), 20),
+        (SamplerConfig("ode"), None),
+    ],
+    ids=lambda value: f"{value.sampler}-{value.resolved_method}" if isinstance(value, SamplerConfig) else "",
+)
+def test_the_speed_of_sampling_counts_every_evaluation(checkpoint, config, evaluations, monkeypatch):
+    """With a clock that goes on by a second for each row that the network is shown."""
+    loaded, count = load_for_sampling(checkpoint), 16
+    if evaluations is None:  # the solver decides, on the CPU for every image by itself
+        predictions = [Prediction(loaded.model, torch.tensor([index % 10]), config) for index in range(count)]
+        for index, prediction in enumerate(predictions):
+            noise = KeyedNoise(0, [index], (4, 8, 8), "cpu")()
+            with torch.no_grad():
+                sample_ode(prediction, loaded.transport, noise, config)
+        evaluations = sum(prediction.evaluations for prediction in predictions) / count
+    seconds = [0.0]
+    loaded.model.register_forward_pre_hook(lambda module, inputs: seconds.append(seconds[-1] + len(inputs[0])))
+
+    def clock() -> float:
+        seconds.append(seconds[-1] + 1e-6)  # the training is of another network
+        return seconds[-1]
+
+    monkeypatch.setattr("sit.compare.time", SimpleNamespace(perf_counter=clock))
+    speed = measure_speed({"network": loaded}, config, count, 2)["network"]["sampling"]
+    assert speed == pytest.approx(1 / evaluations, rel=1e-4)
 
 
 def test_what_is_refused(runs, judge_of_three, tmp_path):
