@@ -22,7 +22,7 @@ from sit.errors import UserError, door
 from sit.files import atomic_write
 from sit.metrics.classifier import Judge
 from sit.metrics.evaluate import GeneratedImages, evaluate
-from sit.metrics.extractors import get_extractor
+from sit.metrics.extractors import FeatureWeights, get_extractor
 from sit.metrics.reference import make_reference
 from sit.metrics.sources import open_reference, open_samples
 from sit.published import FileHints
@@ -47,12 +47,11 @@ class Arguments:
     """sample i under a seed is the same image however it is made"""
     features: str | None = None
     """digits, inception, dinov2, classifier:FOLDER; None takes digits where the reference is digits, else inception"""
-    inception_weights: str | None = None
-    """the Inception weights file; None looks in torch-fidelity's usual place"""
-    dinov2_weights: str | None = None
-    """a file of timm's DINOv2 weights; None lets timm fetch or find them"""
     batch_size: int = 64
     """images made and judged at a time"""
+    image_size: int | tuple[int, int] | None = None
+    """side, or height and width, of a checkpoint's samples, which published files without a positional table don't
+    tell, and the side that folders and data sets are cropped to; None: as the network was trained, else as they are"""
     save: str | None = None
     """an npz to keep a checkpoint's samples in; without it they never touch the disk"""
     work_dir: str | None = None
@@ -67,6 +66,7 @@ class Arguments:
     """torch.compile the network, on GPUs with CUDA graphs; None does so on GPUs from 1000 network evaluations on"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
+    weights_files: Annotated[FeatureWeights, tyro.conf.OmitArgPrefixes] = field(default_factory=FeatureWeights)
     published: Annotated[FileHints, tyro.conf.OmitArgPrefixes] = field(default_factory=FileHints)
     sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
 
@@ -76,17 +76,13 @@ class ReferenceArguments:
     """Make reference statistics in ADM's format: mu, sigma, mu_s, sigma_s and some of the images."""
 
     data: str
-    """a folder or npz of images, a latent cache, or a data set as train.py takes it"""
+    """a folder or npz of images, a latent cache, or a data set as train.py takes it, tar files too"""
     out: str
     """the npz to write; must not exist"""
     image_size: int | None = None
-    """side to crop to; None as the data are"""
+    """side that folders and data sets are cropped to; None: a folder's images as they are, a data set's own size"""
     features: str = "inception"
     """inception, digits, dinov2 or classifier:FOLDER"""
-    inception_weights: str | None = None
-    """the Inception weights file; None looks in torch-fidelity's usual place"""
-    dinov2_weights: str | None = None
-    """a file of timm's DINOv2 weights; None lets timm fetch or find them"""
     images: int = 10_000
     """how many of the images are kept, for precision and recall"""
     vae: str | None = None
@@ -95,11 +91,7 @@ class ReferenceArguments:
     """images judged at a time"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
-
-
-def weights_for(features: str, arguments: Arguments | ReferenceArguments) -> str | None:
-    """The weights file that the flags name for these features."""
-    return {"inception": arguments.inception_weights, "dinov2": arguments.dinov2_weights}.get(features)
+    weights_files: Annotated[FeatureWeights, tyro.conf.OmitArgPrefixes] = field(default_factory=FeatureWeights)
 
 
 def main(arguments: Arguments) -> None:
@@ -117,21 +109,29 @@ def main(arguments: Arguments) -> None:
     if save is not None and (save.suffix != ".npz" or save.exists()):
         raise UserError(f"--save {save} must be a new file that ends in .npz")
 
+    size = (arguments.image_size,) * 2 if isinstance(arguments.image_size, int) else arguments.image_size
+
     if arguments.ckpt is not None:
-        loaded = load_for_sampling(arguments.ckpt, vae=arguments.vae, device=device, **vars(arguments.published))
+        loaded = load_for_sampling(
+            arguments.ckpt, vae=arguments.vae, device=device, image_size=size, **vars(arguments.published)
+        )
         count = arguments.num_samples or (1_000 if name == "digits" else 50_000)
         evaluations = math.ceil(count / state.num_processes / arguments.batch_size) * arguments.sampler.steps
         if should_compile(arguments.compile, loaded.device, state.print, evaluations >= WORTH_IT):
             compile_for_sampling(loaded.model)
-        samples = GeneratedImages(loaded, count, arguments.seed, arguments.label_order, arguments.sampler)
-        side = loaded.info.image_size[0] if loaded.info.image_size else None
+        which = (arguments.seed, arguments.label_order, arguments.sampler, size, arguments.published)
+        samples = GeneratedImages(loaded, count, *which)
+        height, width = size or loaded.info.image_size or (None, None)
+        side = height if height == width else None  # nothing is cropped to a rectangle
     else:
-        samples = open_samples(arguments.samples, vae=arguments.vae)
+        if size is not None and size[0] != size[1]:
+            raise UserError(f"--image-size {size[0]} {size[1]}: --samples are cropped to squares; give one side")
+        side = size[0] if size is not None else None
+        samples = open_samples(arguments.samples, side, arguments.vae, device)
         samples.limit(arguments.num_samples)
-        side = None
-    reference = open_reference(arguments.reference, side, arguments.vae)
-    extractor = get_extractor(name, device, weights_for(name, arguments))
-    judge = Judge.load(arguments.judge, device) if arguments.judge else None
+    reference = open_reference(arguments.reference, side, arguments.vae, device)
+    extractor = get_extractor(name, device, arguments.weights_files.of(name))
+    judge = Judge.load(arguments.judge, device, samples.classes) if arguments.judge else None
 
     report = evaluate(
         samples,
@@ -155,8 +155,8 @@ def reference_main(arguments: ReferenceArguments) -> None:
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
     device = pick_device(arguments.device)
-    extractor = get_extractor(arguments.features, device, weights_for(arguments.features, arguments))
-    images = open_samples(arguments.data, arguments.image_size, arguments.vae)
+    extractor = get_extractor(arguments.features, device, arguments.weights_files.of(arguments.features))
+    images = open_samples(arguments.data, arguments.image_size, arguments.vae, device)
     make_reference(images, extractor, Path(arguments.out), arguments.images, device, arguments.batch_size)
     print(f"reference: {arguments.out}")
 

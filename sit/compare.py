@@ -7,6 +7,7 @@ Runs that differ by their seed alone are one group, with intervals over the seed
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,7 +16,8 @@ import platform
 import shlex
 import statistics
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +35,7 @@ from sit.files import atomic_folder, atomic_write
 from sit.integrity import is_whole
 from sit.metrics.classifier import Judge
 from sit.metrics.evaluate import GeneratedImages, Number, Report, WorkDirectory, evaluate, extract
-from sit.metrics.extractors import Extractor, get_extractor
+from sit.metrics.extractors import Extractor, FeatureWeights, get_extractor
 from sit.metrics.sources import Images, Statistics, open_reference
 from sit.model import SiT
 from sit.plan import multiply_accumulates
@@ -58,8 +60,6 @@ class Arguments:
     """as eval_fid.py takes it; None takes digits for runs on digits, else inception"""
     judge: str | None = None
     """a folder of sit.train_classifier, whose word is taken for the samples' classes: class accuracy"""
-    inception_weights: str | None = None
-    """the Inception weights file; None looks in torch-fidelity's usual place"""
     at_steps: tuple[int, ...] = ()
     """checkpoints to evaluate, by their step; none given means all"""
     num_samples: int = 1000
@@ -74,6 +74,7 @@ class Arguments:
     """keeps finished evaluations, so that the same command goes on after a crash"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
+    weights_files: Annotated[FeatureWeights, tyro.conf.OmitArgPrefixes] = field(default_factory=FeatureWeights)
     sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
 
 
@@ -166,13 +167,26 @@ def describe(run: Run, loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def measure_speed(loaded: dict[str, Loaded], sampler: SamplerConfig, batch_size: int, repeats: int) -> dict[str, dict]:
-    """Images a second of a training step and of sampling's network steps, interleaved, medians.
+@contextlib.contextmanager
+def rows_shown(network: SiT) -> Iterator[list[int]]:
+    """Within the block, the list gets the number of rows of each call of the network; guidance takes two an image."""
+    rows: list[int] = []
+    hook = network.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    try:
+        yield rows
+    finally:
+        hook.remove()
 
-    Sampling is timed over a few SDE or ODE steps and scaled to the sampler's number of steps.
+
+def measure_speed(loaded: dict[str, Loaded], sampler: SamplerConfig, batch_size: int, repeats: int) -> dict[str, dict]:
+    """Images a second of a training step and of sampling without the VAE, interleaved, medians.
+
+    Sampling is timed over a few steps of the sampler, and scaled by the rows of latents that the network is shown: they
+    are counted there, and in one whole run, which warms up. Adaptive solvers are timed over whole runs.
     """
     seconds: dict[str, dict[str, list[float]]] = {name: {"training": [], "sampling": []} for name in loaded}
-    few = SamplerConfig(sampler="ode", method="euler", steps=4, cfg_scale=sampler.cfg_scale)
+    few = sampler if sampler.adaptive else replace(sampler, steps=min(sampler.steps, 4))
+    whole: dict[str, int] = {}
 
     def timed(device: torch.device, run) -> float:
         if device.type != "cpu":
@@ -194,16 +208,22 @@ def measure_speed(loaded: dict[str, Loaded], sampler: SamplerConfig, batch_size:
             def train(network=network, one=one, x1=x1, t=t, x0=x0, labels=labels) -> None:
                 one.transport.loss(network, x1, t, x0, y=labels.to(x1.device)).mean().backward()
 
-            def sample(one=one, shape=shape, labels=labels, device=device) -> None:
+            config = few if round_number else sampler
+
+            def sample(one=one, shape=shape, labels=labels, device=device, config=config) -> None:
                 indices = torch.arange(batch_size)
-                options = dict(seed=0, config=few, latent_shape=shape, device=device, batch_size=batch_size)
+                options = dict(seed=0, config=config, latent_shape=shape, device=device, batch_size=batch_size)
                 for _ in generate(one.model, one.transport, indices, labels, **options):
                     pass
 
-            times = timed(device, train), timed(device, sample) * sampler.steps / few.steps
+            training = timed(device, train)
+            with rows_shown(one.model) as rows:
+                sampling = timed(device, sample)
             if round_number:
-                seconds[name]["training"].append(times[0])
-                seconds[name]["sampling"].append(times[1])
+                seconds[name]["training"].append(training)
+                seconds[name]["sampling"].append(sampling * whole[name] / sum(rows))
+            else:
+                whole[name] = sum(rows)
     return {
         name: {kind: batch_size / statistics.median(values) for kind, values in kinds.items()}
         for name, kinds in seconds.items()
@@ -225,17 +245,15 @@ def sample_grid(run: Run, loaded: Loaded, arguments: Arguments, path: Path) -> N
 # ---------------------------------------------------------------------- the report
 
 
-def judged(run: Run, checkpoint: Path, loaded: Loaded, tools: Tools, arguments: Arguments) -> Report:
+def judged(loaded: Loaded, tools: Tools, arguments: Arguments) -> Report:
     """The evaluation of one checkpoint: kept in ``--work-dir``, and read from there if it has been made."""
     options = (arguments.num_samples, arguments.seed, "balanced", arguments.sampler)
     samples = GeneratedImages(loaded, *options)
     kept = None
     if arguments.work_dir is not None:
-        weights = next(checkpoint.glob("transformer/*.safetensors")).stat()
-        judge = tools.judge.folder if tools.judge else ""
-        made_from = (str(checkpoint.absolute()), weights.st_size, weights.st_mtime_ns)
-        judged_by = (tools.reference.name, tools.extractor.name, tools.extractor.weights, judge)
-        what = (samples.identity, arguments.num_samples, *made_from, *judged_by)
+        judge = tools.judge.identity if tools.judge else ""
+        judged_by = (tools.reference.identity or tools.reference.name, tools.extractor.identity, judge)
+        what = (samples.identity, arguments.num_samples, *judged_by)
         kept = Path(arguments.work_dir) / f"{hashlib.blake2b(repr(what).encode(), digest_size=12).hexdigest()}.json"
         if kept.is_file():
             report = json.loads(kept.read_text())
@@ -301,10 +319,11 @@ def compare(arguments: Arguments) -> Path:
     if arguments.reference is None and not on_digits:
         raise UserError("give --reference: only runs on the digits have one by themselves")
     features = arguments.features or ("digits" if on_digits else "inception")
+    classes = read_info(runs[0].checkpoints[-1][1]).classes or None  # of all runs: their data are the same
     tools = Tools(
-        get_extractor(features, device, arguments.inception_weights),
-        open_reference(arguments.reference or "digits", runs[0].config.image_size),
-        Judge.load(arguments.judge, device) if arguments.judge else None,
+        get_extractor(features, device, arguments.weights_files.of(features)),
+        open_reference(arguments.reference or "digits", runs[0].config.image_size, device=device),
+        Judge.load(arguments.judge, device, classes) if arguments.judge else None,
         device,
         arguments.batch_size,
     )
@@ -321,7 +340,7 @@ def compare(arguments: Arguments) -> Path:
                 reports[run.config.seed] = {}
                 for step, checkpoint in run.checkpoints:
                     loaded = load_for_sampling(checkpoint, device=device)
-                    reports[run.config.seed][step] = judged(run, checkpoint, loaded, tools, arguments)
+                    reports[run.config.seed][step] = judged(loaded, tools, arguments)
                 if run is members[0]:
                     newest[name] = loaded
                     sample_grid(run, loaded, arguments, place / f"samples-{len(newest)}.png")
@@ -348,11 +367,11 @@ def losses(run: Run) -> list[dict[str, float]]:
 def command(arguments: Arguments) -> str:
     """The command line that these arguments stand for: the runs and whatever is not a default."""
     parts = list(arguments.runs)
-    for holder, elsewhere in ((arguments, ("runs", "sampler")), (arguments.sampler, ())):
+    for holder in (arguments, arguments.weights_files, arguments.sampler):
         for entry in fields(holder):
             value = getattr(holder, entry.name)
             default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
-            if entry.name in elsewhere or value == default:
+            if entry.name == "runs" or is_dataclass(value) or value == default:
                 continue
             flag = "--" + entry.name.replace("_", "-")
             if isinstance(value, bool):

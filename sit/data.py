@@ -117,18 +117,32 @@ def open_images(spec: str, image_size: int | None = None) -> ImageData:
     path = Path(spec)
     if spec.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")) and path.is_file():
         raise UserError(f"--data {spec} is compressed, which forbids random access; uncompress it to a .tar first")
-    if (spec.lower().endswith(".tar") and path.is_file()) or _only_tars(path):
+    if (spec.lower().endswith(".tar") and path.is_file()) or only_tars(path):
         return ImageData(TarSource(spec), image_size)
     return ImageData(FolderSource(spec), image_size)
 
 
-def _only_tars(folder: Path) -> bool:
+def only_tars(folder: Path) -> bool:
+    """Whether a folder is a data set of one tar a class: it has tars, and no class subfolders."""
     try:
         return (
             folder.is_dir() and any(folder.glob("*.tar")) and not any(_is_class(entry) for entry in os.scandir(folder))
         )
     except OSError:
         return False  # FolderSource says why
+
+
+def has_classes(folder: Path) -> bool:
+    """Whether a folder is a data set of one subfolder a class: it has such, and no pictures beside them.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise UserError(f"{folder} can't be read: {error.strerror}") from error
+    return any(map(_is_class, entries)) and not any(entry.name.lower().endswith(EXTENSIONS) for entry in entries)
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

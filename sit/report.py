@@ -115,7 +115,7 @@ def markdown(found: dict[str, Any], plots: list[tuple[str, str]], command: str, 
         "",
         "Multiply-accumulates are those of matrix products, convolutions and attention; element-wise work is not "
         "counted. Speeds are medians of interleaved rounds in one process: a forward and backward pass for training, "
-        "and the network's part of sampling, without the VAE.",
+        "and the sampler above without the VAE, all its network evaluations counted.",
         "",
     ]
     lines += _differences(found)

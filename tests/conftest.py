@@ -37,3 +37,13 @@ def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints") / "step-0000001"
     info = CheckpointInfo(1, 1, (32, 32), 10, [str(d) for d in range(10)], "digits", "atconv")
     return save_checkpoint(folder, model=model, transport=Transport(), vae_source=DIGITS_VAE, info=info)
+
+
+@pytest.fixture(scope="session")
+def judge_of_three(tmp_path_factory) -> str:
+    """The folder of a classifier with random weights that knows three classes."""
+    from sit.metrics.classifier import Classifier, ClassifierConfig, save_classifier
+
+    folder = tmp_path_factory.mktemp("judge")
+    save_classifier(Classifier(ClassifierConfig("test_resnet", {}, 32, ["a", "b", "c"])), folder)
+    return str(folder)

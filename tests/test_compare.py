@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,14 +15,15 @@ import tyro
 from PIL import Image
 from scipy import stats
 
-from sit.checkpoint import CheckpointInfo, save_checkpoint
-from sit.compare import Arguments, command, compare, open_runs
+from sit.checkpoint import CheckpointInfo, load_for_sampling, save_checkpoint
+from sit.compare import Arguments, command, compare, measure_speed, open_runs
 from sit.config import TrainConfig
 from sit.errors import UserError
 from sit.latents import DIGITS_VAE
 from sit.metrics.evaluate import Number, Report
+from sit.metrics.extractors import FeatureWeights
 from sit.model import create_model
-from sit.sampler import SamplerConfig
+from sit.sampler import KeyedNoise, Prediction, SamplerConfig, sample_ode
 from sit.transport import Transport
 
 
@@ -64,10 +67,49 @@ def test_the_report(runs, tmp_path):
     for file in re.findall(r"\]\((\S+\.png)\)", text):
         assert Image.open(out / file).size[0] > 100
     assert "FID (digits features, not comparable with Inception FID)" in text
-    assert f"{attention['parameters']:,}" in text and "0 (" not in text.split("images/s")[0]
+    assert f"{attention['parameters']:,}" in text
+    for kind in ("training", "sampling"):
+        first, second = (run["images_per_second"][kind] for run in (attention, atconv))
+        assert f"| images/s, {kind} | {first:.4g} (1.00x) | {second:.4g} ({second / first:.2f}x) |" in text
 
 
-def test_what_is_refused(runs, tmp_path):
+@pytest.mark.parametrize(
+    "config, evaluations",
+    [
+        (SamplerConfig("ode", 12, "euler"), 12),
+        (SamplerConfig("ode", 12, "heun2"), 24),
+        (SamplerConfig("ode", 3, "rk4"), 12),
+        (SamplerConfig("ode", 12, "heun2", cfg_scale=1.5), 48),
+        (SamplerConfig("sde", 50), 50),
+        (SamplerConfig("sde", 10, "heun"), 19),  # the last step is one evaluation
+        (SamplerConfig("sde", 10, "heun", last_step="none"), 20),
+        (SamplerConfig("ode"), None),
+    ],
+    ids=lambda value: f"{value.sampler}-{value.resolved_method}" if isinstance(value, SamplerConfig) else "",
+)
+def test_the_speed_of_sampling_counts_every_evaluation(checkpoint, config, evaluations, monkeypatch):
+    """With a clock that goes on by a second for each row that the network is shown."""
+    loaded, count = load_for_sampling(checkpoint), 16
+    if evaluations is None:  # the solver decides, on the CPU for every image by itself
+        predictions = [Prediction(loaded.model, torch.tensor([index % 10]), config) for index in range(count)]
+        for index, prediction in enumerate(predictions):
+            noise = KeyedNoise(0, [index], (4, 8, 8), "cpu")()
+            with torch.no_grad():
+                sample_ode(prediction, loaded.transport, noise, config)
+        evaluations = sum(prediction.evaluations for prediction in predictions) / count
+    seconds = [0.0]
+    loaded.model.register_forward_pre_hook(lambda module, inputs: seconds.append(seconds[-1] + len(inputs[0])))
+
+    def clock() -> float:
+        seconds.append(seconds[-1] + 1e-6)  # the training is of another network
+        return seconds[-1]
+
+    monkeypatch.setattr("sit.compare.time", SimpleNamespace(perf_counter=clock))
+    speed = measure_speed({"network": loaded}, config, count, 2)["network"]["sampling"]
+    assert speed == pytest.approx(1 / evaluations, rel=1e-4)
+
+
+def test_what_is_refused(runs, judge_of_three, tmp_path):
     with pytest.raises(UserError, match="is not a run's folder"):
         open_runs((str(tmp_path),), ())
     with pytest.raises(UserError, match="has no whole checkpoint to compare; its steps are: 2, 4"):
@@ -77,6 +119,12 @@ def test_what_is_refused(runs, tmp_path):
     other = make_run(tmp_path / "other", "atconv", (4,), image_size=64)
     with pytest.raises(UserError, match="was trained with image_size 64 and .* with 32"):
         open_runs((runs[0], str(other)), ())
+    weights = FeatureWeights("inception.pth", "dinov2.safetensors")
+    for features, said in (("inception", "inception.pth are missing"), ("dinov2", "--dinov2-weights dinov2.safetens")):
+        with pytest.raises(UserError, match=said):
+            compare(Arguments(runs, str(tmp_path / "no"), features=features, weights_files=weights))
+    with pytest.raises(UserError, match="knows 3 classes, and the samples have 10"):
+        compare(Arguments(runs, str(tmp_path / "no"), judge=judge_of_three))
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match="exists already"):
         compare(Arguments(runs, str(tmp_path / "taken"), num_samples=10, sampler=SamplerConfig(steps=2)))
@@ -117,11 +165,16 @@ def test_seeds_are_repetitions(tmp_path, monkeypatch):
     assert len(calls) == 6
     compare(Arguments(tuple(paths), str(tmp_path / "again"), **options))
     assert len(calls) == 6, "what is in --work-dir is made again"
+    os.utime(next(Path(paths[0]).glob("checkpoints/*/transformer/*.safetensors")), ns=(0, 0))
+    compare(Arguments(tuple(paths), str(tmp_path / "retrained"), **options))
+    assert len(calls) == 7, "replaced weights are another evaluation, and only those"
 
 
 def test_the_command_that_is_printed_makes_the_same_arguments():
     sampler = SamplerConfig(sampler="ode", method="heun2", steps=7, cfg_interval=(0.1, 0.9))
-    arguments = Arguments(("a b", "c"), "out", reference="digits", at_steps=(1, 2), sampler=sampler)
+    weights = FeatureWeights(dinov2_weights="dinov2.safetensors")
+    options = dict(reference="digits", at_steps=(1, 2), sampler=sampler, weights_files=weights)
+    arguments = Arguments(("a b", "c"), "out", **options)
     words = shlex.split(command(arguments))
     assert words[:3] == ["python", "-m", "sit.compare"]
     assert tyro.cli(Arguments, args=words[3:]) == arguments

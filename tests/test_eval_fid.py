@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,15 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 import eval_fid
+from sit.checkpoint import WEIGHTS, load_for_sampling
 from sit.data import digits_arrays, open_images
 from sit.errors import UserError
+from sit.metrics.classifier import Judge
 from sit.metrics.digits import EXTRACTOR, DigitsFeatureExtractor
 from sit.metrics.evaluate import GeneratedImages, evaluate, extract
 from sit.metrics.extractors import get_extractor
 from sit.metrics.sources import ArrayImages, DataImages, open_reference, open_samples
+from sit.published import FileHints
 from sit.sampler import SamplerConfig
 
 CPU = torch.device("cpu")
@@ -290,6 +295,67 @@ def test_a_replaced_file_or_other_weights_are_another_evaluation(tmp_path):
         extract(open_samples(str(path)), extractor, tmp_path / "work", CPU, 8, "replaced")
 
 
+def test_everything_that_features_depend_on_tells_an_evaluation_from_others(checkpoint, judge_of_three, tmp_path):
+    """Each change gives another identity, and no change the same."""
+
+    def change(path: Path) -> None:
+        state = path.stat()
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+
+    write_wide_pictures(tmp_path / "flat", ("a.png", "b.png"))
+    write_wide_pictures(tmp_path / "classes", ("n1/a.png", "n2/b.png"))
+    with tarfile.open(tmp_path / "classes.tar", "w") as archive:
+        archive.add(tmp_path / "classes", arcname=".")
+    changing = {"flat": "flat/a.png", "classes": "classes/n1/a.png", "classes.tar": "classes.tar"}
+    for name, file in changing.items():
+        seen = [open_samples(str(tmp_path / name), size).identity for size in (32, 16)]
+        change(tmp_path / file)
+        seen.append(open_samples(str(tmp_path / name), 32).identity)
+        assert len(set(seen)) == 3 and seen[-1] == open_samples(str(tmp_path / name), 32).identity
+    (tmp_path / "flat" / "b.png").rename(tmp_path / "flat" / "c.png")
+    seen = [open_samples(str(tmp_path / "flat"), None).identity]
+    (tmp_path / "flat" / "c.png").unlink()
+    assert open_samples(str(tmp_path / "flat"), None).identity not in seen
+
+    run, vae = tmp_path / "run", tmp_path / "vae"
+    shutil.copytree(checkpoint, run)
+    shutil.copytree(run / "vae", vae)
+
+    def identity(*more) -> str:
+        loaded = load_for_sampling(run, vae=vae)
+        return GeneratedImages(loaded, 2, 0, "balanced", SamplerConfig(steps=2), *more).identity
+
+    seen = [identity(), identity((64, 64)), identity(None, FileHints(weights="model"))]
+    for file in (run / "transformer" / WEIGHTS, vae / WEIGHTS):
+        change(file)
+        seen.append(identity())
+    assert len(set(seen)) == 5 and identity() == seen[-1]
+    (run / "training").mkdir()  # what is removed to make a checkpoint small
+    assert identity() == seen[-1]
+
+    judge = tmp_path / "judge"
+    shutil.copytree(judge_of_three, judge)
+    seen = [(get_extractor(f"classifier:{judge}", CPU).identity, Judge.load(str(judge), CPU).identity)]
+    change(judge / "model.safetensors")
+    again = get_extractor(f"classifier:{judge}", CPU).identity, Judge.load(str(judge), CPU).identity
+    assert again[0] != seen[0][0] and again[1] != seen[0][1]
+
+
+def test_weights_that_were_replaced_are_another_evaluation(checkpoint, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run)
+    words = ["--ckpt", str(run), "--reference", "digits:heldout", "--num-samples", "12", "--steps", "2"]
+    words += ["--work-dir", str(tmp_path / "work")]
+    run_door(["eval_fid.py", *words])
+    first = capsys.readouterr().out
+    run_door(["eval_fid.py", *words])
+    assert capsys.readouterr().out == first
+    os.utime(run / "transformer" / WEIGHTS, ns=(0, 0))
+    with pytest.raises(SystemExit):
+        run_door(["eval_fid.py", *words])
+    assert "is of another evaluation" in capsys.readouterr().err
+
+
 def test_from_a_checkpoint_on_one_process_and_on_two(checkpoint, tmp_path):
     """Sampled on the fly: the same numbers however many processes share the work."""
     values = []
@@ -321,7 +387,35 @@ def test_saved_samples_are_those_that_were_judged(checkpoint, tmp_path, monkeypa
     np.testing.assert_allclose(*values, rtol=1e-9)
 
 
-def test_a_latent_cache_is_a_reference_through_its_vae(tmp_path):
+def test_a_weights_file_that_does_not_tell_its_size_is_told(checkpoint, tmp_path, capsys):
+    """The checkpoint's weights alone, without a positional table, as ATConv's are published."""
+    bare = tmp_path / "bare.safetensors"
+    bare.write_bytes((checkpoint / "transformer" / WEIGHTS).read_bytes())
+    words = ["--reference", "digits:heldout", "--num-samples", "12", "--steps", "2"]
+    whole = ["--ckpt", str(checkpoint), "--image-size", "64", "64"]
+    run_door(["eval_fid.py", "--save", str(tmp_path / "a.npz"), *whole, *words])
+    words += ["--ckpt", str(bare), "--vae", "digits"]
+    with pytest.raises(SystemExit):
+        run_door(["eval_fid.py", *words])
+    assert "--image-size" in capsys.readouterr().err
+    run_door(["eval_fid.py", "--image-size", "64", "--save", str(tmp_path / "b.npz"), *words])
+    with np.load(tmp_path / "a.npz") as one, np.load(tmp_path / "b.npz") as other:
+        assert one["arr_0"].shape == (12, 64, 64, 3) and np.array_equal(one["arr_0"], other["arr_0"])
+
+
+def test_samples_of_another_size_than_the_training(checkpoint, tmp_path, capsys):
+    wide = GeneratedImages(load_for_sampling(checkpoint), 2, 0, "balanced", SamplerConfig(steps=2), (32, 64))
+    assert wide.batch(np.arange(2)).shape == (2, 3, 32, 64)
+    for words, said in (
+        (["--ckpt", str(checkpoint), "--image-size", "30"], "--image-size 30 30: both must be multiples of 8"),
+        (["--samples", "digits", "--image-size", "32", "64"], "--image-size 32 64: --samples are cropped to squares"),
+    ):
+        with pytest.raises(SystemExit):
+            run_door(["eval_fid.py", "--reference", "digits", *words])
+        assert said in capsys.readouterr().err
+
+
+def test_a_latent_cache_is_a_reference_through_its_vae(tmp_path, monkeypatch):
     from sit.latents import decode, encode_images, load_vae
 
     command = [sys.executable, "-m", "sit.latents", "encode", "--data", "digits:heldout", "--vae", "digits",
@@ -331,9 +425,69 @@ def test_a_latent_cache_is_a_reference_through_its_vae(tmp_path):
     images = open_samples(str(tmp_path / "cache"))
     data, vae = open_images("digits:heldout"), load_vae("digits")
     assert len(images) == len(data) and (images.labels == data.labels).all()
+    assert images.classes == 10
     mean, _ = encode_images(vae, torch.stack([data[i][0] for i in range(4)]))
     expected = decode(vae, mean.half().float() * vae.config.scaling_factor)
     assert torch.equal(images.batch(np.arange(4)), expected.permute(0, 3, 1, 2))
+
+    asked = []  # for the VAE on a device
+    monkeypatch.setattr("sit.metrics.sources.load_vae", lambda name, device: asked.append((name, device)) or vae)
+    for opened in (open_samples, open_reference):
+        opened(str(tmp_path / "cache"), device="cuda:1")
+    run_door(["eval_fid.py", "reference", "--data", str(tmp_path / "cache"), "--features", "digits", "--device", "cpu",
+              "--out", str(tmp_path / "stats.npz")])  # fmt: skip
+    run_door(["eval_fid.py", "--samples", str(tmp_path / "cache"), "--reference", str(tmp_path / "cache"),
+              "--features", "digits", "--device", "cpu", "--num-samples", "4"])  # fmt: skip
+    assert asked == [("digits", "cuda:1")] * 2 + [("digits", CPU)] * 3
+
+
+def write_wide_pictures(folder: Path, names: tuple[str, ...]) -> np.ndarray:
+    """Pictures of 32 rows and different widths; answers their middle 32 columns: (len(names), 3, 32, 32)."""
+    rng, middles = np.random.default_rng(0), []
+    for number, name in enumerate(names):
+        pixels = rng.integers(0, 256, size=(32, 32 + 2 * number, 3), dtype=np.uint8)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / name)
+        middles.append(pixels[:, number : number + 32].transpose(2, 0, 1))
+    return np.stack(middles)
+
+
+def test_folders_and_tars_are_cropped_as_training_data_are(tmp_path):
+    flat = write_wide_pictures(tmp_path / "flat", ("a.png", "b.png", "c.png"))
+    names = ("n1/a.png", "n1/b.png", "n2/deeper/c.png")
+    assert (write_wide_pictures(tmp_path / "classes", names) == flat).all()
+    with tarfile.open(tmp_path / "classes.tar", "w") as archive:
+        archive.add(tmp_path / "classes", arcname=".")
+    labels = {"flat": None, "classes": [0, 0, 1], "classes.tar": [0, 0, 1]}
+    for name, known in labels.items():
+        for images in (open_samples(str(tmp_path / name), 32), open_reference(str(tmp_path / name), 32)):
+            assert (images.batch(np.arange(3)).numpy() == flat).all(), name
+            assert images.labels is known or images.labels.tolist() == known
+        out = tmp_path / f"{name}.npz"
+        run_door(["eval_fid.py", "reference", "--data", str(tmp_path / name), "--image-size", "32", "--features",
+                  "digits", "--out", str(out)])  # fmt: skip
+        with np.load(out) as archive:
+            assert (archive["arr_0"].transpose(0, 3, 1, 2) == flat).all()
+    smaller = open_samples(str(tmp_path / "flat"), 16).batch(np.arange(3))
+    assert smaller.shape == (3, 3, 16, 16)
+    for name in ("flat", "classes"):
+        with pytest.raises(UserError, match="are of different sizes: crop them by --image-size"):
+            open_samples(str(tmp_path / name)).batch(np.arange(3))
+    with pytest.raises(UserError, match="--image-size 0 must be positive"):
+        open_samples(str(tmp_path / "flat"), 0)
+    (tmp_path / "notes.txt").write_text("no data")
+    with pytest.raises(UserError, match="notes.txt is a file"):
+        open_samples(str(tmp_path / "notes.txt"))
+
+
+def test_a_judge_of_other_classes_is_refused(checkpoint, judge_of_three, tmp_path, capsys):
+    write_wide_pictures(tmp_path / "classes", ("n1/a.png", "n2/b.png"))
+    samples = {"--ckpt": (str(checkpoint), 10), "--samples": (str(tmp_path / "classes"), 2)}
+    for flag, (source, classes) in samples.items():
+        with pytest.raises(SystemExit):
+            run_door(["eval_fid.py", flag, source, "--image-size", "32", "--reference", "digits", "--judge",
+                      judge_of_three])  # fmt: skip
+        assert f"knows 3 classes, and the samples have {classes}" in capsys.readouterr().err
 
 
 def test_data_sets_that_torch_fidelity_has_registered(monkeypatch):
@@ -343,6 +497,8 @@ def test_data_sets_that_torch_fidelity_has_registered(monkeypatch):
     monkeypatch.setitem(DATASETS_REGISTRY, "five-pictures", lambda root, download: list(pictures))
     images = open_samples("five-pictures")
     assert len(images) == 5 and torch.equal(images.batch(np.array([3, 1])), pictures[[3, 1]])
+    means = pictures[:1].unfold(2, 2, 2).unfold(3, 2, 2).float().mean(dim=(4, 5))  # the box filter that halves
+    torch.testing.assert_close(open_samples("five-pictures", 4).batch(np.array([0])).float(), means, atol=1, rtol=0)
 
     def refuse(root, download):
         raise RuntimeError("no network")
@@ -380,8 +536,6 @@ def test_dinov2_features_are_timms_class_token(tmp_path):
 
 
 def test_labels_of_generated_images(checkpoint):
-    from sit.checkpoint import load_for_sampling
-
     loaded = load_for_sampling(checkpoint)
     balanced = GeneratedImages(loaded, 25, 0, "balanced", SamplerConfig(steps=2))
     assert np.bincount(balanced.labels).tolist() == [3] * 5 + [2] * 5

@@ -54,6 +54,13 @@ def test_its_features_are_what_its_logits_are_made_of(classifier):
     np.testing.assert_allclose(logits, found["logits"], rtol=1e-4, atol=1e-4)
 
 
+def test_metrics_are_named_without_the_path_to_the_classifier(classifier):
+    extractor = get_extractor(f"classifier:{classifier}/", CPU)
+    architecture = load_classifier(classifier).config.architecture
+    assert extractor.label == f"features of the {architecture} in digits, not comparable with Inception FID"
+    assert Path(extractor.weights) == Path(classifier), "features of two folders would be taken for the same"
+
+
 def test_what_is_no_classifier_is_refused(classifier, tmp_path):
     with pytest.raises(UserError, match="has no config.json"):
         load_classifier(str(tmp_path))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sit.errors import UserError
+from sit.integrity import stamp
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -97,8 +98,14 @@ class Judge:
         classifier = load_classifier(folder).to(device)
         known = len(classifier.config.classes)
         if classes is not None and known != classes:
-            raise UserError(f"--judge {folder} knows {known} classes, and the samples have {classes}")
+            mend = "train one on their data"
+            raise UserError(f"--judge {folder} knows {known} classes, and the samples have {classes}: {mend}")
         return cls(classifier, folder)
+
+    @property
+    def identity(self) -> str:
+        """What tells its word from others': its folder, and the state of that on the disk."""
+        return f"{self.folder}, files {stamp(self.folder)}"
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

@@ -19,13 +19,15 @@ from sit.checkpoint import Loaded
 from sit.data import shrink_digits
 from sit.errors import UserError
 from sit.files import atomic_write
+from sit.integrity import stamp
 from sit.metrics import distances
 from sit.metrics.classifier import Judge
 from sit.metrics.distances import Moments
 from sit.metrics.extractors import Extractor
 from sit.metrics.sources import Images, Statistics
+from sit.published import FileHints
 from sit.sampler import SamplerConfig
-from sit.sampling import balanced_labels, sample_images, uniform_labels
+from sit.sampling import balanced_labels, latent_shape_for, sample_images, uniform_labels
 
 CHUNK = 512
 """images whose features are written together: what a restart repeats at most, for each process"""
@@ -42,16 +44,38 @@ class GeneratedImages(Images):
         seed: the seed.
         labels: ``balanced`` (every class as often) or ``uniform`` (drawn at random).
         config: the sampler.
+        image_size: (height, width); None as the network was trained.
+        hints: how a published file was read, which is part of what tells these images from others.
+
+    Raises:
+        UserError: the network or its VAE can't make images of that size.
     """
 
-    def __init__(self, loaded: Loaded, count: int, seed: int, labels: str, config: SamplerConfig) -> None:
-        classes = range(loaded.model.config.num_classes)
+    def __init__(
+        self,
+        loaded: Loaded,
+        count: int,
+        seed: int,
+        labels: str,
+        config: SamplerConfig,
+        image_size: tuple[int, int] | None = None,
+        hints: FileHints | None = None,
+    ) -> None:
+        latent_shape_for(loaded, image_size)  # a size that doesn't fit is told before anything is made
+        self.classes = loaded.model.config.num_classes
+        classes = range(self.classes)
         numbers = range(count)
         drawn = balanced_labels(numbers, classes) if labels == "balanced" else uniform_labels(numbers, classes, seed)
         self.loaded, self.count, self.seed, self.config = loaded, count, seed, config
-        self.labels = drawn.numpy()
-        self.name = f"{loaded.path}, seed {seed}, {labels} labels, {config}"
-        self.identity = f"{self.name}, VAE {loaded.vae_source}"
+        self.labels, self.image_size = drawn.numpy(), image_size
+        size = f", {image_size[0]} x {image_size[1]} pixels" if image_size else ""
+        self.name = f"{loaded.path}, seed {seed}, {labels} labels{size}, {config}"
+        place = loaded.path
+        read = [place]
+        if place.is_dir():  # the weights and what else sampling depends on, but not the training's state
+            read = [place / "transformer", place / "transport", *sorted(place.glob("*.safetensors"))]
+        files = stamp(*read, loaded.vae_source or "")
+        self.identity = f"{self.name}, VAE {loaded.vae_source}, {hints or FileHints()}, files {files}"
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         indices = torch.from_numpy(numbers)
@@ -61,6 +85,7 @@ class GeneratedImages(Images):
             torch.from_numpy(self.labels[numbers]),
             seed=self.seed,
             config=self.config,
+            image_size=self.image_size,
             batch_size=len(numbers),
         )
         return made.images.permute(0, 3, 1, 2)
@@ -93,10 +118,9 @@ def extract(
         what = {
             "images": images.identity or images.name,
             "count": len(images),
-            "features": extractor.name,
-            "weights": extractor.weights,
+            "features": extractor.identity,
             "kept": keep_images,
-            "judge": judge.folder if judge else "",
+            "judge": judge.identity if judge else "",
         }
         _claim(work, what)
     state.wait_for_everyone()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sit.errors import UserError
+from sit.integrity import stamp
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -27,7 +28,7 @@ class Extractor:
         label: what its distances must be called, so that nobody compares the incomparable.
         network: uint8 images (B, 3, H, W) to a tuple of tensors, named by ``outputs``.
         outputs: of ``features`` (B, D), ``logits`` (B, classes) and ``spatial`` (B, 2023).
-        weights: the file that was named, so that features of other weights are not taken for these.
+        weights: the file or folder that was named.
     """
 
     name: str
@@ -35,6 +36,11 @@ class Extractor:
     network: nn.Module
     outputs: tuple[str, ...]
     weights: str = ""
+
+    @property
+    def identity(self) -> str:
+        """What tells its features from others: its name, and the state of its weights on the disk."""
+        return f"{self.name}, weights {self.weights}, files {stamp(self.weights)}"
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> dict[str, np.ndarray]:
@@ -164,7 +170,9 @@ def classifier_extractor(device: torch.device, folder: str | None = None) -> Ext
     if not folder:
         raise UserError("--features classifier: name its folder, as classifier:FOLDER")
     classifier = load_classifier(folder).to(device)
-    label = f"features of the {classifier.config.architecture} in {folder}, not comparable with Inception FID"
+    # the folder's name alone, as the label is part of metrics' names; the whole path is kept in ``weights``
+    name = Path(folder).resolve().name
+    label = f"features of the {classifier.config.architecture} in {name}, not comparable with Inception FID"
     return Extractor("classifier", label, classifier, ("features", "logits"), folder)
 
 
@@ -174,6 +182,20 @@ EXTRACTORS: dict[str, Callable[[torch.device, str | None], Extractor]] = {
     "dinov2": dinov2_extractor,
     "classifier": classifier_extractor,
 }
+
+
+@dataclass(frozen=True)
+class FeatureWeights:
+    """Flags that name the weights of features that do not come with this repository."""
+
+    inception_weights: str | None = None
+    """the Inception weights file; None looks in torch-fidelity's usual place"""
+    dinov2_weights: str | None = None
+    """a file of timm's DINOv2 weights; None lets timm fetch or find them"""
+
+    def of(self, features: str) -> str | None:
+        """The file that is named for these features, if any."""
+        return {"inception": self.inception_weights, "dinov2": self.dinov2_weights}.get(features)
 
 
 def get_extractor(name: str, device: torch.device, weights: str | None = None) -> Extractor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch_fidelity.registry import DATASETS_REGISTRY
 
-from sit.cache import CachedLatents, is_cache
-from sit.data import EXTENSIONS, open_images
+from sit.cache import MANIFEST, CachedLatents, is_cache
+from sit.data import EXTENSIONS, centre_crop, has_classes, only_tars, open_images
 from sit.errors import UserError
+from sit.integrity import stamp
 from sit.latents import decode, load_vae
 from sit.metrics.distances import Moments
 
@@ -25,6 +27,7 @@ class Images:
         name: what to call them.
         count: how many there are.
         labels: (count,) integers, or None.
+        classes: how many classes there are; None if unknown.
         identity: what tells them from others where the name does not suffice; empty where it does.
     """
 
@@ -32,6 +35,7 @@ class Images:
     identity: str = ""
     count: int
     labels: np.ndarray | None = None
+    classes: int | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -65,18 +69,22 @@ class ArrayImages(Images):
         if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
             raise UserError(f"{path}: arr_1 must be whole numbers of shape (N,), not {labels.dtype} {labels.shape}")
         self.name, self.count, self.array, self.labels = str(path), len(array), array, labels
-        if path.is_file():
-            self.identity = f"{path}, {path.stat().st_size} bytes of {path.stat().st_mtime_ns}"
+        self.identity = f"{path}, files {stamp(path)}"
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(self.array[numbers]).permute(0, 3, 1, 2)
 
 
 class FileImages(Images):
-    """The images of a folder, in the order of their names, whatever subfolders they are in; all of one size."""
+    """The images of a folder, in the order of their names, whatever subfolders they are in.
 
-    def __init__(self, folder: Path) -> None:
-        self.name = str(folder)
+    Args:
+        folder: which.
+        image_size: side that they are cropped to, as training data are; None takes them as they are, all of one size.
+    """
+
+    def __init__(self, folder: Path, image_size: int | None = None) -> None:
+        self.name, self.image_size = str(folder), image_size
         self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
         # the labelled overview that sample.py leaves among the samples is none of them
         self.paths = [path for path in self.paths if path.name != "grid.png"]
@@ -84,16 +92,20 @@ class FileImages(Images):
             raise UserError(f"{folder} has no images ({', '.join(EXTENSIONS)} are looked for)")
         self.count = len(self.paths)
 
+    @functools.cached_property
+    def identity(self) -> str:
+        return f"{self.name}, size {self.image_size}, files {stamp(*self.paths)}"
+
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         arrays = []
         for number in numbers:
             try:
                 with Image.open(self.paths[number]) as image:
-                    arrays.append(np.array(image.convert("RGB")))
+                    arrays.append(_pixels(image.convert("RGB"), self.image_size))
             except (OSError, UnidentifiedImageError, SyntaxError) as error:
                 raise UserError(f"corrupt image {self.paths[number]} ({error}); repair or remove it") from error
         if len({array.shape for array in arrays}) > 1:
-            raise UserError(f"the images of {self.name} are of different sizes: crop them to one first")
+            raise UserError(f"the images of {self.name} are of different sizes: crop them by --image-size SIDE")
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
@@ -103,15 +115,23 @@ class DataImages(Images):
     def __init__(self, spec: str, image_size: int | None) -> None:
         self.data = open_images(spec, image_size)
         self.name, self.count, self.labels = spec, len(self.data), np.asarray(self.data.labels)
+        self.classes = len(self.data.classes)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        return f"{self.name}, size {self.data.image_size}, list {self.data.fingerprint()}, files {stamp(self.name)}"
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.stack([self.data[int(number)][0] for number in numbers])
 
 
 class RegisteredImages(Images):
-    """A data set that torch-fidelity knows by name, such as ``cifar10-train``, from its usual place or downloaded."""
+    """A data set that torch-fidelity knows by name, such as ``cifar10-train``, from its usual place or downloaded.
 
-    def __init__(self, name: str) -> None:
+    ``image_size`` is the side that its images are cropped to; None takes them as they are.
+    """
+
+    def __init__(self, name: str, image_size: int | None = None) -> None:
         root = Path(torch.hub.get_dir()).parent / "fidelity_datasets"
         try:
             self.data = DATASETS_REGISTRY[name](str(root), True)
@@ -119,25 +139,40 @@ class RegisteredImages(Images):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             mend = f"put torchvision's files into {root}"
             raise UserError(f"the data set {name} can't be had ({reason}): {mend}") from error
-        self.name, self.count = name, len(self.data)
+        self.name, self.count, self.image_size = name, len(self.data), image_size
+        self.identity = f"{name}, size {image_size}"
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
-        return torch.stack([self.data[int(number)] for number in numbers])
+        pictures = [Image.fromarray(self.data[int(number)].permute(1, 2, 0).numpy()) for number in numbers]
+        arrays = [_pixels(picture, self.image_size) for picture in pictures]
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def _pixels(picture: Image.Image, image_size: int | None) -> np.ndarray:
+    """An RGB picture as (H, W, 3) uint8, cropped as training data are; None leaves it as it is."""
+    return np.array(picture if image_size is None else centre_crop(picture, image_size))
 
 
 class CacheImages(Images):
     """The images of a latent cache, decoded by its VAE from the posterior means: what a perfect generator could give.
 
+    Args:
+        folder: the cache.
+        vae: its VAE; None takes the one that its manifest names.
+        device: where the VAE decodes.
+
     Raises:
         UserError: the cache is damaged, or the VAE is not the one that made it.
     """
 
-    def __init__(self, folder: str, vae: str | None) -> None:
+    def __init__(self, folder: str, vae: str | None = None, device: torch.device | str = "cpu") -> None:
         cache = CachedLatents(folder)
         name = vae or cache.manifest.vae
-        self.vae = load_vae(name)
+        self.vae = load_vae(name, device)
         cache.check(self.vae, name)
         self.cache, self.name, self.count, self.labels = cache, folder, len(cache), np.asarray(cache.labels)
+        self.classes = len(cache.classes)
+        self.identity = f"{folder}, VAE {name}, files {stamp(cache.folder / MANIFEST)}"
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         mean = torch.from_numpy(self.cache.moments(numbers, np.zeros(len(numbers), dtype=bool)))[:, 0].float()
@@ -147,15 +182,21 @@ class CacheImages(Images):
 
 @dataclass(frozen=True)
 class Statistics:
-    """An ADM reference: the moments of its features and of its spatial features, and some of its images."""
+    """An ADM reference: the moments of its features and of its spatial features, and some of its images.
+
+    ``name`` and ``identity`` are as those of :class:`Images`.
+    """
 
     name: str
     features: Moments
     spatial: Moments | None
     images: ArrayImages | None
+    identity: str = ""
 
 
-def open_reference(spec: str, image_size: int | None = None, vae: str | None = None) -> Images | Statistics:
+def open_reference(
+    spec: str, image_size: int | None = None, vae: str | None = None, device: torch.device | str = "cpu"
+) -> Images | Statistics:
     """Open a reference: ADM statistics, or whatever :func:`open_samples` opens.
 
     Raises:
@@ -167,32 +208,42 @@ def open_reference(spec: str, image_size: int | None = None, vae: str | None = N
         if "mu" in arrays or "sigma" in arrays:
             return _statistics(path, arrays)
         return _images_of(path, arrays)
-    return open_samples(spec, image_size, vae)
+    return open_samples(spec, image_size, vae, device)
 
 
-def open_samples(spec: str, image_size: int | None = None, vae: str | None = None) -> Images:
+def open_samples(
+    spec: str, image_size: int | None = None, vae: str | None = None, device: torch.device | str = "cpu"
+) -> Images:
     """Open images: an npz with ``arr_0``, a folder of images, a latent cache, or a data set: ``digits``, another of
     ``train.py --data``, or one that torch-fidelity has registered.
 
     Args:
         spec: which.
-        image_size: side that a data set's images are cropped to; None as they are.
+        image_size: side that the images of folders and data sets are cropped to; None takes a folder's as they are,
+            and a data set's at its own size (256 for tar files). An npz's and a latent cache's are always as they are.
         vae: the VAE of a latent cache; None takes the one that its manifest names.
+        device: where a latent cache is decoded.
 
     Raises:
         UserError: there is no such thing, or it is of a wrong form.
     """
+    if image_size is not None and image_size < 1:
+        raise UserError(f"--image-size {image_size} must be positive")
     path = Path(spec)
     if path.suffix == ".npz":
         return _images_of(path, _read_npz(path))
     if is_cache(path):
-        return CacheImages(spec, vae)
+        return CacheImages(spec, vae, device)
     if path.is_dir():
         packed = path / "samples.npz"
-        return open_samples(str(packed)) if packed.is_file() else FileImages(path)
+        if packed.is_file():
+            return open_samples(str(packed))
+        if only_tars(path) or (image_size is not None and has_classes(path)):
+            return DataImages(spec, image_size)
+        return FileImages(path, image_size)
     if not path.exists() and spec in DATASETS_REGISTRY:
-        return RegisteredImages(spec)
-    if not path.exists() and (spec.split(":")[0] == "digits" or ":" in spec):
+        return RegisteredImages(spec, image_size)
+    if path.is_file() or spec.split(":")[0] == "digits" or ":" in spec:
         return DataImages(spec, image_size)
     raise UserError(f"{spec}: no such folder, npz file or data set")
 
@@ -231,4 +282,5 @@ def _statistics(path: Path, arrays: dict[str, np.ndarray]) -> Statistics:
         return Moments(mean, covariance)
 
     images = _images_of(path, arrays) if "arr_0" in arrays else None
-    return Statistics(str(path), moments("mu", "sigma"), moments("mu_s", "sigma_s"), images)
+    identity = f"{path}, files {stamp(path)}"
+    return Statistics(str(path), moments("mu", "sigma"), moments("mu_s", "sigma_s"), images, identity)
