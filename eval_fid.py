@@ -25,8 +25,10 @@ from sit.metrics.evaluate import GeneratedImages, evaluate
 from sit.metrics.extractors import FeatureWeights, get_extractor
 from sit.metrics.reference import make_reference
 from sit.metrics.sources import open_reference, open_samples
+from sit.precision import Precision, for_sampling
 from sit.published import FileHints
 from sit.sampler import SamplerConfig
+from sit.sampling import height_and_width
 
 
 @dataclass
@@ -62,6 +64,8 @@ class Arguments:
     """a VAE's name on the Hub or folder, instead of the checkpoint's or the latent cache's"""
     judge: str | None = None
     """a folder of sit.train_classifier, whose word is taken for the samples' classes: class accuracy"""
+    precision: Precision | None = None
+    """of the network; None is tf32 on GPUs, as published, and float32 elsewhere. Features are made in float32"""
     compile: bool | None = None
     """torch.compile the network, on GPUs with CUDA graphs; None does so on GPUs from 1000 network evaluations on"""
     device: str | None = None
@@ -109,11 +113,16 @@ def main(arguments: Arguments) -> None:
     if save is not None and (save.suffix != ".npz" or save.exists()):
         raise UserError(f"--save {save} must be a new file that ends in .npz")
 
-    size = (arguments.image_size,) * 2 if isinstance(arguments.image_size, int) else arguments.image_size
+    size = height_and_width(arguments.image_size)
 
     if arguments.ckpt is not None:
         loaded = load_for_sampling(
-            arguments.ckpt, vae=arguments.vae, device=device, image_size=size, **vars(arguments.published)
+            arguments.ckpt,
+            vae=arguments.vae,
+            device=device,
+            dtype=for_sampling(arguments.precision, device),
+            image_size=size,
+            **vars(arguments.published),
         )
         count = arguments.num_samples or (1_000 if name == "digits" else 50_000)
         evaluations = math.ceil(count / state.num_processes / arguments.batch_size) * arguments.sampler.steps

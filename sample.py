@@ -22,7 +22,7 @@ from sit.precision import Precision, for_sampling
 from sit.previews import labelled_grid, save_png
 from sit.published import FileHints
 from sit.sampler import SamplerConfig
-from sit.sampling import SampleWriter, balanced_labels, check_labels, latent_shape_for, sample_images
+from sit.sampling import SampleWriter, balanced_labels, check_labels, height_and_width, latent_shape_for, sample_images
 
 GRID_LIMIT = 100
 """images in the grid at most"""
@@ -44,8 +44,8 @@ class Arguments:
     """sample i under a seed is the same image however many are made at a time"""
     batch_size: int = 64
     """images made at a time"""
-    image_size: tuple[int, int] | None = None
-    """height and width; None as the network was trained, which published files without a positional table don't tell"""
+    image_size: int | tuple[int, int] | None = None
+    """side, or height and width; None as the network was trained (some published files don't tell: give it then)"""
     vae: str | None = None
     """a VAE's name on the Hub or folder, instead of the checkpoint's"""
     precision: Precision | None = None
@@ -63,13 +63,13 @@ def main(arguments: Arguments) -> None:
         raise UserError(f"--num-samples must be at least 1, not {arguments.num_samples}")
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {arguments.batch_size}")
-    device = pick_device(arguments.device)
+    device, size = pick_device(arguments.device), height_and_width(arguments.image_size)
     loaded = load_for_sampling(
         arguments.ckpt,
         vae=arguments.vae,
         device=device,
         dtype=for_sampling(arguments.precision, device),
-        image_size=arguments.image_size,
+        image_size=size,
         **vars(arguments.published),
     )
     every = range(loaded.model.config.num_classes)
@@ -80,7 +80,7 @@ def main(arguments: Arguments) -> None:
     evaluations = math.ceil(count / arguments.batch_size) * arguments.sampler.steps
     if should_compile(arguments.compile, loaded.device, print, evaluations >= WORTH_IT):
         compile_for_sampling(loaded.model)
-    latent_shape_for(loaded, arguments.image_size)  # a size that doesn't fit is told before anything is made
+    latent_shape_for(loaded, size)  # a size that doesn't fit is told before anything is made
 
     with (
         atomic_folder(folder) as place,
@@ -99,7 +99,7 @@ def main(arguments: Arguments) -> None:
             balanced_labels(indices.tolist(), labels),
             seed=arguments.seed,
             config=arguments.sampler,
-            image_size=arguments.image_size,
+            image_size=size,
             batch_size=arguments.batch_size,
             on_step=on_step,
         ):

@@ -39,6 +39,7 @@ from sit.metrics.extractors import Extractor, FeatureWeights, get_extractor
 from sit.metrics.sources import Images, Statistics, open_reference
 from sit.model import SiT
 from sit.plan import multiply_accumulates
+from sit.precision import allow_tf32
 from sit.previews import labelled_grid, save_png
 from sit.report import markdown, plot_losses, plot_metrics
 from sit.runs import read_metrics
@@ -315,6 +316,7 @@ def compare(arguments: Arguments) -> Path:
     """
     runs = open_runs(arguments.runs, arguments.at_steps)
     device = pick_device(arguments.device)
+    allow_tf32(device)
     on_digits = runs[0].config.data.split(":")[0] == "digits"
     if arguments.reference is None and not on_digits:
         raise UserError("give --reference: only runs on the digits have one by themselves")

@@ -16,6 +16,7 @@ from sit.checkpoint import Loaded, load_for_sampling
 from sit.errors import UserError
 from sit.kernel_pictures import describe_kernels, draw_kernels, kernels_at
 from sit.latents import decode
+from sit.precision import allow_tf32
 from sit.previews import labelled_grid
 from sit.sampler import KeyedNoise, OnStep, SamplerConfig
 from sit.sampling import check_labels, latent_shape_for, sample_images
@@ -88,6 +89,7 @@ def open_players(
     if not 1 <= len(paths) <= 2:
         raise UserError(f"give one run or two, not {len(paths)}: python -m sit.demo RUN [RUN2]")
     players = []
+    allow_tf32(torch.device(device))
     for path in paths:
         loaded = load_for_sampling(path, vae=vae, device=device, image_size=image_size)
         players.append(Player(path, loaded, image_size, vae))

@@ -41,6 +41,11 @@ def check_labels(labels: Sequence[int], classes: int) -> list[int]:
     return list(labels)
 
 
+def height_and_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """What ``--image-size`` means: one number is the side of a square."""
+    return (size, size) if isinstance(size, int) else size
+
+
 def latent_shape_for(loaded: Loaded, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
     """Shape (c, h, w) of the latents for images of ``image_size`` (height, width); None means as it was trained.
 

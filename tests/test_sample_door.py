@@ -49,12 +49,25 @@ def test_another_image_size(checkpoint, tmp_path):
         assert archive["arr_0"].shape == (2, 48, 32, 3)
 
 
+def test_precision(checkpoint, tmp_path):
+    """bfloat16 is near float32 and not the same; one number is the side of a square."""
+    images = {}
+    for precision in ("float32", "bfloat16"):
+        run("--ckpt", checkpoint, "--steps", 3, "--num-samples", 2, "--precision", precision, "--image-size", 48,
+            "--out", tmp_path / precision)  # fmt: skip
+        with np.load(tmp_path / precision / "samples.npz") as archive:
+            images[precision] = archive["arr_0"].astype(float)
+    assert images["float32"].shape == (2, 48, 48, 3)
+    assert 0 < np.abs(images["float32"] - images["bfloat16"]).mean() < 2
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["--steps", "0"], "--steps must be at least 1"),
         (["--steps", "-5"], "--steps must be at least 1"),
         (["--labels", "10"], "--labels 10 is out of range: this network has the classes 0 to 9"),
+        (["--device", "cpu", "--precision", "tf32"], "--precision tf32 is for GPUs, and this is cpu"),
         (["--sampler", "magic"], "invalid choice 'magic'"),
         (["--sampler", "ode", "--method", "heun9"], "the methods of --sampler ode are .*dopri5"),
         (["--num-samples", "0"], "--num-samples must be at least 1"),

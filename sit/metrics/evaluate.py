@@ -75,7 +75,8 @@ class GeneratedImages(Images):
         if place.is_dir():  # the weights and what else sampling depends on, but not the training's state
             read = [place / "transformer", place / "transport", *sorted(place.glob("*.safetensors"))]
         files = stamp(*read, loaded.vae_source or "")
-        self.identity = f"{self.name}, VAE {loaded.vae_source}, {hints or FileHints()}, files {files}"
+        precision = f"{loaded.model.dtype}, products in {torch.get_float32_matmul_precision()} precision"
+        self.identity = f"{self.name}, VAE {loaded.vae_source}, {hints or FileHints()}, {precision}, files {files}"
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         indices = torch.from_numpy(numbers)

@@ -13,6 +13,7 @@ from torch import nn
 
 from sit.errors import UserError
 from sit.integrity import stamp
+from sit.precision import full_float32
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -44,10 +45,10 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> dict[str, np.ndarray]:
-        """Features of images (B, 3, H, W) uint8, as float32 arrays."""
-        return {
-            name: values.float().cpu().numpy() for name, values in zip(self.outputs, self.network(images), strict=True)
-        }
+        """Features of images (B, 3, H, W) uint8, as float32 arrays, computed without TF32."""
+        with full_float32():
+            found = self.network(images)
+        return {name: values.float().cpu().numpy() for name, values in zip(self.outputs, found, strict=True)}
 
 
 def digits_extractor(device: torch.device, weights: str | None = None) -> Extractor:
