@@ -148,7 +148,7 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.network: SiT = self.accelerator.unwrap_model(self.model)
         ema = EMAModel(averaged_parameters(self.network), decay=config.ema_decay, foreach=True)
-        self.state = TrainingState(self.network, self.optimizer.optimizer, ema)
+        self.state = TrainingState(self.network, self.optimizer.optimizer, ema, self.accelerator.scaler)
 
     def begun_folder(self) -> Path | None:
         """The folder of the run to continue; None for a new run."""
@@ -261,8 +261,9 @@ class Trainer:
                 self.optimizer.step()
                 self.state.ema.step(averaged)
             else:
-                skipped += 1
-                self.report_non_finite(loss, indices, norm, skipped)
+                skipped = self.report_non_finite(loss, indices, norm, skipped)
+                if self.accelerator.scaler is not None:
+                    self.accelerator.scaler.update()  # optimizer.step() does it otherwise
             self.optimizer.zero_grad()
             self.step += 1
             steps_since += 1
@@ -343,9 +344,23 @@ class Trainer:
             norm = norm.full_tensor()
         return norm.item()
 
-    def report_non_finite(self, loss: torch.Tensor, indices: torch.Tensor, norm: float, skipped: int) -> None:
+    def report_non_finite(self, loss: torch.Tensor, indices: torch.Tensor, norm: float, skipped: int) -> int:
+        """Warn of a skipped step; the number of them in a row, given the number ``skipped`` before it.
+
+        A gradient that overflows under the loss scale of float16, while every loss is finite, is how that scale finds
+        its size, and does not count. A scale below 1 amplifies nothing, so what is not finite then does.
+
+        Raises:
+            UserError: there were too many in a row.
+        """
         loss, indices = self.accelerator.gather((loss, indices))
         bad = indices[~loss.isfinite()].tolist()
+        scale = 0.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+        if scale >= 1 and not bad:
+            if self.accelerator.is_main_process:
+                tqdm.write(f"step {self.step + 1}: gradient overflow at the loss scale {scale:g}; the step is skipped")
+            return skipped
+        skipped += 1
         values = sorted({str(value) for value in loss[~loss.isfinite()].tolist()})
         what = f"gradient norm {norm} of images {indices.tolist()}"
         if bad:
@@ -355,6 +370,7 @@ class Trainer:
             raise UserError(f"{message}: stopped, as --non-finite-limit is {self.config.non_finite_limit}")
         if self.accelerator.is_main_process:
             tqdm.write(f"warning: {message}")
+        return skipped
 
     def asked_to_stop(self, stop: StopSignal) -> bool:
         """Whether any process got the signal; all of them agree."""

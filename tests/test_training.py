@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,6 +173,77 @@ def test_a_step_that_is_not_finite_is_named_skipped_and_in_the_end_fatal(tmp_pat
     trainer.forward_backward = lambda batch: second(batch | {"latents": batch["latents"] * float("inf")})
     with pytest.raises(UserError, match="step 2: loss nan .* --non-finite-limit is 2"):
         trainer.run()
+
+
+def in_float16(config: TrainConfig, **scaling) -> Trainer:
+    """A trainer that autocasts to float16 and scales the loss, as Accelerate has it on GPUs; here on the CPU."""
+    trainer = Trainer(config)
+    set_up_processes = trainer.set_up_processes
+
+    def set_up_with_scaler():
+        set_up_processes()
+        accelerator = trainer.accelerator
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        accelerator.scaler = torch.amp.GradScaler("cpu", **scaling)
+
+    trainer.set_up_processes = set_up_with_scaler
+    return trainer
+
+
+def test_float16_overflows_until_the_loss_scale_fits(tmp_path, capsys):
+    """The scale falls by itself; neither the weights nor their average move until it fits, and no limit is reached."""
+    config = small(tmp_path / "a", steps=5, checkpoint_every=1, keep_last=0, non_finite_limit=1)
+    trainer = in_float16(config, init_scale=2.0**60, backoff_factor=2.0**-25)
+    trainer.run()
+    assert "step 2: gradient overflow at the loss scale 3.43597e+10; the step is skipped" in capsys.readouterr().out
+    assert trainer.accelerator.scaler.get_scale() == 2.0**10
+    assert trainer.state.ema.optimization_step == 3
+    first, second, third = (weights(tmp_path / "a", step) for step in (1, 2, 3))
+    assert same(first, second) and not same(second, third)
+    assert [row["step"] for row in read_metrics(tmp_path / "a" / "metrics.jsonl")] == [3, 4, 5]
+
+
+def test_float16_does_not_hide_a_loss_that_is_not_finite(tmp_path):
+    trainer = in_float16(small(tmp_path / "a", non_finite_limit=2))
+    original = trainer.forward_backward
+    trainer.forward_backward = lambda batch: original(batch | {"latents": batch["latents"] * float("nan")})
+    with pytest.raises(UserError, match="step 2: loss nan .* --non-finite-limit is 2"):
+        trainer.run()
+
+
+def test_float16_ends_when_no_loss_scale_fits(tmp_path):
+    trainer = in_float16(small(tmp_path / "a", non_finite_limit=2), init_scale=2.0)
+    original = trainer.gradient_norm
+
+    def gradient_norm(parameters):
+        parameters[-1].grad.fill_(float("inf"))
+        return original(parameters)
+
+    trainer.gradient_norm = gradient_norm
+    with pytest.raises(UserError, match="step 4: gradient norm inf .* --non-finite-limit is 2"):
+        trainer.run()
+
+
+def test_float16_resumes_exactly(tmp_path):
+    scaling = dict(init_scale=2.0**10, growth_interval=3)
+    in_float16(small(tmp_path / "a"), **scaling).run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    stopped = in_float16(small(tmp_path / "b"), **scaling)
+    stop_after(stopped, 4)
+    with pytest.raises(SystemExit):
+        stopped.run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    resumed = in_float16(small(tmp_path / "b", resume="auto"), **scaling)
+    resumed.run()
+    assert resumed.accelerator.scaler.get_scale() == 2.0**12
+    assert same(weights(tmp_path / "a", 6), weights(tmp_path / "b", 6))
+
+
+def test_float16_goes_on_from_a_checkpoint_without_loss_scale(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "a")
+    resumed = in_float16(small(tmp_path / "a", steps=7, resume="auto"), init_scale=2.0**9)
+    resumed.run()
+    assert resumed.step == 7 and resumed.accelerator.scaler.get_scale() == 2.0**9
 
 
 def test_the_objective_is_stored_in_the_checkpoint(tmp_path):
