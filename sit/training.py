@@ -29,7 +29,7 @@ from sit.loader import Batch, training_batches
 from sit.mixers import parse_mixers
 from sit.model import MODELS, SiT, check_model_name, create_model
 from sit.previews import labelled_grid, save_png
-from sit.runs import JsonLinesTracker, clear_leftovers, new_run_folder, prune_checkpoints, replaced
+from sit.runs import JsonLinesTracker, clear_leftovers, new_run_folder, prune_checkpoints, set_aside_later
 from sit.sampler import SamplerConfig, generate
 from sit.training_data import open_training_data
 from sit.training_state import TrainingState, averaged_parameters, ema_weights
@@ -190,6 +190,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             made = [self._make_run_folder()]
             clear_leftovers(made[0])
+            if self.checkpoint is not None and (aside := set_aside_later(made[0], self.checkpoint)):
+                self.accelerator.print(f"the checkpoints beyond {self.checkpoint} are set aside in {aside}")
         if self.accelerator.num_processes > 1:
             torch.distributed.broadcast_object_list(made)
         self.folder = made[0]
@@ -419,25 +421,24 @@ class Trainer:
         averaged, raw, optimizer = self.state.gather()
         if self.accelerator.is_main_process:
             folder = self.folder / "checkpoints" / f"step-{self.step:07d}"
-            with replaced(folder):
-                info = CheckpointInfo(
-                    step=self.step,
-                    images_seen=self.step * config.batch_size,
-                    image_size=(config.image_size, config.image_size),
-                    classes=len(self.data.classes),
-                    label_names=list(self.data.classes),
-                    data=config.data,
-                    mixer=config.mixer,
-                )
-                save_checkpoint(
-                    folder,
-                    model=self.network,
-                    weights=averaged,
-                    transport=self.transport,
-                    vae_source=self.folder / "vae" if (self.folder / "vae").is_dir() else config.vae,
-                    info=info,
-                    training_state=lambda inside: self.state.save(inside, raw, optimizer),
-                )
+            info = CheckpointInfo(
+                step=self.step,
+                images_seen=self.step * config.batch_size,
+                image_size=(config.image_size, config.image_size),
+                classes=len(self.data.classes),
+                label_names=list(self.data.classes),
+                data=config.data,
+                mixer=config.mixer,
+            )
+            save_checkpoint(
+                folder,
+                model=self.network,
+                weights=averaged,
+                transport=self.transport,
+                vae_source=self.folder / "vae" if (self.folder / "vae").is_dir() else config.vae,
+                info=info,
+                training_state=lambda inside: self.state.save(inside, raw, optimizer),
+            )
             prune_checkpoints(find_checkpoints(self.folder), config.keep_last, config.keep_every)
         self.accelerator.wait_for_everyone()
 

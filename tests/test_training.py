@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from sit.checkpoint import load_for_sampling
 from sit.config import TrainConfig, load_recipe
 from sit.errors import UserError
+from sit.integrity import INDEX, write_json
 from sit.runs import prune_checkpoints, read_metrics
 from sit.training import REQUEUE_EXIT, Trainer, learning_rate_at, train
 
@@ -107,6 +108,45 @@ def stop_after(trainer: Trainer, step: int) -> None:
         return original(batch)
 
     trainer.forward_backward = forward_backward
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(place.name for place in folder.iterdir())
+
+
+def test_an_older_checkpoint_goes_on_without_the_later_ones(finished, tmp_path, capsys):
+    """Later checkpoints of the abandoned trajectory are set aside: not continued, sampled from, or counted."""
+    run = tmp_path / "a"
+    shutil.copytree(finished, run)
+    older = str(run / "checkpoints" / "step-0000003")
+    trainer = Trainer(small(run, resume=older, steps=9, keep_last=1, learning_rate=2e-3))
+    stop_after(trainer, 4)
+    with pytest.raises(SystemExit):
+        trainer.run()
+    aside = run / "checkpoints-abandoned-1"
+    assert f"the checkpoints beyond {older} are set aside in {aside}" in capsys.readouterr().out
+    assert names(run / "checkpoints") == ["step-0000004"]
+    assert names(aside) == ["metrics.jsonl", "step-0000006"]
+    assert read_metrics(aside / "metrics.jsonl")[-1]["step"] == 6
+    assert load_for_sampling(run).info.step == 4
+    assert same(weights(finished, 6), load_file(aside / "step-0000006/training/model.safetensors"))
+
+    # back to the abandoned trajectory, a checkpoint of which is one like any other
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(small(run, resume=str(aside / "step-0000006"), steps=7))
+    assert names(run / "checkpoints") == ["step-0000004", "step-0000007"]
+
+
+def test_a_damaged_newest_checkpoint_does_not_outlive_the_whole_ones(finished, tmp_path):
+    run = tmp_path / "a"
+    shutil.copytree(finished, run)
+    (run / "checkpoints" / "step-0000006" / "sit.json").unlink()
+    trainer = Trainer(small(run, resume="auto", steps=9, keep_last=1))
+    stop_after(trainer, 4)
+    with pytest.raises(SystemExit):
+        trainer.run()
+    assert load_for_sampling(run).info.step == 4
+    assert names(run / "checkpoints-abandoned-1") == ["metrics.jsonl", "step-0000006"]
 
 
 def test_the_moving_average(finished):
@@ -277,8 +317,14 @@ def test_which_checkpoints_are_kept(tmp_path):
     folders = [(step, tmp_path / f"step-{step}") for step in range(1, 8)]
     for _, folder in folders:
         folder.mkdir()
+        write_json(folder / INDEX, {"files": {}})
+    (folders[4][1] / INDEX).unlink()
     prune_checkpoints(folders, keep_last=2, keep_every=3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3", "step-6", "step-7"]
+    kept = ["step-3", "step-5", "step-6", "step-7"]  # step 5 is damaged
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
+    (folders[6][1] / INDEX).unlink()
+    prune_checkpoints([folders[i] for i in (2, 4, 5, 6)], keep_last=1, keep_every=None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept[1:]  # a damaged one is none of the last
 
 
 def test_a_row_cut_off_in_the_writing_is_left_out(tmp_path):
