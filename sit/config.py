@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -130,9 +131,19 @@ class TrainConfig:
         for name in ("warmup_steps", "workers", "preview_every", "keep_last", "weight_decay", "repa_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{_flag(name)} can't be negative: {getattr(self, name)}")
+        for name in ("learning_rate", "final_learning_rate", "preview_cfg_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{_flag(name)} must be a number of at least 0, not {value}")
         for name in ("class_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} must be in [0, 1), not {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas must be two numbers in [0, 1), not {self.betas[0]} {self.betas[1]}")
+        if self.preview_every and self.preview_steps < 2:
+            raise UserError(
+                "--preview-steps 1 leaves the SDE no step before its last one: use at least 2, or --preview-every 0"
+            )
         if self.batch_size % self.gradient_accumulation:
             raise UserError(
                 f"--batch-size {self.batch_size} can't be divided into --gradient-accumulation "

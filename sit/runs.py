@@ -6,10 +6,11 @@ import itertools
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers, on_main_process
 
 from sit.checkpoint import find_checkpoints, read_info
 from sit.errors import UserError
@@ -31,6 +32,19 @@ def new_run_folder(output_dir: str | None, label: str) -> Path:
         if not folder.exists():
             return new_output(folder, "--output-dir")
     raise UserError(f"runs/{stem} and a hundred names like it are taken; give --output-dir")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Whether Accelerate has all trackers of ``--trackers`` here.
+
+    Raises:
+        UserError: it does not know one, or one's package is not installed.
+    """
+    installed = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in installed:
+            what = "its package is not installed" if name in LOGGER_TYPE_TO_CLASS else "Accelerate has no such tracker"
+            raise UserError(f"--trackers {name}: {what}; there are here: {', '.join(installed) or 'none'}")
 
 
 class JsonLinesTracker(GeneralTracker):

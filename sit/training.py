@@ -29,7 +29,14 @@ from sit.loader import Batch, training_batches
 from sit.mixers import parse_mixers
 from sit.model import MODELS, SiT, check_model_name, create_model
 from sit.previews import labelled_grid, save_png
-from sit.runs import JsonLinesTracker, clear_leftovers, new_run_folder, prune_checkpoints, set_aside_later
+from sit.runs import (
+    JsonLinesTracker,
+    check_trackers,
+    clear_leftovers,
+    new_run_folder,
+    prune_checkpoints,
+    set_aside_later,
+)
 from sit.sampler import SamplerConfig, generate
 from sit.training_data import open_training_data
 from sit.training_state import TrainingState, averaged_parameters, ema_weights
@@ -166,6 +173,7 @@ class Trainer:
         config = self.config
         parse_mixers(config.mixer)
         check_model_name(config.model)
+        check_trackers(config.trackers)
         if config.repa is not None:
             check_block(config.repa_block, MODELS[config.model]["depth"])
         if config.resume == "auto" and config.output_dir is None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -340,9 +341,13 @@ def test_a_row_cut_off_in_the_writing_is_left_out(tmp_path):
         (dict(model="SiT-XXL/2"), "unknown model 'SiT-XXL/2'"),
         (dict(data="/no/such/folder"), "--data /no/such/folder"),
         (dict(resume="auto", output_dir=None), "--resume auto needs --output-dir"),
+        (dict(mixer="atconv:kernel_size=["), "is not a YAML scalar"),
+        (dict(trackers=("foo",)), "--trackers foo: Accelerate has no such tracker; there are here: .*tensorboard"),
+        (dict(trackers=("tensorboard", "absent")), "--trackers absent: its package is not installed"),
     ],
 )
-def test_mistakes_leave_no_run_folder(tmp_path, changes, words):
+def test_mistakes_leave_no_run_folder(tmp_path, monkeypatch, changes, words):
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "absent", GeneralTracker)
     with pytest.raises(UserError, match=words):
         train(small(tmp_path / "a", **changes))
     assert not list(tmp_path.iterdir())
