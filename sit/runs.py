@@ -119,9 +119,16 @@ def set_aside_later(run: Path, checkpoint: Path) -> Path | None:
     return aside
 
 
+def clear_start(run: str | Path) -> None:
+    """Delete what a process killed before ``config.yaml`` was whole left of it, so that the folder is empty again."""
+    for leftover in Path(run).glob(".config.yaml.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def clear_leftovers(run: Path) -> None:
-    """Delete what a killed process left half-written or half-deleted among a run's checkpoints."""
-    for leftover in (run / "checkpoints").glob(".step-*"):
+    """Delete what a killed process left half-written or half-deleted in a run's folder and among its checkpoints."""
+    clear_start(run)
+    for leftover in [*run.glob(".vae.*.tmp"), *(run / "checkpoints").glob(".step-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
 
 

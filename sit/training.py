@@ -33,6 +33,7 @@ from sit.runs import (
     JsonLinesTracker,
     check_trackers,
     clear_leftovers,
+    clear_start,
     new_run_folder,
     prune_checkpoints,
     set_aside_later,
@@ -181,6 +182,7 @@ class Trainer:
         if (folder := self.begun_folder()) is not None:
             check_same_run(config, folder)
         elif config.output_dir is not None:
+            clear_start(config.output_dir)
             refuse_used(config.output_dir, "--output-dir")
         self.step, self.checkpoint = 0, None
         if config.resume == "auto":
@@ -214,9 +216,10 @@ class Trainer:
         folder = self.begun_folder()
         if folder is None:
             folder = new_run_folder(config.output_dir, label)
-            self.opened.save_vae(folder / "vae")
-        with atomic_write(folder / "config.yaml") as temporary:
+        with atomic_write(folder / "config.yaml") as temporary:  # first: it makes the folder a run that --resume knows
             temporary.write_text(dataclasses.replace(config, resume=None, output_dir=str(folder)).to_yaml())
+        if not (folder / "vae").is_dir():
+            self.opened.save_vae(folder / "vae")
         return folder
 
     def take_up_state(self) -> None:

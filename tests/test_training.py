@@ -25,6 +25,7 @@ from sit.errors import UserError
 from sit.integrity import INDEX, write_json
 from sit.runs import prune_checkpoints, read_metrics
 from sit.training import REQUEUE_EXIT, Trainer, learning_rate_at, train
+from sit.training_data import Opened
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -351,6 +352,31 @@ def test_mistakes_leave_no_run_folder(tmp_path, monkeypatch, changes, words):
     with pytest.raises(UserError, match=words):
         train(small(tmp_path / "a", **changes))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_killed_while_its_folder_is_made_begins_again(tmp_path, monkeypatch, saved):
+    original = Opened.save_vae
+
+    def save_and_die(opened, folder):
+        if saved:
+            original(opened, folder)
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Opened, "save_vae", save_and_die)
+        train(small(tmp_path / "a", steps=1))
+    (tmp_path / "a" / ".vae.1.tmp").mkdir()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(small(tmp_path / "a", steps=1, resume="auto"))
+    assert names(tmp_path / "a") == ["checkpoints", "config.yaml", "metrics.jsonl", "vae"]
+    assert load_for_sampling(tmp_path / "a").vae is not None
+
+
+def test_a_config_that_was_cut_off_is_not_in_the_way(tmp_path):
+    (tmp_path / ".config.yaml.1.tmp").write_text("data: di")
+    train(small(tmp_path, steps=1, resume="auto"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_folder_with_another_run_is_refused(finished):
