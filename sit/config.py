@@ -52,9 +52,9 @@ class TrainConfig:
     loss_weight: Literal["none", "velocity", "likelihood"] = "none"
     """weight of the loss over time, for score and noise prediction"""
     train_eps: float | None = None
-    """how far training stays from the singular ends of time; None is the published value"""
+    """how far training stays from time's singular ends; None: as published. Ignored by velocity with linear or gvp"""
     sample_eps: float | None = None
-    """how far sampling stays from them; None is the published value"""
+    """the same for sampling"""
 
     repa: str | None = None
     """align tokens with a frozen encoder (REPA): a timm model, e.g. vit_base_patch14_dinov2.lvd142m, or a folder"""
