@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -51,9 +52,9 @@ class TrainConfig:
     loss_weight: Literal["none", "velocity", "likelihood"] = "none"
     """weight of the loss over time, for score and noise prediction"""
     train_eps: float | None = None
-    """how far training stays from the singular ends of time; None is the published value"""
+    """how far training stays from time's singular ends; None: as published. Ignored by velocity with linear or gvp"""
     sample_eps: float | None = None
-    """how far sampling stays from them; None is the published value"""
+    """the same for sampling"""
 
     repa: str | None = None
     """align tokens with a frozen encoder (REPA): a timm model, e.g. vit_base_patch14_dinov2.lvd142m, or a folder"""
@@ -132,9 +133,19 @@ class TrainConfig:
         for name in ("warmup_steps", "workers", "preview_every", "keep_last", "weight_decay", "repa_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{_flag(name)} can't be negative: {getattr(self, name)}")
+        for name in ("learning_rate", "final_learning_rate", "preview_cfg_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{_flag(name)} must be a number of at least 0, not {value}")
         for name in ("class_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} must be in [0, 1), not {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas must be two numbers in [0, 1), not {self.betas[0]} {self.betas[1]}")
+        if self.preview_every and self.preview_steps < 2:
+            raise UserError(
+                "--preview-steps 1 leaves the SDE no step before its last one: use at least 2, or --preview-every 0"
+            )
         if self.batch_size % self.gradient_accumulation:
             raise UserError(
                 f"--batch-size {self.batch_size} can't be divided into --gradient-accumulation "

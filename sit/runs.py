@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers, on_main_process
 
+from sit.checkpoint import find_checkpoints, read_info
 from sit.errors import UserError
 from sit.files import atomic_write, explain_os_errors, new_output
+from sit.integrity import is_whole
 
 
 def new_run_folder(output_dir: str | None, label: str) -> Path:
@@ -30,6 +32,19 @@ def new_run_folder(output_dir: str | None, label: str) -> Path:
         if not folder.exists():
             return new_output(folder, "--output-dir")
     raise UserError(f"runs/{stem} and a hundred names like it are taken; give --output-dir")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Whether Accelerate has all trackers of ``--trackers`` here.
+
+    Raises:
+        UserError: it does not know one, or one's package is not installed.
+    """
+    installed = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in installed:
+            what = "its package is not installed" if name in LOGGER_TYPE_TO_CLASS else "Accelerate has no such tracker"
+            raise UserError(f"--trackers {name}: {what}; there are here: {', '.join(installed) or 'none'}")
 
 
 class JsonLinesTracker(GeneralTracker):
@@ -79,37 +94,58 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@contextlib.contextmanager
-def replaced(folder: Path) -> Iterator[None]:
-    """Within the block, ``folder`` may be written anew; what stood there is deleted after it, or put back if it fails.
+def set_aside_later(run: Path, checkpoint: Path) -> Path | None:
+    """Move those checkpoints of a run away that going on from ``checkpoint`` meets again, whole or damaged.
 
-    A run resumed from an older checkpoint, or past a damaged one, meets the later ones again.
+    A run resumed from an older checkpoint, or past a damaged one, is another run from there on: the later checkpoints
+    must be neither continued nor counted among its own. They go to ``checkpoints-abandoned-N`` in the run's folder,
+    with a copy of the metrics so far.
+
+    Returns:
+        That folder; None if there was nothing to move.
     """
-    old = folder.with_name(f".{folder.name}.replaced")
-    if folder.exists():
-        folder.rename(old)
-    try:
-        yield
-    except BaseException:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    begun = read_info(checkpoint).step
+    later = [place for step, place in find_checkpoints(run) if step >= begun and not place.samefile(checkpoint)]
+    if not later:
+        return None
+    numbers = itertools.count(1)
+    aside = next(place for n in numbers if not (place := run / f"checkpoints-abandoned-{n}").exists())
+    with explain_os_errors(aside):
+        aside.mkdir()
+        if (run / "metrics.jsonl").is_file():
+            shutil.copy2(run / "metrics.jsonl", aside)
+        for place in later:
+            place.rename(aside / place.name)
+    return aside
+
+
+def clear_start(run: str | Path) -> None:
+    """Delete what a process killed before ``config.yaml`` was whole left of it, so that the folder is empty again."""
+    for leftover in Path(run).glob(".config.yaml.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def clear_leftovers(run: Path) -> None:
-    """Delete what a killed process left half-written or half-deleted among a run's checkpoints."""
-    for leftover in (run / "checkpoints").glob(".step-*"):
+    """Delete what a killed process left half-written or half-deleted in a run's folder and among its checkpoints."""
+    clear_start(run)
+    for leftover in [*run.glob(".vae.*.tmp"), *(run / "checkpoints").glob(".step-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def prune_checkpoints(checkpoints: list[tuple[int, Path]], keep_last: int, keep_every: int | None) -> None:
-    """Delete all but the last ``keep_last`` (0: none) and every ``keep_every`` steps of (step, folder)."""
+    """Delete all whole ones but the last ``keep_last`` (0: none) and every ``keep_every`` steps of (step, folder)."""
     if not keep_last:
         return
-    for step, folder in sorted(checkpoints)[:-keep_last]:
-        if not keep_every or step % keep_every:
-            # renamed first: a folder half deleted must not look like a checkpoint
-            doomed = folder.with_name(f".{folder.name}.deleted")
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
+    last = 0
+    for step, folder in sorted(checkpoints, reverse=True):
+        if last == keep_last and keep_every and step % keep_every == 0:
+            continue
+        if not is_whole(folder):
+            continue
+        if last < keep_last:
+            last += 1
+            continue
+        # renamed first: a folder half deleted must not look like a checkpoint
+        doomed = folder.with_name(f".{folder.name}.deleted")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)

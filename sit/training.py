@@ -30,7 +30,15 @@ from sit.mixers import parse_mixers
 from sit.model import MODELS, SiT, check_model_name, create_model
 from sit.precision import allow_tf32
 from sit.previews import labelled_grid, save_png
-from sit.runs import JsonLinesTracker, clear_leftovers, new_run_folder, prune_checkpoints, replaced
+from sit.runs import (
+    JsonLinesTracker,
+    check_trackers,
+    clear_leftovers,
+    clear_start,
+    new_run_folder,
+    prune_checkpoints,
+    set_aside_later,
+)
 from sit.sampler import SamplerConfig, generate
 from sit.training_data import open_training_data
 from sit.training_state import TrainingState, averaged_parameters, ema_weights
@@ -150,7 +158,7 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.network: SiT = self.accelerator.unwrap_model(self.model)
         ema = EMAModel(averaged_parameters(self.network), decay=config.ema_decay, foreach=True)
-        self.state = TrainingState(self.network, self.optimizer.optimizer, ema)
+        self.state = TrainingState(self.network, self.optimizer.optimizer, ema, self.accelerator.scaler)
 
     def begun_folder(self) -> Path | None:
         """The folder of the run to continue; None for a new run."""
@@ -168,6 +176,7 @@ class Trainer:
         config = self.config
         parse_mixers(config.mixer)
         check_model_name(config.model)
+        check_trackers(config.trackers)
         if config.repa is not None:
             check_block(config.repa_block, MODELS[config.model]["depth"])
         if config.resume == "auto" and config.output_dir is None:
@@ -175,6 +184,7 @@ class Trainer:
         if (folder := self.begun_folder()) is not None:
             check_same_run(config, folder)
         elif config.output_dir is not None:
+            clear_start(config.output_dir)
             refuse_used(config.output_dir, "--output-dir")
         self.step, self.checkpoint = 0, None
         if config.resume == "auto":
@@ -192,6 +202,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             made = [self._make_run_folder()]
             clear_leftovers(made[0])
+            if self.checkpoint is not None and (aside := set_aside_later(made[0], self.checkpoint)):
+                self.accelerator.print(f"the checkpoints beyond {self.checkpoint} are set aside in {aside}")
         if self.accelerator.num_processes > 1:
             torch.distributed.broadcast_object_list(made)
         self.folder = made[0]
@@ -206,9 +218,10 @@ class Trainer:
         folder = self.begun_folder()
         if folder is None:
             folder = new_run_folder(config.output_dir, label)
-            self.opened.save_vae(folder / "vae")
-        with atomic_write(folder / "config.yaml") as temporary:
+        with atomic_write(folder / "config.yaml") as temporary:  # first: it makes the folder a run that --resume knows
             temporary.write_text(dataclasses.replace(config, resume=None, output_dir=str(folder)).to_yaml())
+        if not (folder / "vae").is_dir():
+            self.opened.save_vae(folder / "vae")
         return folder
 
     def take_up_state(self) -> None:
@@ -263,8 +276,9 @@ class Trainer:
                 self.optimizer.step()
                 self.state.ema.step(averaged)
             else:
-                skipped += 1
-                self.report_non_finite(loss, indices, norm, skipped)
+                skipped = self.report_non_finite(loss, indices, norm, skipped)
+                if self.accelerator.scaler is not None:
+                    self.accelerator.scaler.update()  # optimizer.step() does it otherwise
             self.optimizer.zero_grad()
             self.step += 1
             steps_since += 1
@@ -345,9 +359,23 @@ class Trainer:
             norm = norm.full_tensor()
         return norm.item()
 
-    def report_non_finite(self, loss: torch.Tensor, indices: torch.Tensor, norm: float, skipped: int) -> None:
+    def report_non_finite(self, loss: torch.Tensor, indices: torch.Tensor, norm: float, skipped: int) -> int:
+        """Warn of a skipped step; the number of them in a row, given the number ``skipped`` before it.
+
+        A gradient that overflows under the loss scale of float16, while every loss is finite, is how that scale finds
+        its size, and does not count. A scale below 1 amplifies nothing, so what is not finite then does.
+
+        Raises:
+            UserError: there were too many in a row.
+        """
         loss, indices = self.accelerator.gather((loss, indices))
         bad = indices[~loss.isfinite()].tolist()
+        scale = 0.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+        if scale >= 1 and not bad:
+            if self.accelerator.is_main_process:
+                tqdm.write(f"step {self.step + 1}: gradient overflow at the loss scale {scale:g}; the step is skipped")
+            return skipped
+        skipped += 1
         values = sorted({str(value) for value in loss[~loss.isfinite()].tolist()})
         what = f"gradient norm {norm} of images {indices.tolist()}"
         if bad:
@@ -357,6 +385,7 @@ class Trainer:
             raise UserError(f"{message}: stopped, as --non-finite-limit is {self.config.non_finite_limit}")
         if self.accelerator.is_main_process:
             tqdm.write(f"warning: {message}")
+        return skipped
 
     def asked_to_stop(self, stop: StopSignal) -> bool:
         """Whether any process got the signal; all of them agree."""
@@ -405,25 +434,24 @@ class Trainer:
         averaged, raw, optimizer = self.state.gather()
         if self.accelerator.is_main_process:
             folder = self.folder / "checkpoints" / f"step-{self.step:07d}"
-            with replaced(folder):
-                info = CheckpointInfo(
-                    step=self.step,
-                    images_seen=self.step * config.batch_size,
-                    image_size=(config.image_size, config.image_size),
-                    classes=len(self.data.classes),
-                    label_names=list(self.data.classes),
-                    data=config.data,
-                    mixer=config.mixer,
-                )
-                save_checkpoint(
-                    folder,
-                    model=self.network,
-                    weights=averaged,
-                    transport=self.transport,
-                    vae_source=self.folder / "vae" if (self.folder / "vae").is_dir() else config.vae,
-                    info=info,
-                    training_state=lambda inside: self.state.save(inside, raw, optimizer),
-                )
+            info = CheckpointInfo(
+                step=self.step,
+                images_seen=self.step * config.batch_size,
+                image_size=(config.image_size, config.image_size),
+                classes=len(self.data.classes),
+                label_names=list(self.data.classes),
+                data=config.data,
+                mixer=config.mixer,
+            )
+            save_checkpoint(
+                folder,
+                model=self.network,
+                weights=averaged,
+                transport=self.transport,
+                vae_source=self.folder / "vae" if (self.folder / "vae").is_dir() else config.vae,
+                info=info,
+                training_state=lambda inside: self.state.save(inside, raw, optimizer),
+            )
             prune_checkpoints(find_checkpoints(self.folder), config.keep_last, config.keep_every)
         self.accelerator.wait_for_everyone()
 

@@ -12,6 +12,7 @@ from sit.cache import CachedLatents, is_cache
 from sit.config import TrainConfig
 from sit.data import open_images
 from sit.errors import UserError
+from sit.files import atomic_folder
 from sit.latents import load_vae
 from sit.loader import PixelData, TrainingData, encode_in_memory
 
@@ -30,7 +31,8 @@ class Opened:
     def save_vae(self, folder: Path) -> str | Path:
         """Keep a VAE that is not on the Hub in ``folder``; returns the folder, or the VAE's name on the Hub."""
         if self.vae_name == "digits" or Path(self.vae_name).exists():
-            self.vae.save_pretrained(folder)
+            with atomic_folder(folder) as place:
+                self.vae.save_pretrained(place)
             return folder
         return self.vae_name
 

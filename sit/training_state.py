@@ -1,4 +1,4 @@
-"""What a checkpoint holds for resuming only: the raw weights, the optimiser, and the count of EMA updates.
+"""What a checkpoint holds for resuming only: raw weights, optimiser, count of EMA updates, and float16's loss scale.
 
 State dicts are gathered whole on the main process and named by parameter (``torch.distributed.checkpoint``), so a run
 may go on with another number of processes, sharded or not.
@@ -53,10 +53,16 @@ def ema_weights(model: nn.Module, ema: EMAModel) -> Iterator[None]:
 
 
 class TrainingState:
-    """The parts of a run that change as it trains."""
+    """The parts of a run that change as it trains. Only float16 has a ``scaler`` of the loss."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> None:
-        self.model, self.optimizer, self.ema = model, optimizer, ema
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: EMAModel,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.ema, self.scaler = model, optimizer, ema, scaler
 
     def gather(self) -> tuple[dict, dict, dict]:
         """(EMA weights, raw weights, optimiser state), whole and on the CPU; every process must call it.
@@ -74,7 +80,10 @@ class TrainingState:
         """Write what :meth:`gather` gave, but the EMA weights, into ``folder``."""
         folder.mkdir(exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in raw.items()}, folder / "model.safetensors")
-        torch.save({"optimizer": optimizer, "ema_updates": self.ema.optimization_step}, folder / "optimizer.pt")
+        rest = {"optimizer": optimizer, "ema_updates": self.ema.optimization_step}
+        if self.scaler is not None:
+            rest["scaler"] = self.scaler.state_dict()
+        torch.save(rest, folder / "optimizer.pt")
 
     def load(self, checkpoint: Path) -> None:
         """Take up the state that a checkpoint folder holds; every process must call it, with the same folder."""
@@ -88,3 +97,5 @@ class TrainingState:
         self.ema.optimization_step = rest["ema_updates"]
         set_model_state_dict(self.model, raw, options=_spread())
         set_optimizer_state_dict(self.model, self.optimizer, rest["optimizer"], options=_spread())
+        if self.scaler is not None and "scaler" in rest:  # it is not in a checkpoint of another precision
+            self.scaler.load_state_dict(rest["scaler"])

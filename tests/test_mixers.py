@@ -35,6 +35,7 @@ def test_patterns():
     assert specs == [MixerSpec("attention"), MixerSpec("atconv", {"kernel_size": 5, "inhibition": False})]
     assert ",".join(map(str, specs)) == "attention,atconv:kernel_size=5:inhibition=false"
     assert needs_positional_embedding(specs) and not needs_positional_embedding(specs[1:])
+    assert parse_mixers("atconv:backend=eager")[0].options == {"backend": "eager"}  # its default, None, tells no type
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,13 @@ def test_patterns():
         ("atconv:5", "'5' is not option=value"),
         ("atconv:size=5", "no option 'size'; its options are .*kernel_size"),
         ("dico:expansion=2", "no option 'expansion'; its options are kernel_size"),
+        ("atconv:kernel_size=[", r"mixer 'atconv:kernel_size=\[': kernel_size: '\[' is not a YAML scalar"),
+        ("atconv:kernel_size=2001-13-01", "'2001-13-01' is not a YAML scalar"),
+        ("atconv:routing=fals", "mixer 'atconv': routing must be true or false, not 'fals'"),
+        ("atconv:routing=1", "routing must be true or false, not 1"),
+        ("dico:kernel_size=2.5", "kernel_size must be an integer, not 2.5"),
+        ("dico:kernel_size=true", "kernel_size must be an integer, not True"),
+        ("linear_attention:feature_map=2", "feature_map must be a word, not 2"),
     ],
 )
 def test_bad_patterns(pattern, words):
@@ -62,7 +70,6 @@ def test_bad_patterns(pattern, words):
         ("neighbourhood:backend=magic", 5, "backend must be one of auto, sdpa, flex, not 'magic'"),
         ("neighbourhood:kernel_size=4", 5, "kernel_size must be an odd number, not 4"),
         ("depthwise:kernel_size=2", 3, "kernel_size must be an odd number, not 2"),
-        ("dico:kernel_size=2.5", 3, "kernel_size must be an odd number, not 2.5"),
     ],
 )
 def test_values_that_a_mixer_refuses_are_named(pattern, heads, words):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 from safetensors.torch import load_file
 
 from sit.checkpoint import load_for_sampling
 from sit.config import TrainConfig, load_recipe
 from sit.errors import UserError
+from sit.integrity import INDEX, write_json
 from sit.runs import prune_checkpoints, read_metrics
 from sit.training import REQUEUE_EXIT, Trainer, learning_rate_at, train
+from sit.training_data import Opened
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -108,6 +112,45 @@ def stop_after(trainer: Trainer, step: int) -> None:
     trainer.forward_backward = forward_backward
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(place.name for place in folder.iterdir())
+
+
+def test_an_older_checkpoint_goes_on_without_the_later_ones(finished, tmp_path, capsys):
+    """Later checkpoints of the abandoned trajectory are set aside: not continued, sampled from, or counted."""
+    run = tmp_path / "a"
+    shutil.copytree(finished, run)
+    older = str(run / "checkpoints" / "step-0000003")
+    trainer = Trainer(small(run, resume=older, steps=9, keep_last=1, learning_rate=2e-3))
+    stop_after(trainer, 4)
+    with pytest.raises(SystemExit):
+        trainer.run()
+    aside = run / "checkpoints-abandoned-1"
+    assert f"the checkpoints beyond {older} are set aside in {aside}" in capsys.readouterr().out
+    assert names(run / "checkpoints") == ["step-0000004"]
+    assert names(aside) == ["metrics.jsonl", "step-0000006"]
+    assert read_metrics(aside / "metrics.jsonl")[-1]["step"] == 6
+    assert load_for_sampling(run).info.step == 4
+    assert same(weights(finished, 6), load_file(aside / "step-0000006/training/model.safetensors"))
+
+    # back to the abandoned trajectory, a checkpoint of which is one like any other
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(small(run, resume=str(aside / "step-0000006"), steps=7))
+    assert names(run / "checkpoints") == ["step-0000004", "step-0000007"]
+
+
+def test_a_damaged_newest_checkpoint_does_not_outlive_the_whole_ones(finished, tmp_path):
+    run = tmp_path / "a"
+    shutil.copytree(finished, run)
+    (run / "checkpoints" / "step-0000006" / "sit.json").unlink()
+    trainer = Trainer(small(run, resume="auto", steps=9, keep_last=1))
+    stop_after(trainer, 4)
+    with pytest.raises(SystemExit):
+        trainer.run()
+    assert load_for_sampling(run).info.step == 4
+    assert names(run / "checkpoints-abandoned-1") == ["metrics.jsonl", "step-0000006"]
+
+
 def test_the_moving_average(finished):
     """The saved EMA weights are the average of the raw weights of all steps, with diffusers' warm-up of the decay."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -174,6 +217,77 @@ def test_a_step_that_is_not_finite_is_named_skipped_and_in_the_end_fatal(tmp_pat
         trainer.run()
 
 
+def in_float16(config: TrainConfig, **scaling) -> Trainer:
+    """A trainer that autocasts to float16 and scales the loss, as Accelerate has it on GPUs; here on the CPU."""
+    trainer = Trainer(config)
+    set_up_processes = trainer.set_up_processes
+
+    def set_up_with_scaler():
+        set_up_processes()
+        accelerator = trainer.accelerator
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        accelerator.scaler = torch.amp.GradScaler("cpu", **scaling)
+
+    trainer.set_up_processes = set_up_with_scaler
+    return trainer
+
+
+def test_float16_overflows_until_the_loss_scale_fits(tmp_path, capsys):
+    """The scale falls by itself; neither the weights nor their average move until it fits, and no limit is reached."""
+    config = small(tmp_path / "a", steps=5, checkpoint_every=1, keep_last=0, non_finite_limit=1)
+    trainer = in_float16(config, init_scale=2.0**60, backoff_factor=2.0**-25)
+    trainer.run()
+    assert "step 2: gradient overflow at the loss scale 3.43597e+10; the step is skipped" in capsys.readouterr().out
+    assert trainer.accelerator.scaler.get_scale() == 2.0**10
+    assert trainer.state.ema.optimization_step == 3
+    first, second, third = (weights(tmp_path / "a", step) for step in (1, 2, 3))
+    assert same(first, second) and not same(second, third)
+    assert [row["step"] for row in read_metrics(tmp_path / "a" / "metrics.jsonl")] == [3, 4, 5]
+
+
+def test_float16_does_not_hide_a_loss_that_is_not_finite(tmp_path):
+    trainer = in_float16(small(tmp_path / "a", non_finite_limit=2))
+    original = trainer.forward_backward
+    trainer.forward_backward = lambda batch: original(batch | {"latents": batch["latents"] * float("nan")})
+    with pytest.raises(UserError, match="step 2: loss nan .* --non-finite-limit is 2"):
+        trainer.run()
+
+
+def test_float16_ends_when_no_loss_scale_fits(tmp_path):
+    trainer = in_float16(small(tmp_path / "a", non_finite_limit=2), init_scale=2.0)
+    original = trainer.gradient_norm
+
+    def gradient_norm(parameters):
+        parameters[-1].grad.fill_(float("inf"))
+        return original(parameters)
+
+    trainer.gradient_norm = gradient_norm
+    with pytest.raises(UserError, match="step 4: gradient norm inf .* --non-finite-limit is 2"):
+        trainer.run()
+
+
+def test_float16_resumes_exactly(tmp_path):
+    scaling = dict(init_scale=2.0**10, growth_interval=3)
+    in_float16(small(tmp_path / "a"), **scaling).run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    stopped = in_float16(small(tmp_path / "b"), **scaling)
+    stop_after(stopped, 4)
+    with pytest.raises(SystemExit):
+        stopped.run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    resumed = in_float16(small(tmp_path / "b", resume="auto"), **scaling)
+    resumed.run()
+    assert resumed.accelerator.scaler.get_scale() == 2.0**12
+    assert same(weights(tmp_path / "a", 6), weights(tmp_path / "b", 6))
+
+
+def test_float16_goes_on_from_a_checkpoint_without_loss_scale(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "a")
+    resumed = in_float16(small(tmp_path / "a", steps=7, resume="auto"), init_scale=2.0**9)
+    resumed.run()
+    assert resumed.step == 7 and resumed.accelerator.scaler.get_scale() == 2.0**9
+
+
 def test_the_objective_is_stored_in_the_checkpoint(tmp_path):
     objective = dict(interpolant="gvp", prediction="noise", loss_weight="velocity", train_eps=0.01, sample_eps=0.02)
     train(small(tmp_path / "a", steps=1, **objective))
@@ -205,8 +319,14 @@ def test_which_checkpoints_are_kept(tmp_path):
     folders = [(step, tmp_path / f"step-{step}") for step in range(1, 8)]
     for _, folder in folders:
         folder.mkdir()
+        write_json(folder / INDEX, {"files": {}})
+    (folders[4][1] / INDEX).unlink()
     prune_checkpoints(folders, keep_last=2, keep_every=3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3", "step-6", "step-7"]
+    kept = ["step-3", "step-5", "step-6", "step-7"]  # step 5 is damaged
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
+    (folders[6][1] / INDEX).unlink()
+    prune_checkpoints([folders[i] for i in (2, 4, 5, 6)], keep_last=1, keep_every=None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept[1:]  # a damaged one is none of the last
 
 
 def test_a_row_cut_off_in_the_writing_is_left_out(tmp_path):
@@ -222,12 +342,41 @@ def test_a_row_cut_off_in_the_writing_is_left_out(tmp_path):
         (dict(model="SiT-XXL/2"), "unknown model 'SiT-XXL/2'"),
         (dict(data="/no/such/folder"), "--data /no/such/folder"),
         (dict(resume="auto", output_dir=None), "--resume auto needs --output-dir"),
+        (dict(mixer="atconv:kernel_size=["), "is not a YAML scalar"),
+        (dict(trackers=("foo",)), "--trackers foo: Accelerate has no such tracker; there are here: .*tensorboard"),
+        (dict(trackers=("tensorboard", "absent")), "--trackers absent: its package is not installed"),
     ],
 )
-def test_mistakes_leave_no_run_folder(tmp_path, changes, words):
+def test_mistakes_leave_no_run_folder(tmp_path, monkeypatch, changes, words):
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "absent", GeneralTracker)
     with pytest.raises(UserError, match=words):
         train(small(tmp_path / "a", **changes))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_killed_while_its_folder_is_made_begins_again(tmp_path, monkeypatch, saved):
+    original = Opened.save_vae
+
+    def save_and_die(opened, folder):
+        if saved:
+            original(opened, folder)
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Opened, "save_vae", save_and_die)
+        train(small(tmp_path / "a", steps=1))
+    (tmp_path / "a" / ".vae.1.tmp").mkdir()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(small(tmp_path / "a", steps=1, resume="auto"))
+    assert names(tmp_path / "a") == ["checkpoints", "config.yaml", "metrics.jsonl", "vae"]
+    assert load_for_sampling(tmp_path / "a").vae is not None
+
+
+def test_a_config_that_was_cut_off_is_not_in_the_way(tmp_path):
+    (tmp_path / ".config.yaml.1.tmp").write_text("data: di")
+    train(small(tmp_path, steps=1, resume="auto"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_folder_with_another_run_is_refused(finished):

@@ -26,6 +26,13 @@ from sit.errors import UserError
 
 ENTRY_POINT_GROUP = "sit.mixers"
 _registry: dict[str, Callable[..., nn.Module]] = {}
+_KINDS = {
+    bool: ("true or false", (bool,)),
+    int: ("an integer", (int,)),
+    float: ("a number", (int, float)),
+    str: ("a word", (str,)),
+}
+"""what an option may be, in words and as types of YAML, by the type of its default"""
 
 
 def register_mixer(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
@@ -88,7 +95,8 @@ def parse_mixers(pattern: str) -> list[MixerSpec]:
     Values are YAML scalars: ``atconv:kernel_size=5:inhibition=false`` gives an int and a bool.
 
     Raises:
-        UserError: an unknown name, an option that is not ``key=value``, or that the mixer does not have.
+        UserError: an unknown name, an option that is not ``key=value``, that the mixer does not have, or whose value is
+            of another type than its default.
     """
     specs = []
     for entry in pattern.split(","):
@@ -98,7 +106,10 @@ def parse_mixers(pattern: str) -> list[MixerSpec]:
             option, equals, value = pair.partition("=")
             if not (option and equals and value):
                 raise UserError(f"mixer {entry.strip()!r}: {pair!r} is not option=value")
-            options[option] = yaml.safe_load(value)
+            try:
+                options[option] = yaml.safe_load(value)
+            except (yaml.YAMLError, ValueError) as error:
+                raise UserError(f"mixer {entry.strip()!r}: {option}: {value!r} is not a YAML scalar") from error
         _check_options(name, options)
         specs.append(MixerSpec(name, options))
     return specs
@@ -109,10 +120,13 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
     if any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     allowed = sorted(set(parameters) - {"dim", "num_heads"})
-    for option in options:
+    for option, value in options.items():
         if option not in allowed:
             has = f"its options are {', '.join(allowed)}" if allowed else "it has none"
             raise UserError(f"mixer {name!r} has no option {option!r}; {has}")
+        default = type(parameters[option].default)
+        if default in _KINDS and type(value) not in _KINDS[default][1]:
+            raise UserError(f"mixer {name!r}: {option} must be {_KINDS[default][0]}, not {value!r}")
 
 
 def build_mixer(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int] | None = None) -> nn.Module:
