@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ def run(*command: object, folder: Path, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """The folder into which pip installed the example's files, as the document has them."""
-    if find_spec("pip") is None:  # not imported: it brings a distutils along that torch.compile can't work with
+    if not any(distributions(name="pip")):  # not imported: setuptools then changes distutils under torch.compile
         pytest.skip("the package is installed by pip")
     source = tmp_path_factory.mktemp("package")
     text = (ROOT / "docs" / "mixers.md").read_text()
