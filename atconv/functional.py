@@ -37,7 +37,8 @@ def pool_tokens(x: torch.Tensor, bins: int, dtype: torch.dtype | None = None) ->
     inside = (place >= start[:, None]) & (place < end[:, None])
     # the means' divisors would be rounded in x's dtype
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (torch.matmul(inside.to(x.dtype), x).to(wide) / (end - start)[:, None]).to(dtype or x.dtype)
+    sums = torch.bmm(inside.to(x.dtype).expand(len(x), -1, -1), x)
+    return (sums.to(wide) / (end - start)[:, None]).to(dtype or x.dtype)
 
 
 def mix_taps(
@@ -47,7 +48,8 @@ def mix_taps(
 
     ``activation`` is a name of :data:`ACTIVATIONS`.
     """
-    return torch.matmul(weight, ACTIVATIONS[activation](logits)) + bias[:, None]
+    # matmul would fold the images into the channels and leave a transposed result, on which all that follows is slow
+    return torch.baddbmm(bias[:, None], weight.expand(len(logits), -1, -1), ACTIVATIONS[activation](logits))
 
 
 def inhibit(kernels: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
