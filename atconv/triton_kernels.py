@@ -578,9 +578,9 @@ def _route_gradients(ctx, grad_raw, grad_inhibited):
         mean = torch.matmul(weight.mean(0), g) + bias.mean()
         d_control = -(grad_inhibited.sum(1) * mean).sum(0) * share * (1 - share)
         grad_raw = grad_raw + grad_inhibited - share * grad_inhibited.mean(1, keepdim=True)
-    d_weight = torch.matmul(grad_raw, g.mT).sum(0)
+    d_weight = torch.bmm(grad_raw, g.mT).sum(0)
     d_bias = grad_raw.sum((0, 2))
-    d_g = torch.matmul(weight.mT, grad_raw)
+    d_g = torch.bmm(weight.mT.expand(len(g), -1, -1), grad_raw)  # matmul would leave it transposed
     if ctx.activation == "silu":
         d_logits = torch.ops.aten.silu_backward(d_g, logits)
     else:
