@@ -23,6 +23,25 @@ PROGRAMS = 512  # enough to keep a GPU of 132 multiprocessors busy
 
 
 @triton.jit
+def _seen(
+    v,
+    top,
+    column,
+    real,
+    down: tl.constexpr,
+    right: tl.constexpr,
+    v_row: tl.constexpr,
+    v_column: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+):
+    """The values (COLUMNS, CHANNELS) so far down and to the right of a tile's top row; zero outside of the image."""
+    row, place = top + down, column + right
+    inside = (place >= 0) & (place < width) & (row >= 0) & (row < height)
+    return tl.load(v + (down * v_row + right * v_column), mask=inside[:, None] & real[None, :], other=0.0)
+
+
+@triton.jit
 def _convolve(
     v,
     kernels,
@@ -72,12 +91,8 @@ def _convolve(
     zero = tl.zeros([COLUMNS, CHANNELS], dtype=WIDE)
     sums = (zero,) * SIDE  # of output rows step - (SIDE - 1) … step of the tile
     for step in tl.static_range(ROWS + SIDE - 1):
-        row = top + (step - MARGIN)
         for shift in tl.static_range(SIDE):
-            place = column + (shift - MARGIN)
-            inside = (place >= 0) & (place < width) & (row >= 0) & (row < height)
-            source = v + ((step - MARGIN) * v_row + (shift - MARGIN) * v_column)
-            value = tl.load(source, mask=inside[:, None] & real[None, :], other=0.0).to(WIDE)
+            value = _seen(v, top, column, real, step - MARGIN, shift - MARGIN, v_row, v_column, height, width).to(WIDE)
             added = ()
             for line in tl.static_range(SIDE):
                 added = added + (sums[line] + taps[(SIDE - 1 - line) * SIDE + shift] * value,)
@@ -148,12 +163,8 @@ def _correlate(
         for line in tl.static_range(SIDE - 1):
             moved = moved + (lines[line],)
         lines = moved
-        row = top + (step - MARGIN)
         for shift in tl.static_range(SIDE):
-            place = column + (shift - MARGIN)
-            inside = (place >= 0) & (place < width) & (row >= 0) & (row < height)
-            source = v + ((step - MARGIN) * v_row + (shift - MARGIN) * v_column)
-            value = tl.load(source, mask=inside[:, None] & real[None, :], other=0.0).to(WIDE)
+            value = _seen(v, top, column, real, step - MARGIN, shift - MARGIN, v_row, v_column, height, width).to(WIDE)
             added = ()
             for tap in tl.static_range(SIDE * SIDE):
                 if tap % SIDE == shift and step >= tap // SIDE and step < tap // SIDE + ROWS:
