@@ -276,7 +276,7 @@ class SiT(ModelMixin, ConfigMixin):
         """
         height, width = x.shape[-2:]
         grid = self._grid(height, width)
-        x = self.x_embedder(x)
+        x = self.x_embedder(x).contiguous()  # the convolution leaves channels first, which each block would put right
         if self.config.positional_embedding:
             x = x + self.positional_table(grid).to(x.dtype)
         condition = self.t_embedder(1 - t if self.config.time_reversed else t) + self.y_embedder(y)
