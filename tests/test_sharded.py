@@ -1,4 +1,7 @@
-"""Sharded training state: on two processes with FSDP2, what is saved and taken up again equals one process's."""
+"""Sharded training state: on two processes with FSDP2, what is saved and taken up again equals one process's.
+
+Previews, which make no backward pass, come in between and change nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from sit.model import SiT
-from sit.training_state import TrainingState
+from sit.training_state import TrainingState, ema_weights
 
 folder, world = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo")
@@ -30,9 +33,9 @@ for parameter in network.parameters():
     parameter.data.normal_(std=0.1)
 if world > 1:
     mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
-    for block in network.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    for number, block in enumerate(network.blocks):
+        fully_shard(block, mesh=mesh, reshard_after_forward=number > 0)
+    fully_shard(network, mesh=mesh)  # as Accelerate does it: torch leaves the root whole after a forward pass
 optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, eps=1e-3)  # a key bias has only rounding as gradient
 ema = EMAModel(network.parameters(), decay=0.9, foreach=True)
 state = TrainingState(network, optimizer, ema)
@@ -47,6 +50,11 @@ def steps(first, last):
         ema.step(network.parameters())
         optimizer.zero_grad()
 
+def preview():
+    g = torch.Generator().manual_seed(7)
+    with ema_weights(network, ema), torch.no_grad():
+        return network(torch.randn(4, 4, 8, 8, generator=g), torch.rand(4, generator=g), torch.arange(4))
+
 def save(name):
     averaged, raw, optim = state.gather()
     if rank == 0:
@@ -57,9 +65,13 @@ def save(name):
     dist.barrier()
 
 steps(0, 3)
+seen = preview()
 save("three")
+preview()
 steps(3, 5)
 save("five")
+if rank == 0:
+    torch.save(seen, folder / "preview.pt")
 state.load(folder / "three")
 steps(3, 5)
 save("again")
@@ -101,6 +113,8 @@ def test_two_shards_save_and_take_up_what_one_process_does(tmp_path):
         assert whole.keys() == sharded.keys() and len(whole) > 100
         for key in whole:
             torch.testing.assert_close(sharded[key], whole[key], rtol=1e-3, atol=1e-5, msg=key)
+    previews = [torch.load(folder / "preview.pt", weights_only=True) for folder in (one, two)]
+    torch.testing.assert_close(*previews, rtol=1e-3, atol=1e-4)
     for folder in (one, two):
         once, again = contents(folder / "five"), contents(folder / "again")
         assert all(torch.equal(once[key], again[key]) for key in once)
