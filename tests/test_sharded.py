@@ -10,8 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
+
+from sit.runs import read_metrics
+
+ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
 import os, sys
@@ -79,14 +84,64 @@ dist.destroy_process_group()
 os._exit(0)  # torch's own threads now and then abort an exit on a busy machine: "terminate called"
 """
 
+TRAINING = """
+import dataclasses, os, sys
+from pathlib import Path
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+import sit.training
+from sit.config import load_recipe
 
-def run(folder: Path, processes: int) -> Path:
+folder = Path(sys.argv[1])
+given, seen = [], []
+
+def on_a_cpu(**settings):
+    # Accelerate itself shards on accelerators alone
+    accelerator = Accelerator(**settings)
+    if accelerator.num_processes > 1:
+        settings = yaml.safe_load(Path("docs/accelerate/8gpus-fsdp2.yaml").read_text())["fsdp_config"]
+        os.environ.update({name.upper(): str(value) for name, value in settings.items()})  # as the launcher does
+        plugin = FullyShardedDataParallelPlugin()
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+        accelerator.state.fsdp_plugin, accelerator.state.distributed_type = plugin, DistributedType.FSDP
+    return accelerator
+
+class Watched(sit.training.Trainer):
+    def build_network(self):
+        super().build_network()
+        self.network.register_forward_pre_hook(lambda module, args: given.append(args[1]), prepend=True)
+        self.network.t_embedder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+
+    def gradient_norm(self, parameters):
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in parameters)
+        if self.accelerator.num_processes > 1:
+            policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
+            assert policy.param_dtype == torch.bfloat16 and policy.reduce_dtype == torch.float32
+        return super().gradient_norm(parameters)
+
+sit.training.Accelerator = on_a_cpu
+Watched(dataclasses.replace(
+    load_recipe("digits"), model="SiT-XS/2", mixer="attention,atconv", steps=4, batch_size=8, log_every=1,
+    preview_every=2, preview_steps=2, checkpoint_every=2, trackers=(), cpu_threads=1, mixed_precision="bf16",
+    output_dir=str(folder / "run"), learning_rate=1e-3,
+)).run()
+assert len(given) == len(seen) > 4
+for before, after in zip(given, seen):
+    assert after.dtype == torch.float32 and torch.equal(before, after)
+os._exit(0)
+"""
+
+
+def run(folder: Path, processes: int, program: str = PROGRAM) -> Path:
     folder.mkdir()
-    (folder / "program.py").write_text(PROGRAM)
+    (folder / "program.py").write_text(program)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
         [*command, str(folder / "program.py"), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
@@ -118,3 +173,12 @@ def test_two_shards_save_and_take_up_what_one_process_does(tmp_path):
     for folder in (one, two):
         once, again = contents(folder / "five"), contents(folder / "again")
         assert all(torch.equal(once[key], again[key]) for key in once)
+
+
+def test_bfloat16_rounds_neither_times_nor_sums_of_gradients(tmp_path):
+    """Trained as docs/accelerate/8gpus-fsdp2.yaml says, with previews and checkpoints, it is one process's autocast."""
+    one, two = (run(tmp_path / str(processes), processes, TRAINING) / "run" for processes in (1, 2))
+    losses = [[row["loss"] for row in read_metrics(folder / "metrics.jsonl")] for folder in (one, two)]
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert (two / "samples" / "step-0000004.png").is_file()
