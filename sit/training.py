@@ -20,9 +20,9 @@ from tqdm import tqdm
 from sit import randomness
 from sit.alignment import attach_projector, check_block, cosine_similarity, load_encoder
 from sit.checkpoint import CheckpointInfo, find_checkpoints, newest_checkpoint, read_info, resolve, save_checkpoint
-from sit.compiling import should_compile
+from sit.compiling import compile_for_training, should_compile
 from sit.config import TrainConfig, check_same_run, run_folder
-from sit.distributed import check_settings, set_up_fsdp2
+from sit.distributed import check_settings, is_ddp, set_up_fsdp2
 from sit.errors import UserError
 from sit.files import atomic_write, refuse_used
 from sit.latents import decode
@@ -150,7 +150,7 @@ class Trainer:
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         if should_compile(config.compile, self.device, self.accelerator.print):
-            network.compile()
+            compile_for_training(network, is_ddp(self.accelerator))
         optimizer = torch.optim.AdamW(
             network.parameters(),
             lr=config.learning_rate,
