@@ -52,6 +52,14 @@ def should_compile(
     return False
 
 
+def compile_for_training(network: SiT, ddp: bool) -> None:
+    """Compile the network in place, before DDP, if ``ddp``, wraps it."""
+    if ddp and network.gradient_checkpointing:
+        # Dynamo cuts graphs to overlap DDP's sums; in some versions it can't where they hold checkpoints, and raises
+        torch._dynamo.config.optimize_ddp = False
+    network.compile()
+
+
 def compile_for_sampling(model: SiT) -> None:
     """Compile the network in place, for static shapes, on GPUs as CUDA graphs.
 

@@ -130,6 +130,8 @@ class TrainConfig:
                      "preview_steps", "non_finite_limit", "repa_block"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
+        if self.cpu_threads is not None and self.cpu_threads < 1:
+            raise UserError(f"--cpu-threads must be at least 1, not {self.cpu_threads}; leave it out to use all cores")
         for name in ("warmup_steps", "workers", "preview_every", "keep_last", "weight_decay", "repa_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{_flag(name)} can't be negative: {getattr(self, name)}")

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from sit import randomness
 from sit.alignment import attach_projector, check_block, cosine_similarity, load_encoder
 from sit.checkpoint import CheckpointInfo, find_checkpoints, newest_checkpoint, read_info, resolve, save_checkpoint
-from sit.compiling import should_compile
+from sit.compiling import compile_for_training, should_compile
 from sit.config import TrainConfig, check_same_run, run_folder
+from sit.distributed import check_settings, is_ddp, set_up_fsdp2
 from sit.errors import UserError
 from sit.files import atomic_write, refuse_used
 from sit.latents import decode
@@ -101,6 +102,8 @@ class Trainer:
             gradient_accumulation_steps=config.gradient_accumulation,
             step_scheduler_with_optimizer=False,
         )
+        check_settings(self.accelerator)
+        set_up_fsdp2(self.accelerator)
         self.device = self.accelerator.device
         allow_tf32(self.device, config.tf32)
         if self.device.type == "cpu":
@@ -147,7 +150,7 @@ class Trainer:
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         if should_compile(config.compile, self.device, self.accelerator.print):
-            network.compile()
+            compile_for_training(network, is_ddp(self.accelerator))
         optimizer = torch.optim.AdamW(
             network.parameters(),
             lr=config.learning_rate,
@@ -324,11 +327,12 @@ class Trainer:
         t = start + (end - start) * batch["t_uniform"]
         labels = torch.where(batch["drop"] < self.config.class_dropout, len(self.data.classes), batch["labels"])
         with self.accelerator.accumulate(self.model):
-            if self.config.repa is None:
-                loss = self.transport.loss(self.model, batch["latents"], t, batch["noise"], y=labels)
-                similarity = loss.new_empty(0)
-            else:
-                loss, similarity = self.aligned_loss(batch, t, labels)
+            with self.accelerator.autocast():  # Accelerate does so itself, but for FSDP2
+                if self.config.repa is None:
+                    loss = self.transport.loss(self.model, batch["latents"], t, batch["noise"], y=labels)
+                    similarity = loss.new_empty(0)
+                else:
+                    loss, similarity = self.aligned_loss(batch, t, labels)
             self.accelerator.backward(loss.mean())
         return loss.detach(), batch["indices"], similarity.detach()
 
@@ -342,8 +346,7 @@ class Trainer:
             return out
 
         loss = self.transport.loss(network, batch["latents"], t, batch["noise"], y=labels)
-        with self.accelerator.autocast():
-            features = self.encoder.features(batch["images"])
+        features = self.encoder.features(batch["images"])
         similarity = cosine_similarity(projected, features)
         return loss - self.config.repa_weight * similarity, similarity
 

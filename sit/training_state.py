@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 
 from sit.model import SiT
 
@@ -38,9 +39,21 @@ def averaged_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if not name.startswith(SiT.PROJECTOR)]
 
 
+def reshard(model: nn.Module) -> None:
+    """Free the whole parameters that FSDP2 may hold, so that ``model`` has its shards again.
+
+    The root keeps them after a forward pass (other modules, if so configured) until a backward pass, which sampling
+    never makes.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # not recursive
+
+
 @contextlib.contextmanager
 def ema_weights(model: nn.Module, ema: EMAModel) -> Iterator[None]:
     """Within the block, ``model`` has the moving average's weights."""
+    reshard(model)
     parameters = averaged_parameters(model)
     foreach, ema.foreach = ema.foreach, False  # sharded tensors know no foreach copy
     ema.store(parameters)
@@ -48,6 +61,7 @@ def ema_weights(model: nn.Module, ema: EMAModel) -> Iterator[None]:
     try:
         yield
     finally:
+        reshard(model)
         ema.restore(parameters)
         ema.foreach = foreach
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sit.compiling import compile_for_sampling, obstacle, should_compile
+from sit.compiling import compile_for_sampling, compile_for_training, obstacle, should_compile
 from sit.errors import UserError
 from sit.model import SiT
 from sit.sampler import SamplerConfig, sample
@@ -33,6 +33,17 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     (tmp_path / "mine").touch(0o755)
     monkeypatch.setenv("CXX", "mine")
     assert obstacle(CPU) is None
+
+
+@pytest.mark.parametrize("ddp, checkpointing, cut", [(True, True, False), (True, False, True), (False, True, True)])
+def test_graphs_with_checkpoints_are_not_cut_for_ddp(ddp, checkpointing, cut):
+    model = SiT(8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=10)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        compile_for_training(model, ddp)
+        assert torch._dynamo.config.optimize_ddp is cut
+    assert model._compiled_call_impl is not None
 
 
 @pytest.mark.parametrize("mixer", ["attention", "neighbourhood"])

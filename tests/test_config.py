@@ -45,6 +45,8 @@ def test_a_resumed_run_has_its_own_config(tmp_path):
         ("steps: many", "steps: 'many' is not an instance of int"),
         ("interpolant: cubic", "interpolant: 'cubic' is not any of"),
         ("steps: 0", "--steps must be at least 1"),
+        ("cpu_threads: 0", "--cpu-threads must be at least 1, not 0"),
+        ("cpu_threads: -2", "--cpu-threads must be at least 1, not -2"),
         ("class_dropout: 1.5", r"--class-dropout must be in \[0, 1\)"),
         ("betas: [1.5, 0.9]", r"--betas must be two numbers in \[0, 1\), not 1.5 0.9"),
         ("learning_rate: -1.0", "--learning-rate must be a number of at least 0, not -1.0"),

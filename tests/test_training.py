@@ -343,12 +343,14 @@ def test_a_row_cut_off_in_the_writing_is_left_out(tmp_path):
         (dict(data="/no/such/folder"), "--data /no/such/folder"),
         (dict(resume="auto", output_dir=None), "--resume auto needs --output-dir"),
         (dict(mixer="atconv:kernel_size=["), "is not a YAML scalar"),
+        (dict(mixed_precision="fp16"), "--mixed-precision fp16 is for GPUs, and this is a CPU: use bf16 or no"),
         (dict(trackers=("foo",)), "--trackers foo: Accelerate has no such tracker; there are here: .*tensorboard"),
         (dict(trackers=("tensorboard", "absent")), "--trackers absent: its package is not installed"),
     ],
 )
 def test_mistakes_leave_no_run_folder(tmp_path, monkeypatch, changes, words):
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "absent", GeneralTracker)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(UserError, match=words):
         train(small(tmp_path / "a", **changes))
     assert not list(tmp_path.iterdir())
