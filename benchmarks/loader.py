@@ -25,8 +25,9 @@ import numpy as np
 import torch
 import tyro
 
-from sit.cache import CachedLatents, Manifest
-from sit.loader import Batch, TrainingData, scale_posterior, training_batches
+from sit.latents.cache import CachedLatents, Manifest
+from sit.latents.datasets import Batch, TrainingData, scale_posterior
+from sit.training.loader import training_batches
 
 
 @dataclass
@@ -99,7 +100,7 @@ import time
 started = time.perf_counter()
 import json, psutil, sys
 import numpy as np
-from sit.cache import CachedLatents
+from sit.latents.cache import CachedLatents
 imported = time.perf_counter()
 cache = CachedLatents(sys.argv[1])
 opened = time.perf_counter()

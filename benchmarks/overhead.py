@@ -2,7 +2,7 @@
 
     python benchmarks/overhead.py --model SiT-B/2 --batch-size 8
 
-Paired in one process: each round times a bare step (forward, backward, optimiser), then what the loop adds to it. A
+Paired in one process: each round times a bare step (forward, backward, optimizer), then what the loop adds to it. A
 checkpoint is written whole, as the loop does, and its time is spread over the steps between two of them.
 """
 
@@ -19,11 +19,12 @@ import torch
 import tyro
 from diffusers.training_utils import EMAModel
 
-from sit.checkpoint import CheckpointInfo, save_checkpoint
-from sit.latents import DIGITS_VAE
+from sit.checkpoint.info import CheckpointInfo
+from sit.checkpoint.save import save_checkpoint
+from sit.latents.vae import DIGITS_VAE
 from sit.model import create_model
-from sit.training_state import TrainingState
-from sit.transport import Transport
+from sit.training.state import TrainingState
+from sit.transport.transport import Transport
 
 
 @dataclass

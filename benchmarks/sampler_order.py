@@ -5,7 +5,7 @@ tables. About a minute on one core.
 
 The error is the 1-Wasserstein distance between the samples and the exact distribution at the time where the sampler
 ends. The ODE starts from the quantiles of the exact distribution at its start, so that only the solver errs. The SDE
-draws its noises, and its grey line is what as many exact samples would get.
+draws its noises, and its gray line is what as many exact samples would get.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from sit.diffusion import DIFFUSION_FORMS
-from sit.interpolant import INTERPOLANTS, Interpolant, get_interpolant
-from sit.sampler import ODE_METHODS, SamplerConfig, sample, sde_times
-from sit.transport import Transport
+from sit.sampling.config import ODE_METHODS, SamplerConfig
+from sit.sampling.diffusion import DIFFUSION_FORMS
+from sit.sampling.sampler import sample
+from sit.sampling.sde import sde_times
+from sit.transport.interpolants import INTERPOLANTS, Interpolant, get_interpolant
+from sit.transport.transport import Transport
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -48,7 +50,7 @@ class ExactVelocity:
         away = (x[..., None] - means) / variances
         share = torch.softmax(WEIGHTS.log() - 0.5 * variances.log() - 0.5 * away**2 * variances, dim=-1)
         data, noise = MEANS + path.alpha(t) * DEVIATIONS**2 * away, path.sigma(t) * away
-        return (share * (path.alpha_rate(t) * data + path.sigma_rate(t) * noise)).sum(-1)
+        return (share * (path.d_alpha(t) * data + path.d_sigma(t) * noise)).sum(-1)
 
 
 def quantiles(path: Interpolant, t: float, count: int) -> torch.Tensor:
@@ -111,13 +113,13 @@ def main() -> None:
     counts = sde_counts = (4, 8, 16, 32, 64, 128)
 
     figure, axes = plt.subplots(1, 3, figsize=(16, 5.5), sharey=True, layout="constrained")
-    colours = plt.get_cmap("tab20").colors
+    colors = plt.get_cmap("tab20").colors
     for axis, interpolant in zip(axes, INTERPOLANTS, strict=True):
         print(f"\nODE, {interpolant}: evaluations: error")
         for number, method in enumerate(ODE_METHODS):
             evaluations, errors = ode_errors(interpolant, method, counts)
             style = "o:" if SamplerConfig("ode", method=method).adaptive else ".-"
-            axis.loglog(evaluations, errors, style, label=method, color=colours[number % 20], linewidth=1)
+            axis.loglog(evaluations, errors, style, label=method, color=colors[number % 20], linewidth=1)
             print(f"  {method:18}", *(f"{n}: {e:.1e}" for n, e in zip(evaluations, errors, strict=True)), flush=True)
         axis.set(title=interpolant, xlabel="network evaluations")
     axes[0].set_ylabel("Wasserstein distance to the exact distribution")
@@ -131,8 +133,8 @@ def main() -> None:
         for number, form in enumerate(DIFFUSION_FORMS):
             for method, style in (("euler", ".-"), ("heun", "x--")):
                 errors = sde_errors(interpolant, method, form, sde_counts, arguments.particles)
-                colour, label = colours[2 * number], f"{method}, {form}"
-                axis.loglog(sde_counts, errors, style, label=label, color=colour, linewidth=1)
+                color, label = colors[2 * number], f"{method}, {form}"
+                axis.loglog(sde_counts, errors, style, label=label, color=color, linewidth=1)
                 table = (f"{n}: {e:.1e}" for n, e in zip(sde_counts, errors, strict=True))
                 print(f"  {method:6}{form:22}", *table, flush=True)
         exact = quantiles(get_interpolant(interpolant), 0.999, arguments.particles)
@@ -140,7 +142,7 @@ def main() -> None:
         drawn = MEANS[parts] + DEVIATIONS[parts] * torch.randn(
             arguments.particles, generator=torch.Generator().manual_seed(1), dtype=torch.float64
         )
-        axis.axhline(distance(drawn, exact), color="grey", label="as many exact samples")
+        axis.axhline(distance(drawn, exact), color="gray", label="as many exact samples")
         axis.set(title=interpolant, xlabel="steps (Heun: two evaluations each)")
     axes[0].set_ylabel("Wasserstein distance to the exact distribution")
     axes[0].set_ylim(top=2)

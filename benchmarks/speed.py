@@ -27,12 +27,13 @@ from timing import interleaved
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sit.compiling import compile_for_sampling
-from sit.files import atomic_write
-from sit.mixers import register_mixer
-from sit.model import MODELS, SiTBlock, create_model, parse_mixers
-from sit.sampler import SamplerConfig, sample
-from sit.transport import Transport
+from sit.mixers import parse_mixers, register_mixer
+from sit.model import MODELS, SiTBlock, create_model
+from sit.sampling.config import SamplerConfig
+from sit.sampling.sampler import sample
+from sit.transport.transport import Transport
+from sit.utils.compile import compile_for_sampling
+from sit.utils.files import atomic_write
 
 register_mixer("published-atconv")(PublishedATConv)
 VARIANTS = {"attention": "attention", "as published": "published-atconv", "ours": "atconv"}
@@ -78,7 +79,7 @@ class Case:
 class Row(Case):
     """One variant's result; seconds are medians, None where the device has too little memory.
 
-    Peak memory is CUDA's, in bytes: the most that the variant took, its weights and optimiser included.
+    Peak memory is CUDA's, in bytes: the most that the variant took, its weights and optimizer included.
     """
 
     what: str

@@ -17,8 +17,9 @@ import time
 import torch
 
 from sit.model import create_model, sincos_table
-from sit.sampler import SamplerConfig, sample
-from sit.transport import Transport
+from sit.sampling.config import SamplerConfig
+from sit.sampling.sampler import sample
+from sit.transport.transport import Transport
 
 CASES = [(mixer, dtype) for mixer in ("attention", "atconv") for dtype in ("float32", "bfloat16")]
 

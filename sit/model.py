@@ -14,9 +14,9 @@ from diffusers.configuration_utils import register_to_config
 from timm.layers import Mlp, PatchEmbed
 from torch import nn
 
-from sit.errors import UserError
 from sit.mixers import MixerSpec, build_mixer, needs_positional_embedding, parse_mixers
-from sit.tables import made_once
+from sit.utils.constant_tensors import made_once
+from sit.utils.errors import UserError
 
 # depth, hidden size, heads (those of DiT and SiT; XS is ours, for data of a few thousand small images)
 SIZES = {
@@ -68,7 +68,7 @@ def sincos_table(hidden_size: int, rows: torch.Tensor, columns: torch.Tensor) ->
 def _stretched_table(
     hidden_size: int, trained: tuple[int, int], grid: tuple[int, int], device: torch.device
 ) -> torch.Tensor:
-    """The table (1, H·W, C) of ``grid`` laid over the ``trained`` one, centres of pixels mapped as resizing does.
+    """The table (1, H·W, C) of ``grid`` laid over the ``trained`` one, centers of pixels mapped as resizing does.
 
     Kept on the device, so that the steps of a sampling do not wait for its transfer.
     """
@@ -165,7 +165,7 @@ class SiT(ModelMixin, ConfigMixin):
     """
 
     PROJECTOR = "projector."
-    """Where the keys of a projector begin, which training by alignment alone adds (:mod:`sit.alignment`)."""
+    """Where the keys of a projector begin, which training by alignment alone adds (:mod:`sit.training.repa`)."""
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTBlock"]
@@ -252,7 +252,7 @@ class SiT(ModelMixin, ConfigMixin):
     def positional_table(self, grid: tuple[int, int]) -> torch.Tensor:
         """The positional table for a grid: (1, H·W, C); the trained one on the trained grid.
 
-        On another grid each token gets the sines and cosines of where its centre lies in the trained grid, each axis
+        On another grid each token gets the sines and cosines of where its center lies in the trained grid, each axis
         stretched by itself. So coordinates stay within half a patch of those of the training, which they would leave
         if the table were continued; and the formula is evaluated between its points, not blended as an image is.
         """
@@ -269,7 +269,7 @@ class SiT(ModelMixin, ConfigMixin):
             x: (B, in_channels, h, w) latents.
             t: (B,) times in [0, 1], 0 noise and 1 data.
             y: (B,) int64 labels; ``num_classes`` is the null class.
-            project: answer also with the projected tokens (:func:`sit.alignment.attach_projector`).
+            project: answer also with the projected tokens (:func:`sit.training.repa.attach_projector`).
 
         Returns:
             (B, in_channels, h, w), of the network's dtype; with ``project``, that and (B, N, features).

@@ -12,11 +12,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from sit.errors import UserError
-from sit.latents import decode, downsampling, load_vae
+from sit.latents.vae import decode, downsampling, load_vae
 from sit.model import SiT
-from sit.sampler import SamplerConfig, sample
-from sit.transport import Transport
+from sit.sampling.config import SamplerConfig
+from sit.sampling.sampler import sample
+from sit.transport.transport import Transport
+from sit.utils.errors import UserError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -126,7 +127,7 @@ class SiTPipeline(DiffusionPipeline):
                 from 0 and the time t in [0, 1] that is reached (None under adaptive ODE solvers, which choose their
                 steps). What it returns under ``latents`` takes their place, adaptive solvers excepted.
             callback_on_step_end_tensor_inputs: what the callback wants; only ``latents`` is there.
-            **sampler_options: further fields of :class:`sit.sampler.SamplerConfig`, e.g. ``sampler="ode"``.
+            **sampler_options: further fields of :class:`sit.sampling.config.SamplerConfig`, e.g. ``sampler="ode"``.
 
         Raises:
             UserError: unknown labels, options, output types, sizes, or a VAE that can't be had.

@@ -25,10 +25,11 @@ def fresh_accelerate():
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A checkpoint folder of a tiny network with random weights, on the digits."""
-    from sit.checkpoint import CheckpointInfo, save_checkpoint
-    from sit.latents import DIGITS_VAE
+    from sit.checkpoint.info import CheckpointInfo
+    from sit.checkpoint.save import save_checkpoint
+    from sit.latents.vae import DIGITS_VAE
     from sit.model import SiT
-    from sit.transport import Transport
+    from sit.transport.transport import Transport
 
     torch.manual_seed(0)
     model = SiT(8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=10, mixer="atconv")

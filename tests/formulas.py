@@ -19,34 +19,34 @@ def coefficients(name: str, t):
     s = 1 - t
     exponent = -(19.9 * s**2 / 4 + 0.1 * s / 2)
     alpha = np.exp(exponent)
-    alpha_rate = alpha * (19.9 * s + 0.1) / 2
+    d_alpha = alpha * (19.9 * s + 0.1) / 2
     sigma = np.sqrt(1 - alpha**2)
-    return alpha, sigma, alpha_rate, -alpha * alpha_rate / sigma
+    return alpha, sigma, d_alpha, -alpha * d_alpha / sigma
 
 
 def ends(name: str, x, velocity, t):
     """Data and noise (x1, x0) implied by a state and a velocity: the two linear equations, solved as such."""
-    alpha, sigma, alpha_rate, sigma_rate = coefficients(name, t)
-    determinant = alpha * sigma_rate - sigma * alpha_rate
-    return (sigma_rate * x - sigma * velocity) / determinant, (alpha * velocity - alpha_rate * x) / determinant
+    alpha, sigma, d_alpha, d_sigma = coefficients(name, t)
+    determinant = alpha * d_sigma - sigma * d_alpha
+    return (d_sigma * x - sigma * velocity) / determinant, (alpha * velocity - d_alpha * x) / determinant
 
 
 def velocity_and_score(name: str, prediction: str, out, x, t):
     """What a network's output means, by way of the data and noise that it implies."""
-    alpha, sigma, alpha_rate, sigma_rate = coefficients(name, t)
+    alpha, sigma, d_alpha, d_sigma = coefficients(name, t)
     if prediction == "velocity":
         noise = ends(name, x, out, t)[1]
         return out, -noise / sigma
     noise = out if prediction == "noise" else -sigma * out
-    return alpha_rate * (x - sigma * noise) / alpha + sigma_rate * noise, -noise / sigma
+    return d_alpha * (x - sigma * noise) / alpha + d_sigma * noise, -noise / sigma
 
 
 def diffusion(form: str, name: str, norm: float, t):
     """w(t) of the six forms."""
-    alpha, sigma, alpha_rate, sigma_rate = coefficients(name, t)
+    alpha, sigma, d_alpha, d_sigma = coefficients(name, t)
     return {
         "constant": lambda: norm + 0 * np.asarray(t),
-        "sbdm": lambda: norm * sigma * (alpha_rate * sigma - sigma_rate * alpha) / alpha,
+        "sbdm": lambda: norm * sigma * (d_alpha * sigma - d_sigma * alpha) / alpha,
         "sigma": lambda: norm * sigma,
         "linear": lambda: norm * (1 - np.asarray(t)),
         "decreasing": lambda: (norm * np.cos(np.pi * np.asarray(t)) + 1) ** 2 / 4,
@@ -59,7 +59,7 @@ def mixture_velocity(name: str, x, t, means, deviations, weights):
 
     x has any shape, every coordinate of it on its own a sample of the one-dimensional mixture.
     """
-    alpha, sigma, alpha_rate, sigma_rate = coefficients(name, t)
+    alpha, sigma, d_alpha, d_sigma = coefficients(name, t)
     x = np.asarray(x, np.float64)[..., None]
     variance = (alpha * deviations) ** 2 + sigma**2
     logits = np.log(weights) - 0.5 * np.log(variance) - 0.5 * (x - alpha * means) ** 2 / variance
@@ -67,4 +67,4 @@ def mixture_velocity(name: str, x, t, means, deviations, weights):
     share /= share.sum(-1, keepdims=True)
     away = (x - alpha * means) / variance
     data, noise = means + alpha * deviations**2 * away, sigma * away
-    return (share * (alpha_rate * data + sigma_rate * noise)).sum(-1)
+    return (share * (d_alpha * data + d_sigma * noise)).sum(-1)

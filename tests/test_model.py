@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sit.errors import UserError
 from sit.model import MODELS, SiT, create_model, sincos_table
+from sit.utils.errors import UserError
 
 # size: attention with the table, without it, ATConv (published, 8 output channels, 1000 classes and the null class)
 COUNTS = {
@@ -211,7 +211,7 @@ def test_reversed_time_is_hidden_by_the_network():
 
 @pytest.mark.parametrize("grid", [(8, 8), (4, 8), (6, 2), (2, 2), (3, 5)])
 def test_positional_table_on_another_grid(grid):
-    """Each token has the sines and cosines of its centre in the trained grid, written out one by one."""
+    """Each token has the sines and cosines of its center in the trained grid, written out one by one."""
     model = small(hidden_size=16, input_size=8)  # trained grid 4x4
     table = model.positional_table(grid)
     assert table.shape == (1, grid[0] * grid[1], 16)

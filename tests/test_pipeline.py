@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 from sit import SiTPipeline
-from sit.checkpoint import CheckpointInfo, load_for_sampling, save_checkpoint
-from sit.errors import UserError
-from sit.latents import DIGITS_VAE
+from sit.checkpoint.info import CheckpointInfo
+from sit.checkpoint.load import load_for_sampling
+from sit.checkpoint.save import save_checkpoint
+from sit.latents.vae import DIGITS_VAE
 from sit.model import SiT
-from sit.transport import Transport
+from sit.transport.transport import Transport
+from sit.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["nought, zero", "one", "two", "three", "four"]
@@ -156,11 +158,11 @@ def test_output_types_agree(pipe):
     def call(output_type):
         return pipe(["zero", "three"], generator=seeded(1, 2), num_inference_steps=3, output_type=output_type)
 
-    array, tensor, pictures = (call(kind).images for kind in ("np", "pt", "pil"))
+    array, tensor, images = (call(kind).images for kind in ("np", "pt", "pil"))
     assert array.shape == (2, 32, 32, 3) and array.dtype == np.float32 and 0 <= array.min() < array.max() <= 1
     assert np.array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
     assert all(
-        np.array_equal(np.asarray(p), (a * 255).round().astype(np.uint8)) for p, a in zip(pictures, array, strict=True)
+        np.array_equal(np.asarray(p), (a * 255).round().astype(np.uint8)) for p, a in zip(images, array, strict=True)
     )
     assert call("latent").images.shape == (2, 4, 8, 8)
     assert isinstance(pipe(1, num_inference_steps=2, return_dict=False)[0][0], Image.Image)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from sit.errors import UserError
-from sit.latents import encode_moments, load_vae
+from sit.latents.train_vae import build, center_latents
+from sit.latents.vae import encode_moments, load_vae
 from sit.metrics.classifier import Judge, load_classifier
-from sit.metrics.extractors import get_extractor
-from sit.train_classifier import Settings, augment
-from sit.train_vae import build, centre_latents
+from sit.metrics.features import get_extractor
+from sit.metrics.train_classifier import Settings, augment
+from sit.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def test_a_vae_is_trained_and_written(tmp_path):
     words = ["-m", "sit.train_vae", "--data", "digits:train", "--steps", "3", "--widths", "4", "8", "--out"]
     made = run(*words, str(folder))
     assert made.returncode == 0, made.stderr
-    assert "held-out pictures" in (folder / "README.md").read_text()
+    assert "held-out images" in (folder / "README.md").read_text()
     mean, _ = encode_moments(load_vae(str(folder)), torch.zeros(1, 3, 32, 32))
     assert mean.shape == (1, 4, 16, 16)
     again = run(*words, str(folder))
@@ -100,7 +100,7 @@ def test_centring_changes_the_latents_and_not_the_images():
     vae, images = build((4, 8), 16).double().eval(), torch.randn(32, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         before = vae.decode(vae.encode(images).latent_dist.mean).sample
-        centre_latents(vae, images)
+        center_latents(vae, images)
         posterior = vae.encode(images).latent_dist
         after = vae.decode(posterior.mean).sample
     torch.testing.assert_close(after, before)

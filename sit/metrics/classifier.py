@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sit.errors import UserError
-from sit.integrity import stamp
+from sit.utils.errors import UserError
+from sit.utils.fingerprint import stamp
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

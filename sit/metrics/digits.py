@@ -17,16 +17,16 @@ from torch import nn
 from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from sit.data import digits_arrays, digits_split, shrink_digits
+from sit.data.digits import digits_arrays, digits_split, shrink_digits
 
-WEIGHTS = Path(__file__).parent.parent / "assets" / "digits-classifier" / "model.safetensors"
+WEIGHTS = Path(__file__).parents[1] / "assets" / "digits-classifier" / "model.safetensors"
 FEATURES = 64
 EXTRACTOR = "digits-classifier"
 """the name under which torch-fidelity knows the features"""
 
 
 class DigitsClassifier(nn.Module):
-    """A convolutional network from grey digits (B, 1, 32, 32) in [-1, 1] to features (B, 64) and logits (B, 10)."""
+    """A convolutional network from gray digits (B, 1, 32, 32) in [-1, 1] to features (B, 64) and logits (B, 10)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,10 +44,10 @@ class DigitsClassifier(nn.Module):
         return features, self.head(features)
 
 
-def to_grey(images: torch.Tensor) -> torch.Tensor:
-    """uint8 RGB (B, 3, H, W) to grey (B, 1, 32, 32) float32 in [-1, 1]."""
-    grey = images.float().mean(dim=1, keepdim=True) / 127.5 - 1
-    return grey if grey.shape[-1] == 32 else F.interpolate(grey, size=(32, 32), mode="bilinear", antialias=True)
+def to_gray(images: torch.Tensor) -> torch.Tensor:
+    """uint8 RGB (B, 3, H, W) to gray (B, 1, 32, 32) float32 in [-1, 1]."""
+    gray = images.float().mean(dim=1, keepdim=True) / 127.5 - 1
+    return gray if gray.shape[-1] == 32 else F.interpolate(gray, size=(32, 32), mode="bilinear", antialias=True)
 
 
 class DigitsFeatureExtractor(FeatureExtractorBase):
@@ -77,7 +77,7 @@ class DigitsFeatureExtractor(FeatureExtractorBase):
         return torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        features, logits = self.classifier(to_grey(images))
+        features, logits = self.classifier(to_gray(images))
         both = {"features": features, "logits": logits}
         return tuple(both[name] for name in self.features_list)
 
@@ -99,10 +99,10 @@ class ClassAccuracy:
 
 
 def class_accuracy(small: np.ndarray, labels: np.ndarray) -> ClassAccuracy:
-    """Judge labelled samples by scikit-learn's RBF SVM, fitted on the real 8×8 digits of ``digits:train``.
+    """Judge labeled samples by scikit-learn's RBF SVM, fitted on the real 8×8 digits of ``digits:train``.
 
     Args:
-        small: (N, 64) the samples' 8×8 area averages, as :func:`sit.data.shrink_digits` makes them.
+        small: (N, 64) the samples' 8×8 area averages, as :func:`sit.data.digits.shrink_digits` makes them.
         labels: (N,) the classes asked for.
     """
     from sklearn.svm import SVC

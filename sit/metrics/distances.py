@@ -14,7 +14,7 @@ from scipy import linalg
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from sit.errors import UserError
+from sit.utils.errors import UserError
 
 GROUPS = 10
 """groups of the delete-a-group jackknife, and splits of the inception score"""
@@ -92,7 +92,7 @@ def precision_recall(samples: np.ndarray, reference: np.ndarray, k: int = 3, blo
     """Improved precision and recall (Kynkäänniemi et al. 2019) as ADM's suite defines them.
 
     Precision is the share of samples within the ball of any reference feature, whose radius is the distance to its
-    k-th nearest neighbour among the reference; recall is the same with the parts exchanged.
+    k-th nearest neighbor among the reference; recall is the same with the parts exchanged.
 
     Args:
         samples: (N, D).
@@ -103,10 +103,10 @@ def precision_recall(samples: np.ndarray, reference: np.ndarray, k: int = 3, blo
     return _within(one, other, k, block), _within(other, one, k, block)
 
 
-def _within(points: torch.Tensor, centres: torch.Tensor, k: int, block: int) -> float:
+def _within(points: torch.Tensor, centers: torch.Tensor, k: int, block: int) -> float:
     product = dict(compute_mode="use_mm_for_euclid_dist")  # in float64, where the expanded square is exact enough
-    radii = torch.cat([torch.cdist(part, centres, **product).kthvalue(k + 1).values for part in centres.split(block)])
-    inside = [(torch.cdist(part, centres, **product) <= radii).any(dim=1) for part in points.split(block)]
+    radii = torch.cat([torch.cdist(part, centers, **product).kthvalue(k + 1).values for part in centers.split(block)])
+    inside = [(torch.cdist(part, centers, **product) <= radii).any(dim=1) for part in points.split(block)]
     return torch.cat(inside).double().mean().item()
 
 

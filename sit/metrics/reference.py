@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sit.errors import UserError
-from sit.files import atomic_write
 from sit.metrics.distances import Moments, enough
-from sit.metrics.evaluate import WorkDirectory, extract
-from sit.metrics.extractors import Extractor
-from sit.metrics.sources import Images
+from sit.metrics.extraction import WorkDirectory, extract
+from sit.metrics.features import Extractor
+from sit.metrics.image_sets import Images
+from sit.utils.errors import UserError
+from sit.utils.files import atomic_write
 
 
 def make_reference(

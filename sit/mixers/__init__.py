@@ -6,7 +6,7 @@ from sit.mixers.attention import Attention
 from sit.mixers.depthwise import Depthwise
 from sit.mixers.dico import DiCo
 from sit.mixers.linear_attention import LinearAttention
-from sit.mixers.neighbourhood import Neighbourhood
+from sit.mixers.neighborhood import Neighborhood
 from sit.mixers.registry import (
     ENTRY_POINT_GROUP,
     MixerSpec,
@@ -24,7 +24,7 @@ __all__ = [
     "DiCo",
     "LinearAttention",
     "MixerSpec",
-    "Neighbourhood",
+    "Neighborhood",
     "build_mixer",
     "known_mixers",
     "needs_positional_embedding",

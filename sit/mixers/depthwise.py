@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from sit.mixers.layers import check_kernel_size, on_grid
 from sit.mixers.registry import register_mixer
-from sit.mixers.shapes import check_kernel_size, on_grid
 
 
 @register_mixer("depthwise")

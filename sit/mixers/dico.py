@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sit.mixers.layers import check_kernel_size, on_grid
 from sit.mixers.registry import register_mixer
-from sit.mixers.shapes import check_kernel_size, on_grid
 
 
 @register_mixer("dico")

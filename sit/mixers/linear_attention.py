@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sit.mixers.layers import check_choice, check_heads, join_heads, split_heads
 from sit.mixers.registry import register_mixer
-from sit.mixers.shapes import check_choice, check_heads, join_heads, split_heads
 
 FEATURE_MAPS = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu}
 EPSILON = 1e-6

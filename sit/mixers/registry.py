@@ -5,7 +5,7 @@ A mixer is any ``nn.Module`` called as ``mixer(x, grid)`` with tokens ``x`` (B, 
 the factory's attribute ``positional_embedding`` (bool) says whether a network of it needs a positional embedding.
 A mixer that can't work on every grid has a method ``check_grid(grid)``, which raises ValueError. One that computes
 products only to mask them has a method ``masked_multiply_accumulates(grid)``, their number for one image, so that
-:func:`sit.plan.multiply_accumulates` leaves them out.
+:func:`sit.training.plan.multiply_accumulates` leaves them out.
 
 A factory is found under its name if it was registered with :func:`register_mixer`, or if an installed package
 names it in the entry-point group ``sit.mixers``.
@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from sit.errors import UserError
+from sit.utils.errors import UserError
 
 ENTRY_POINT_GROUP = "sit.mixers"
 _registry: dict[str, Callable[..., nn.Module]] = {}

@@ -1,0 +1,63 @@
+"""Weights in the published layouts: keys and shapes changed, values never."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+from sit.checkpoint.published import _ACTIVATIONS, _CONVOLUTIONS
+from sit.mixers import parse_mixers
+from sit.model import SiT
+from sit.utils.errors import UserError
+
+
+def to_layout(
+    state: Mapping[str, torch.Tensor], config: Mapping[str, Any], layout: Literal["published", "repa"]
+) -> dict[str, torch.Tensor]:
+    """Our weights in a published layout, in the published order of keys, values untouched.
+
+    Args:
+        state: weights by our keys.
+        config: our network's configuration.
+        layout: ``published`` for SiT, and ATConv's SiT variant and hybrid; ``repa`` for its REPA variant.
+
+    Raises:
+        UserError: the network's time or a mixer is not of the layout, whose code would misread or refuse the weights.
+    """
+    reverse = bool(config.get("time_reversed", False))
+    if reverse != (layout == "repa"):
+        other = "repa" if reverse else "published"
+        raise UserError(f"this network has the time direction of --layout {other}; {layout} code would misread it")
+    _refuse_other_mixers(config["mixer"], layout)
+    with torch.device("meta"):
+        order = list(SiT.from_config(dict(config)).state_dict())
+    converted = {}
+    for name in order:
+        head, is_mixer, tail = name.partition(".attn.")
+        module, _, kind = tail.partition(".")
+        convolutional = is_mixer and f"{head}.attn.x_proj.weight" in state
+        if layout == "repa" and convolutional and module in _CONVOLUTIONS and kind == "weight":
+            converted[name] = state[name][:, :, None, None].contiguous()
+        else:
+            converted[name] = state[name].contiguous()
+    return converted
+
+
+def _refuse_other_mixers(pattern: str, layout: Literal["published", "repa"]) -> None:
+    """Whether the layout's code has the pattern's mixers, and :func:`_mixer` tells them from their keys and shapes.
+
+    The other options of the two change keys or shapes, except ATConv's ``backend``, which changes no result.
+
+    Raises:
+        UserError: a mixer that it does not have.
+    """
+    activation = _ACTIVATIONS[layout]
+    for spec in parse_mixers(pattern):
+        made = spec.options.get("activation", "gelu_tanh")  # the default of ATConv
+        if spec.name != "attention" and (spec.name, made) != ("atconv", activation):
+            raise UserError(
+                f"--layout {layout} has only attention and atconv with activation {activation}, and its code would "
+                f"misread this network's mixer {spec}; keep it in our layout"
+            )

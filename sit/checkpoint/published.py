@@ -1,0 +1,353 @@
+"""The published checkpoints of SiT and ATConv: what a file is, told from its keys and shapes; conversion both ways.
+
+Our network has the keys of the published SiT, so only two things need converting. ATConv's REPA variant keeps its
+projections as 1×1 convolutions, whose weights (C, C, 1, 1) are ours (C, C) seen otherwise. And its time runs from data
+to noise, which the network's ``time_reversed`` answers for. No value is changed: the way there and back is bitwise.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sit.checkpoint.info import CheckpointInfo
+from sit.checkpoint.weights_file import WeightsFile, read_weights
+from sit.model import MODELS, SIZES, SiT, sincos_table
+from sit.transport.transport import Transport
+from sit.utils.errors import UserError
+
+DOWNSAMPLING = 8  # pixels per latent of the VAE that all published networks use
+
+
+VAE_NAMES = {name: f"stabilityai/sd-vae-ft-{name}" for name in ("ema", "mse")}
+
+
+NULL_CLASS_DROPOUT = 0.1
+
+
+_FREQUENCIES = 256
+
+
+_CONVOLUTIONS = ("kernel_proj", "x_proj", "proj")  # of ATConv, which its REPA variant has as 1×1 convolutions
+
+
+_ACTIVATIONS = {"published": "gelu_tanh", "repa": "silu"}  # of ATConv's kernel branch, which no file tells
+
+
+_INTERPOLANTS = {"linear": "linear", "gvp": "gvp", "cosine": "gvp", "vp": "vp"}
+
+
+_PREDICTIONS = {"velocity": "velocity", "v": "velocity", "score": "score", "noise": "noise"}
+
+
+_REPA_ARGUMENTS = {"enc_type", "proj_coeff", "encoder_depth"}
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FileHints:
+    """For published weights files: what they may leave open. None means "as the file says"."""
+
+    weights: Literal["ema", "model"] = "ema"
+    """which weights of a training checkpoint"""
+    num_heads: int | None = None
+    """attention heads, where the width is not that of a published size"""
+    num_classes: int | None = None
+    """classes, not counting the null class; without it the last row of the label table is taken for the null class"""
+    time_reversed: bool | None = None
+    """whether the network's time runs from data to noise (REPA)"""
+    interpolant: Literal["linear", "gvp", "vp"] | None = None
+    """path of the training"""
+    prediction: Literal["velocity", "score", "noise"] | None = None
+    """what the network predicts"""
+
+
+@dataclass(frozen=True)
+class Hints(FileHints):
+    """:class:`FileHints` and the image size, for commands that have no other use of that flag."""
+
+    image_size: int | tuple[int, int] | None = None
+    """image size of the training in pixels, for networks without a positional table"""
+
+
+@dataclass
+class Published:
+    """What a published file was found to be.
+
+    Attributes:
+        path: the file.
+        layout: ``published`` (SiT, and ATConv's SiT variant and hybrid) or ``repa``.
+        container: ``bare``, or the name under which the weights stood.
+        config: arguments of our network; complete if there are no questions.
+        state: the weights in our layout.
+        transport_config: arguments of the transport.
+        info: what sampling wants to know.
+        vae_name: the VAE it was trained with, as the file says or as all published ones were.
+        questions: what the file leaves open, each naming the flag that answers it.
+        notices: what the user should know about the reading.
+    """
+
+    path: Path
+    layout: str
+    container: str
+    config: dict[str, Any]
+    state: dict[str, torch.Tensor]
+    transport_config: dict[str, Any]
+    info: CheckpointInfo
+    vae_name: str | None
+    questions: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def network(self) -> SiT:
+        """The network on the meta device: its shapes and configuration without memory.
+
+        Raises:
+            UserError: the file leaves something open, or the shapes do not fit together.
+        """
+        if self.questions:
+            raise UserError(f"{self.path}: {'; '.join(self.questions)}")
+        with torch.device("meta"):
+            network = SiT(**self.config)
+        own = network.state_dict()
+        for name in own.keys() | self.state.keys():
+            if name not in self.state or name not in own or own[name].shape != self.state[name].shape:
+                raise UserError(f"{self.path} is a SiT of another make: its {name} does not fit the rest")
+        return network
+
+    def build(self) -> SiT:
+        """The network with its weights, of the file's dtype.
+
+        Raises:
+            UserError: as :meth:`network`.
+        """
+        network = self.network()
+        for notice in self.notices:
+            logger.warning("note: %s: %s", self.path, notice)
+        network.load_state_dict(self.state, assign=True)
+        return network
+
+    def transport(self) -> Transport:
+        """The transport that the network was trained with, as far as the file says; else the published default."""
+        return Transport(**self.transport_config)
+
+
+def read_published(path: str | Path, hints: Hints | None = None) -> Published:
+    """Read a published file and tell what it is.
+
+    Args:
+        path: a ``.pt`` or ``.safetensors`` file: a bare state dict or a training checkpoint.
+        hints: what the user knows better.
+
+    Raises:
+        UserError: the file is unreadable or of another architecture. What it merely leaves open is listed in
+            ``questions`` and raised when the network is built.
+    """
+    hints = hints or Hints()
+    file = read_weights(Path(path), hints.weights)
+    return infer(file, Path(path), hints)
+
+
+def infer(file: WeightsFile, path: Path, hints: Hints) -> Published:
+    """Tell the architecture from keys and shapes; see :func:`read_published`."""
+    state, arguments = dict(file.state), file.arguments
+    _refuse_other_architectures(state, path)
+    result = Published(path, "published", file.container, {}, state, {}, CheckpointInfo(step=file.step), None)
+
+    projectors = [name for name in state if name.startswith("projectors.")]
+    for name in projectors:
+        del state[name]
+    if projectors:
+        result.notices.append(f"dropped {len(projectors)} weights of projector heads, which only REPA's loss uses")
+
+    hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    depth = 1 + max(int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name)))
+    mixers = [_mixer(state, index, hidden, path) for index in range(depth)]
+    is_repa = bool(projectors) or any("silu" in mixer for mixer in mixers) or bool(_REPA_ARGUMENTS & set(arguments))
+    result.layout = "repa" if is_repa else "published"
+    for name in [name for name in state if name.endswith("_proj.weight") or name.endswith("attn.proj.weight")]:
+        if state[name].dim() == 4 and state[name].shape[2:] == (1, 1):
+            state[name] = state[name].flatten(1)
+
+    out_channels = state["final_layer.linear.weight"].shape[0] / patch**2
+    if out_channels not in (channels, 2 * channels):
+        raise UserError(f"{path} is a SiT of another make: {channels} channels in, {out_channels:g} out")
+    mixer = ",".join(_shortest_period(mixers))
+    result.config = dict(
+        patch_size=patch,
+        in_channels=channels,
+        hidden_size=hidden,
+        depth=depth,
+        num_heads=_num_heads(state, hidden, mixers, arguments, hints, result.questions),
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / hidden,
+        mixer=mixer,
+        learn_sigma=out_channels == 2 * channels,
+        positional_embedding="pos_embed" in state,
+        time_reversed=is_repa if hints.time_reversed is None else hints.time_reversed,
+        **_classes(state["y_embedder.embedding_table.weight"].shape[0], arguments, hints, path),
+    )
+    if "pos_embed" not in state and any(mixer.startswith("attention") for mixer in mixers):
+        result.notices.append("attention without a positional table: it sees no order among its tokens")
+    if grid := _grid(state, hidden, patch, arguments, hints, result):
+        result.config["input_size"] = tuple(side * patch for side in grid)
+        result.info.image_size = tuple(side * DOWNSAMPLING for side in result.config["input_size"])
+
+    result.transport_config = _transport(arguments, hints, path)
+    if result.config["time_reversed"] and result.transport_config.get("prediction", "velocity") != "velocity":
+        raise UserError(f"{path}: a network with reversed time must predict the velocity (--prediction velocity)")
+    if channels == 4:
+        result.vae_name = VAE_NAMES.get(arguments.get("vae"), VAE_NAMES["ema"])
+    result.info.classes, result.info.mixer = result.config["num_classes"], mixer
+    result.info.data = str(arguments.get("data_path") or arguments.get("data_dir") or "")
+    return result
+
+
+# --- inference, part by part ---------------------------------------------------------------------------------------
+
+_NEEDED = (
+    "x_embedder.proj.weight",
+    "t_embedder.mlp.0.weight",
+    "y_embedder.embedding_table.weight",
+    "blocks.0.mlp.fc1.weight",
+    "blocks.0.adaLN_modulation.1.weight",
+    "final_layer.linear.weight",
+)
+
+
+def _refuse_other_architectures(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    missing = [name for name in _NEEDED if name not in state]
+    if missing:
+        first = next(iter(state))
+        raise UserError(f"{path} is not a SiT: it has no {missing[0]}, and keys such as {first}")
+    if state["x_embedder.proj.weight"].dim() != 4 or state["t_embedder.mlp.0.weight"].shape[1:] != (_FREQUENCIES,):
+        raise UserError(f"{path} is a SiT of another make: its embedders have other shapes than the published ones")
+
+
+def _mixer(state: Mapping[str, torch.Tensor], index: int, hidden: int, path: Path) -> str:
+    """The mixer of one block, as a pattern entry, from the keys under ``blocks.{index}.attn``."""
+    prefix = f"blocks.{index}.attn."
+    weights = {name.removeprefix(prefix): w for name, w in state.items() if name.startswith(prefix)}
+    if "qkv.weight" in weights:
+        return "attention:qk_norm=true" if "q_norm.weight" in weights else "attention"
+    taps = weights.get("kernel_gen.weight", weights.get("kernel"))  # the latter without routing, an ablation of ours
+    if taps is not None and "x_proj.weight" in weights:
+        kernel_size = math.isqrt(taps.shape[0])
+        options = [] if kernel_size == 3 else [f"kernel_size={kernel_size}"]
+        options += ["routing=false"] if "kernel" in weights else []
+        options += [] if "difference_control" in weights else ["inhibition=false"]
+        options += ["activation=silu"] if weights["x_proj.weight"].dim() == 4 else []
+        return ":".join(["atconv", *options])
+    found = ", ".join(sorted(weights)[:4]) or "nothing"
+    raise UserError(f"{path}: block {index} mixes its tokens by neither attention nor ATConv; it has {found}")
+
+
+def _shortest_period(entries: list[str]) -> list[str]:
+    """The shortest list whose repetition gives ``entries``."""
+    for length in range(1, len(entries) + 1):
+        if all(entry == entries[index % length] for index, entry in enumerate(entries)):
+            return entries[:length]
+    return entries
+
+
+def _num_heads(
+    state: Mapping[str, torch.Tensor],
+    hidden: int,
+    mixers: list[str],
+    arguments: Mapping[str, Any],
+    hints: Hints,
+    questions: list[str],
+) -> int:
+    if hints.num_heads is not None:
+        return hints.num_heads
+    named = MODELS.get(str(arguments.get("model", "")))
+    if named and named["hidden_size"] == hidden:
+        return named["num_heads"]
+    for name, weight in state.items():
+        if name.endswith("attn.q_norm.weight"):
+            return hidden // weight.shape[0]
+    heads = {width: number for _, width, number in SIZES.values()}
+    if hidden not in heads and any(mixer.startswith("attention") for mixer in mixers):
+        questions.append(f"no published size is {hidden} wide, so the attention heads must be told: --num-heads N")
+    return heads.get(hidden, 1)
+
+
+def _classes(rows: int, arguments: Mapping[str, Any], hints: Hints, path: Path) -> dict[str, Any]:
+    """The number of classes, and the class dropout that says whether the label table has a null class."""
+    classes = hints.num_classes if hints.num_classes is not None else arguments.get("num_classes")
+    if classes is None:
+        classes = rows if rows == 1000 else rows - 1  # the full ImageNet table without a null class is a known case
+    if classes not in (rows, rows - 1) or classes < 1:
+        raise UserError(f"{path}: {classes} classes do not fit its label table of {rows} rows; correct --num-classes")
+    dropout = arguments.get("class_dropout_prob", arguments.get("cfg_prob", NULL_CLASS_DROPOUT)) or NULL_CLASS_DROPOUT
+    return dict(num_classes=classes, class_dropout=dropout if classes == rows - 1 else 0.0)
+
+
+def _grid(
+    state: Mapping[str, torch.Tensor],
+    hidden: int,
+    patch: int,
+    arguments: Mapping[str, Any],
+    hints: Hints,
+    result: Published,
+) -> tuple[int, int] | None:
+    """The token grid (H, W) of the training: from the positional table, else as the user or the file's args say."""
+    if "pos_embed" in state:
+        grid = grid_of_table(state["pos_embed"])
+        if grid is not None:
+            return grid
+        tokens = state["pos_embed"].shape[1]
+        if math.isqrt(tokens) ** 2 == tokens:
+            result.notices.append("its positional table is not the published one; a square grid is assumed")
+            return math.isqrt(tokens), math.isqrt(tokens)
+    size = hints.image_size or arguments.get("image_size") or arguments.get("resolution")
+    if size is None:
+        result.questions.append(
+            "nothing in it says at which image size it was trained, as it has no positional table: --image-size 256"
+        )
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    unit = patch * DOWNSAMPLING
+    if height < unit or width < unit or height % unit or width % unit:
+        raise UserError(f"{result.path}: --image-size {height} {width} must be multiples of {unit} (patches × VAE)")
+    return height // unit, width // unit
+
+
+def grid_of_table(table: torch.Tensor) -> tuple[int, int] | None:
+    """The grid (H, W) whose sine-cosine table this (1, N, C) is, or None."""
+    tokens, hidden = table.shape[1:]
+    if hidden % 4:
+        return None
+    for height in sorted((h for h in range(1, tokens + 1) if tokens % h == 0), key=lambda h: abs(h * h - tokens)):
+        width = tokens // height
+        expected = sincos_table(hidden, torch.arange(height), torch.arange(width))
+        if torch.allclose(table.float(), expected, atol=1e-2):  # half precision files round their table
+            return height, width
+    return None
+
+
+def _transport(arguments: Mapping[str, Any], hints: Hints, path: Path) -> dict[str, Any]:
+    """The transport's arguments, from the training's command line in the file and the user's flags."""
+    config: dict[str, Any] = {}
+    for field_name, argument, table in (
+        ("interpolant", "path_type", _INTERPOLANTS),
+        ("prediction", "prediction", _PREDICTIONS),
+    ):
+        told = getattr(hints, field_name)
+        value = arguments.get(argument) if told is None else told
+        if value is not None:
+            if str(value).lower() not in table:
+                raise UserError(f"{path} was trained with {argument} {value!r}, which is not known here")
+            config[field_name] = table[str(value).lower()]
+    is_velocity = config.get("prediction", "velocity") == "velocity"  # which the published code never weights
+    if arguments.get("loss_weight") in ("velocity", "likelihood") and not is_velocity:
+        config["loss_weight"] = arguments["loss_weight"]
+    config |= {name: arguments[name] for name in ("train_eps", "sample_eps") if arguments.get(name) is not None}
+    return config

@@ -1,0 +1,157 @@
+"""Writing checkpoints whole.
+
+A checkpoint of ours is a diffusers pipeline folder with two additions::
+
+    model_index.json
+    transformer/config.json, diffusion_pytorch_model.safetensors     the EMA weights
+    transport/transport_config.json
+    vae/config.json, diffusion_pytorch_model.safetensors             absent if the VAE is one of the Hugging Face Hub
+    training/…                                                       what resuming needs; whatever the loop puts there
+    sit.json                                                         what this is, and the size and checksum of the rest
+
+``sit.json`` is written last and its closing brace is the last byte, so a checkpoint cut off anywhere is recognized.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from sit.checkpoint.info import WEIGHTS, CheckpointInfo
+from sit.checkpoint.integrity import FORMAT, INDEX, fingerprints, write_json
+from sit.checkpoint.weights_file import plain_key
+from sit.latents.vae import DIGITS_VAE
+from sit.model import SiT
+from sit.transport.transport import Transport
+from sit.utils.errors import UserError
+from sit.utils.files import atomic_folder
+
+
+def save_checkpoint(
+    folder: str | Path,
+    *,
+    model: SiT,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    transport: Transport,
+    vae_source: str | Path | None,
+    info: CheckpointInfo,
+    training_state: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write one checkpoint folder; it appears under its name only when it is complete.
+
+    Args:
+        folder: where; must not exist.
+        model: the network, whose configuration is saved.
+        weights: the weights to sample with (the EMA's), by the network's keys, buffers optional; None takes the
+            network's own.
+        transport: the training objective, a component of the pipeline.
+        vae_source: a local folder, whose files are hard-linked (copied where the disk can't), or a name on the Hub.
+        info: what the checkpoint is.
+        training_state: called with the folder ``training/`` to fill it; None for a checkpoint that only samples.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder exists, can't be written, the disk is full, or the VAE's folder lacks its files.
+    """
+    folder = Path(folder)
+    with atomic_folder(folder) as place:
+        save_network(place / "transformer", model, weights)
+        transport.save_pretrained(place / "transport")
+        vae_name = _put_vae(place / "vae", vae_source)
+        if training_state is not None:
+            training = place / "training"
+            training.mkdir()
+            training_state(training)
+        write_json(place / "model_index.json", _model_index(place, vae_name, info))
+        _write_index(place, vae_name, info)
+    return folder
+
+
+def save_network(folder: Path, model: SiT, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write ``config.json`` and the weights as safetensors into ``folder``, as ``SiT.from_pretrained`` reads them.
+
+    Raises:
+        ValueError: ``weights`` lacks a parameter of the network or has a key that the network has not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_config(folder)
+    own = {plain_key(name): tensor for name, tensor in model.state_dict().items()}
+    own = {name: tensor for name, tensor in own.items() if not name.startswith(model.PROJECTOR)}
+    given = own if weights is None else {plain_key(name): tensor for name, tensor in weights.items()}
+    buffers = {plain_key(name) for name, _ in model.named_buffers()}
+    if wrong := (set(own) - buffers - set(given)) | (set(given) - set(own)):
+        raise ValueError(f"the weights are not this network's: {', '.join(sorted(wrong)[:3])} …")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (own | given).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def is_local_vae(source: str | Path) -> bool:
+    """Whether a VAE source is a folder here rather than a name on the Hub."""
+    return Path(source).is_dir()
+
+
+def _put_vae(place: Path, source: str | Path | None) -> str | None:
+    """Link a local VAE into the checkpoint, and return None; or return the name of one on the Hub."""
+    if source is None:
+        return None
+    if str(source) == "digits":
+        source = DIGITS_VAE
+    if not is_local_vae(source):
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+            raise UserError(f"--vae {source}: no such folder, and not a Hub name like stabilityai/sd-vae-ft-ema")
+        return str(source)
+    source = Path(source)
+    files = [source / "config.json", *sorted(source.glob("diffusion_pytorch_model*.safetensors"))]
+    if len(files) < 2 or not files[0].is_file():
+        raise UserError(f"the VAE folder {source} has no config.json with safetensors weights beside it")
+    place.mkdir()
+    for file in files:
+        try:
+            os.link(file.resolve(), place / file.name)
+        except OSError:
+            shutil.copyfile(file, place / file.name)
+    return None
+
+
+def _model_index(place: Path, vae_name: str | None, info: CheckpointInfo) -> dict[str, Any]:
+    import diffusers
+
+    has_vae = (place / "vae").is_dir()
+    return {
+        "_class_name": "SiTPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "transformer": ["sit", "SiT"],
+        "transport": ["sit", "Transport"],
+        "vae": ["diffusers", "AutoencoderKL"] if has_vae else [None, None],
+        "vae_name": vae_name,
+        "id2label": {str(label): name for label, name in enumerate(info.label_names)} or None,
+    }
+
+
+def _write_index(place: Path, vae_name: str | None, info: CheckpointInfo) -> None:
+    index = {
+        "format": FORMAT,
+        "written_by": f"sit-atconv {_version()}",
+        **dataclasses.asdict(info),
+        "vae": vae_name,
+        "files": fingerprints(place),
+    }
+    write_json(place / INDEX, index)
+
+
+def _version() -> str:
+    try:
+        return version("sit-atconv")
+    except PackageNotFoundError:
+        return "unknown"

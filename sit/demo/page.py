@@ -1,0 +1,295 @@
+"""A page to play with: ``python -m sit.demo RUN [RUN2]`` samples from one or two checkpoints in the browser.
+
+Choose a class, a seed and a sampler; see the images of both runs from the same noise, how they came about, and the
+kernels that ATConv made for them. The images are those of ``sample.py`` with the flags that the page tells.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import tyro
+
+from sit.demo.session import Player, Trajectory, command, kernel_view, names_of, open_players, play, sheet, strip
+from sit.sampling.config import ODE_METHODS, SDE_METHODS, SamplerConfig
+from sit.utils.cli import one_line_errors
+from sit.utils.device import pick_device
+from sit.utils.errors import UserError, entry_point
+
+if TYPE_CHECKING:
+    import gradio
+
+
+MOST_IMAGES = 16
+
+
+MOST_STEPS = 1000
+
+
+NO_GRADIO = "the page needs Gradio: pip install 'sit-atconv[demo]', or pip install gradio"
+
+
+BEFORE = "Press *Generate* first."
+
+
+CSS = """
+.gradio-container { width: 100% !important; max-width: 1440px !important; margin: auto !important; }
+.result-image .image-container { padding-top: 2.2rem; }
+#controls { position: sticky; top: 1rem; align-self: flex-start; }
+"""
+
+
+@dataclass
+class Arguments:
+    """Open a page that samples from one run, or from two side by side."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """one or two: a run's folder (its newest whole checkpoint), a checkpoint's folder, or a published .pt file"""
+    host: str = "127.0.0.1"
+    """address to listen on; 0.0.0.0 lets other machines in"""
+    port: int | None = None
+    """None takes a free one from 7860 on"""
+    share: bool = False
+    """also make a public link, through Gradio's servers"""
+    open: bool = True
+    """open the page in the browser"""
+    image_size: tuple[int, int] | None = None
+    """height and width; None as the network was trained"""
+    vae: str | None = None
+    """a VAE's name on the Hub or folder, instead of the checkpoints' own"""
+    device: str | None = None
+    """None takes the accelerator, if there is one"""
+
+
+def import_gradio() -> Any:
+    """Gradio, which is not needed by anything else, with its reports to its makers and its history turned off.
+
+    Raises:
+        UserError: it is not installed, or too old.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError(NO_GRADIO) from error
+    if int(gradio.__version__.split(".")[0]) < 6:
+        raise UserError(f"the page needs Gradio 6 or newer, not {gradio.__version__}: pip install --upgrade gradio")
+    return gradio
+
+
+def read_controls(
+    label: int | None, seed: float | None, count: int, sampler: str, method: str, steps: int, scale: float
+) -> tuple[int, int, int, SamplerConfig]:
+    """The page's controls as (label, seed, count, config).
+
+    Raises:
+        UserError: something is left empty, or the sampler refuses it.
+    """
+    for value, name in ((label, "class"), (seed, "seed"), (steps, "number of steps")):
+        if value is None:
+            raise UserError(f"choose a {name}")
+    config = SamplerConfig(sampler=sampler.lower(), method=method, steps=int(steps), cfg_scale=float(scale))
+    return int(label), int(seed), int(count), config
+
+
+def build_page(players: list[Player]) -> gradio.Blocks:
+    """The page for one or two players.
+
+    Raises:
+        UserError: Gradio is not installed.
+    """
+    gr = import_gradio()
+    first = players[0].loaded
+    names = dict(enumerate(names_of(players)))
+    classes = [
+        (f"{label}: {names[label]}" if names.get(label, str(label)) != str(label) else str(label), label)
+        for label in range(first.model.config.num_classes)
+    ]
+    guidable = all(player.loaded.model.config.class_dropout > 0 for player in players)
+    depth = max(len(player.loaded.model.blocks) for player in players)
+
+    def generate(*controls, progress=gr.Progress()):  # noqa: B008
+        with _told_in_the_page(gr):
+            label, seed, count, config = read_controls(*controls)
+            shown, trajectories = [], []
+            for number, player in enumerate(players):
+
+                def on_step(step: int, total: int | None, x: torch.Tensor, t: Any, player=player) -> None:
+                    progress((step, total), desc=player.loaded.model.config.mixer, unit="steps")
+
+                played = play(player, label, seed, count, config, on_step)
+                if not bool(torch.isfinite(played.trajectory.states).all()):
+                    gr.Warning(f"Run {number + 1} left the finite numbers: take more steps or another method.")
+                whole = f" ({played.seconds * count:.2f} s for {count})" if count > 1 else ""
+                shown += [sheet(played.images), f"**{played.seconds:.3f} s an image**{whole}, decoding included"]
+                shown += [strip(player, played.trajectory), command(player, label, seed, count, config)]
+                trajectories.append(played.trajectory)
+            return [trajectories, *shown]
+
+    def look(trajectories: list[Trajectory] | None, block: int, t: float):
+        with _told_in_the_page(gr):
+            answers = []
+            for number, player in enumerate(players):
+                text, image = kernel_view(player, trajectories[number], block, t) if trajectories else (BEFORE, None)
+                answers += [text, gr.Image(image, visible=image is not None)]
+            return answers
+
+    def methods_of(sampler: str):
+        known, chosen = (SDE_METHODS, "euler") if sampler == "SDE" else (ODE_METHODS, "dopri5")
+        return gr.Dropdown(choices=list(known), value=chosen), heeds_steps(sampler, chosen)
+
+    def heeds_steps(sampler: str, method: str):
+        adaptive = method in (SDE_METHODS if sampler == "SDE" else ODE_METHODS) and (
+            SamplerConfig(sampler=sampler.lower(), method=method).adaptive
+        )
+        return gr.Slider(interactive=not adaptive, info=f"{method} chooses its steps itself" if adaptive else "")
+
+    with gr.Blocks(title="SiT-ATConv", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(
+            "# Play with SiT-ATConv\nImages from noise, "
+            + ("two networks on the same noise, " if len(players) == 2 else "")
+            + f"how they come about, and the kernels that ATConv makes for them. Sampling on {_machine(first.device)}."
+        )
+        trajectories = gr.State(None)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=260, elem_id="controls"):
+                label = gr.Dropdown(classes, value=0, label="Class", elem_id="class")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, elem_id="seed")
+                count = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images", elem_id="count")
+                sampler = gr.Radio(["SDE", "ODE"], value="SDE", label="Sampler", elem_id="sampler")
+                method = gr.Dropdown(list(SDE_METHODS), value="euler", label="Method", elem_id="method")
+                steps = gr.Slider(1, MOST_STEPS, 50, step=1, label="Steps", elem_id="steps")
+                scale = gr.Slider(
+                    1, 10, 1.5 if guidable else 1, step=0.1, label="Guidance scale", elem_id="scale",
+                    interactive=guidable, info="1 is none" if guidable else "trained without a null class",
+                )  # fmt: skip
+                button = gr.Button("Generate", variant="primary", elem_id="generate")
+            with gr.Column(scale=4, min_width=340 * len(players)):
+                outputs, views, images = [], [], []
+                with gr.Row():
+                    for number, player in enumerate(players):
+                        with gr.Column(min_width=320):
+                            gr.Markdown(player.heading)
+                            images.append(_image(gr, "Samples 0, 1, … from the left", f"images-{number}"))
+                            outputs += [images[-1], gr.Markdown(elem_id=f"time-{number}")]
+                            outputs.append(_image(gr, "Sample 0 on its way from noise", f"strip-{number}"))
+                            with gr.Accordion("The same by the command line", open=False):
+                                outputs.append(_command_line(gr, f"command-{number}"))
+                gr.Markdown(
+                    "## Kernels\nThe k×k kernels that a block makes for sample 0 at a moment of its way, one a channel."
+                )
+                with gr.Row():
+                    block = gr.Slider(0, max(depth - 1, 1), depth // 2, step=1, label="Block", elem_id="block")
+                    moment = gr.Slider(0, 1, 0.5, step=0.01, label="Time t: 0 noise, 1 image", elem_id="moment")
+                for number, player in enumerate(players):
+                    gr.Markdown(f"**{player.loaded.model.config.mixer}**, `{player.path}`")
+                    views.append(gr.Markdown(BEFORE, elem_id=f"kernel-text-{number}"))
+                    views.append(_image(gr, "Kernels", f"kernels-{number}", visible=False))
+
+        alone = dict(concurrency_id="network", concurrency_limit=1)  # one device, one network at a time
+        controls = [label, seed, count, sampler, method, steps, scale]
+        sampler.change(methods_of, sampler, [method, steps], show_progress="hidden")
+        method.input(heeds_steps, [sampler, method], steps, show_progress="hidden")
+        made = button.click(generate, controls, [trajectories, *outputs], show_progress_on=images, **alone)
+        made.success(look, [trajectories, block, moment], views, **alone)
+        gr.on(
+            [block.change, moment.change], look, [trajectories, block, moment], views,
+            trigger_mode="always_last", show_progress="hidden", **alone,
+        )  # fmt: skip
+    return page
+
+
+def _image(gr: Any, label: str, name: str, **options: Any) -> gradio.Image:
+    options = dict(type="pil", format="png", interactive=False, buttons=["download", "fullscreen"]) | options
+    return gr.Image(label=label, elem_id=name, elem_classes="result-image", **options)
+
+
+def _command_line(gr: Any, name: str) -> gradio.Textbox:
+    options = dict(lines=3, interactive=False, buttons=["copy"], elem_id=name)
+    return gr.Textbox(label="The same images in samples/", **options)
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"the CPU, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else str(device)
+
+
+class _told_in_the_page:
+    """Within the block, a mistake of the user's and what the machine or a solver can't do are told in the page."""
+
+    def __init__(self, gr: Any) -> None:
+        self.gr = gr
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise self.gr.Error("There is not enough memory: make fewer images.", print_exception=False) from None
+        if isinstance(error, UserError | AssertionError):  # torchdiffeq asserts that its steps don't vanish
+            raise self.gr.Error(str(error), print_exception=False) from None
+
+
+def local_theme(gr: Any) -> gradio.themes.Base:
+    """Gradio's look with fonts that come with the package; their semibold lacks most letters, their bold has all."""
+    text, code = (gr.themes.LocalFont(name, weights=(400, 700)) for name in ("Source Sans Pro", "IBM Plex Mono"))
+    return gr.themes.Default(font=[text, "system-ui", "sans-serif"], font_mono=[code, "monospace"])
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Whether this machine can listen there, before any work is done for it.
+
+    Raises:
+        UserError: it can't.
+    """
+    if port is not None and not 1 <= port <= 65535:
+        raise UserError(f"--port must be 1 to 65535, not {port}")
+    try:
+        family = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, port or 0), family=family).close()
+    except OSError as error:
+        place = f"--host {host}" + (f" --port {port}" if port else "")
+        raise UserError(f"{place} can't be listened on: {error.strerror}") from error
+
+
+def main(arguments: Arguments) -> None:
+    """Open the page and serve it until interrupted.
+
+    Raises:
+        UserError: a run that can't be used, no Gradio, or an address that can't be listened on.
+    """
+    gr = import_gradio()
+    check_address(arguments.host, arguments.port)
+    device = pick_device(arguments.device)
+    page = build_page(open_players(arguments.runs, device, arguments.image_size, arguments.vae))
+    try:
+        _, address, link = page.queue().launch(
+            server_name=arguments.host,
+            server_port=arguments.port,
+            share=arguments.share,
+            inbrowser=arguments.open,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            theme=local_theme(gr),
+            css=CSS,
+            footer_links=[],
+        )
+    except OSError as error:
+        where = f"port {arguments.port}" if arguments.port else "a port from 7860 on"
+        raise UserError(f"--port: {where} of {arguments.host} is or just was in use; give another one") from error
+    print(f"page: {address} (Ctrl-C ends it)" + (f"; public link: {link}" if link else ""), flush=True)
+    page.block_thread()
+
+
+@entry_point
+def run() -> None:
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m sit.demo")
+    main(arguments)

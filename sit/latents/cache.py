@@ -1,0 +1,222 @@
+"""The latent cache on disk: posterior moments of every image and its mirror image, memory-mapped.
+
+A folder with::
+
+    manifest.json        what was encoded, by which VAE; written last, so a folder without it is not a cache yet
+    labels.npy           (count,) int64
+    moments-00000.npy    (at most ``shard_size``, sides, 2, c, h, w) float16: sides are the image and its mirror
+                         image, 2 are mean and standard deviation, unscaled
+
+One side of one image lies in one stretch (16 KB at 4×32×32), so random access reads nothing in vain.
+:mod:`sit.latents.encode` writes it; :class:`CachedLatents` serves it to :func:`sit.training.loader.training_batches`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sit.utils.errors import UserError
+
+if TYPE_CHECKING:  # opening a cache takes NumPy alone: torch would add half a gigabyte and seconds to looking into one
+    import torch
+    from diffusers import AutoencoderKL
+
+    from sit.data.dataset import ImageData
+    from sit.latents.datasets import Batch
+
+
+MANIFEST = "manifest.json"
+
+
+FORMAT = 1
+
+
+SHARD_SIZE = 2**17  # 4 GiB at 4×32×32: ten files for ImageNet
+
+
+@dataclass
+class Manifest:
+    """What a cache holds. Two encodings with equal manifests hold the same entries."""
+
+    data: str
+    """spec of the images, as given by --data"""
+    files: str
+    """fingerprint of the list of images and their labels"""
+    count: int
+    classes: list[str]
+    image_size: int
+    """side of the images in pixels"""
+    crop: str
+    mirrored: bool
+    """whether the mirror images are in it"""
+    vae: str
+    """as given by --vae"""
+    vae_fingerprint: str
+    """hash of the VAE's weights and scaling"""
+    precision: str
+    """what the VAE computed in"""
+    scaling_factor: float
+    shift_factor: float
+    downsampling: int
+    latent_shape: tuple[int, int, int]
+    shard_size: int
+    format: int = FORMAT
+
+    @classmethod
+    def describe(
+        cls, images: ImageData, vae: AutoencoderKL, vae_name: str, mirrored: bool, shard_size: int = SHARD_SIZE
+    ) -> Manifest:
+        """The manifest of what encoding ``images`` by ``vae`` gives."""
+        from sit.data.dataset import CROP
+        from sit.latents.vae import downsampling, latent_shape, scaling, vae_fingerprint
+
+        shift, scale = scaling(vae.config)
+        return cls(
+            data=images.name, files=images.fingerprint(), count=len(images), classes=images.classes,
+            image_size=images.image_size, crop=CROP, mirrored=mirrored, vae=vae_name,
+            vae_fingerprint=vae_fingerprint(vae), precision=str(vae.dtype).removeprefix("torch."),
+            scaling_factor=scale, shift_factor=shift, downsampling=downsampling(vae),
+            latent_shape=latent_shape(vae, images.image_size), shard_size=shard_size,
+        )  # fmt: skip
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Raises UserError: the file is no manifest of this format."""
+        try:
+            values = json.loads(path.read_text())
+            if values["format"] != FORMAT:
+                raise UserError(
+                    f"{path} is of format {values['format']}, and this version reads {FORMAT}; encode again"
+                )
+            values["latent_shape"] = tuple(values["latent_shape"])
+            return cls(**{field.name: values[field.name] for field in fields(cls)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a latent cache's manifest ({error!r}); encode the cache again") from error
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error.strerror}") from error
+
+    def text(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    def shards(self) -> list[tuple[str, tuple[int, ...]]]:
+        """(file name, shape of its array), in order."""
+        rest = (1 + self.mirrored, 2, *self.latent_shape)
+        starts = range(0, self.count, self.shard_size)
+        return [
+            (f"moments-{number:05d}.npy", (min(self.shard_size, self.count - start), *rest))
+            for number, start in enumerate(starts)
+        ]
+
+
+def is_cache(folder: str | Path) -> bool:
+    """Whether ``--data folder`` names a latent cache, whole or still being encoded."""
+    return (Path(folder) / MANIFEST).is_file() or (Path(folder) / "encoding.json").is_file()
+
+
+class CachedLatents:
+    """A cache opened for training, a :class:`~sit.latents.datasets.TrainingData`.
+
+    Opening reads the labels and maps the rest.
+
+    Args:
+        folder: written by ``python -m sit.latents encode``.
+        flips: mirror at random.
+
+    Raises:
+        UserError: it is no cache, not finished, damaged, or holds no mirror images for ``flips``.
+    """
+
+    def __init__(self, folder: str | Path, flips: bool = False) -> None:
+        self.folder, self.name, self.flips = Path(folder), str(folder), flips
+        if not (self.folder / MANIFEST).is_file():
+            if (self.folder / "encoding.json").is_file():
+                raise UserError(
+                    f"--data {folder} is a latent cache not yet finished; start its encoding again to go on"
+                )
+            raise UserError(f"--data {folder} is no latent cache: it has no {MANIFEST}")
+        self.manifest = Manifest.read(self.folder / MANIFEST)
+        if flips and not self.manifest.mirrored:
+            raise UserError(f"--flip needs mirror images, and --data {folder} was encoded with --no-mirror")
+        self.classes, self.latent_shape = self.manifest.classes, self.manifest.latent_shape
+        self.scaling = (self.manifest.shift_factor, self.manifest.scaling_factor)
+        self.labels = self._map("labels.npy", (self.manifest.count,), np.int64, mmap_mode=None)
+        if self.manifest.count < 1 or self.labels.min() < 0 or self.labels.max() >= len(self.classes):
+            raise UserError(
+                f"--data {folder}: labels.npy has labels outside its {len(self.classes)} classes; encode again"
+            )
+        self._open()
+
+    def _open(self) -> None:
+        self.shards = [self._map(name, shape, np.float16) for name, shape in self.manifest.shards()]
+
+    def _map(self, name: str, shape: tuple[int, ...], dtype: type, mmap_mode: str | None = "r") -> np.ndarray:
+        try:
+            array = np.load(self.folder / name, mmap_mode=mmap_mode)
+        except (OSError, ValueError, EOFError) as error:  # np.load checks the size that the header promises
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"--data {self.folder}: {name} is missing or damaged ({reason}); encode it again"
+            ) from error
+        if array.shape != shape or array.dtype != dtype:
+            raise UserError(f"--data {self.folder}: {name} doesn't match {MANIFEST}; encode it again")
+        return array
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "shards"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def moments(self, indices: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+        """(b,) indices and (b,) bool → (b, 2, c, h, w) float16, mean and standard deviation, unscaled."""
+        out = np.empty((len(indices), 2, *self.latent_shape), dtype=np.float16)
+        shards, rows = np.divmod(indices, self.manifest.shard_size)
+        for place, (shard, row, side) in enumerate(zip(shards.tolist(), rows.tolist(), mirrored.tolist(), strict=True)):
+            out[place] = self.shards[shard][row, int(side)]
+        return out
+
+    def fetch(self, indices: np.ndarray, mirrored: np.ndarray, noise: torch.Tensor) -> Batch:
+        import torch
+
+        from sit.latents.datasets import scale_posterior
+
+        scale_posterior(torch.from_numpy(self.moments(indices, mirrored)), noise, self.scaling)
+        return {}
+
+    def finish(self, batch: Batch) -> Batch:
+        return batch
+
+    def check(self, vae: AutoencoderKL, vae_name: str, image_size: int | None = None) -> None:
+        """Refuse to train on these latents with another VAE, or for another image size.
+
+        Raises:
+            UserError: naming what differs and the flag that mends it.
+        """
+        from sit.latents.vae import scaling, vae_fingerprint
+
+        made = self.manifest
+        if image_size is not None and image_size != made.image_size:
+            raise UserError(
+                f"--data {self.name} holds latents of {made.image_size}-pixel images, not --image-size {image_size}; "
+                f"give --image-size {made.image_size} or encode again"
+            )
+        shift, scale = scaling(vae.config)
+        if (shift, scale) != (made.shift_factor, made.scaling_factor):
+            raise UserError(
+                f"--data {self.name} was made by --vae {made.vae}, scaling {made.scaling_factor:g} and shift "
+                f"{made.shift_factor:g}; --vae {vae_name} has {scale:g} and {shift:g}; give the same or encode again"
+            )
+        if vae_fingerprint(vae) != made.vae_fingerprint:
+            raise UserError(
+                f"--data {self.name} was made by --vae {made.vae}, whose weights are not those of --vae {vae_name}; "
+                "give the same VAE or encode again"
+            )

@@ -1,0 +1,245 @@
+"""Train a small VAE where the published ones don't fit, on small images:
+
+    python -m sit.train_vae --data fashion-mnist:FOLDER --out vaes/fashion-mnist
+
+Loss: absolute error, the same of the image's finite differences (sharp edges), and a KL term. Noise of a random level
+is added to the latents that the decoder sees in training, so that the small errors a diffusion model makes don't show,
+and the encoder spreads what it says over all channels.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from diffusers import AutoencoderKL
+from tqdm import trange
+
+from sit.data.dataset import ImageData
+from sit.data.factory import open_images
+from sit.latents.vae import (
+    decode,
+    downsampling,
+    encode_moments,
+    latent_shape,
+    load_vae,
+    sample_posterior,
+    scaling,
+    to_unit,
+)
+from sit.utils.cli import one_line_errors
+from sit.utils.device import pick_device
+from sit.utils.errors import UserError, entry_point
+from sit.utils.files import atomic_folder, refuse_used
+from sit.utils.random import generator
+
+NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.5)
+"""standard deviations of the noise on scaled latents at which reconstructions are measured"""
+
+
+@dataclass
+class VAEConfig:
+    """Everything that decides the weights, besides the data."""
+
+    steps: int = 900
+    batch_size: int = 64
+    lr: float = 3e-3
+    kl_weight: float = 3e-3
+    """weight of the KL divergence, a mean over latent elements, beside a mean absolute error over pixels"""
+    edge_weight: float = 1.0
+    latent_noise: float = 0.5
+    """the decoder is trained with noise of up to this many standard deviations of the latents"""
+    widths: tuple[int, ...] = (8, 24, 48)
+    """channels at each resolution, the image's first; one more halves the latents' side"""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "lr"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        if not self.widths or any(width < 4 or width % 4 for width in self.widths):
+            raise UserError(f"--widths {' '.join(map(str, self.widths))}: they must be multiples of 4")
+
+
+def build(widths: tuple[int, ...], image_size: int) -> AutoencoderKL:
+    """An AutoencoderKL of RGB images with 4 latent channels; convolutions only, so that other sizes work too."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=image_size,
+        mid_block_add_attention=False,
+    )
+
+
+def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Finite differences along both sides."""
+    return images.diff(dim=-1), images.diff(dim=-2)
+
+
+def fit(
+    vae: AutoencoderKL, draw: Callable[[torch.Generator], torch.Tensor], config: VAEConfig, source: torch.Generator
+) -> None:
+    """Train ``vae``, on its device.
+
+    Args:
+        vae: the network, changed in place.
+        draw: answers a batch (B, 3, H, W) in [−1, 1], drawn by the generator that it gets.
+        config: the optimization.
+        source: CPU generator of all that is drawn.
+    """
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps, pct_start=0.1)
+    bar = trange(config.steps, desc="VAE", dynamic_ncols=True)
+    for step in bar:
+        real = draw(source).to(vae.device).contiguous(memory_format=torch.channels_last)
+        posterior = vae.encode(real).latent_dist
+        level = torch.rand(len(real), 1, 1, 1, generator=source).to(vae.device)
+        level = config.latent_noise * level * posterior.mean.detach().std()
+        noise = torch.randn(2, *posterior.mean.shape, generator=source).to(vae.device)
+        made = vae.decode(posterior.mean + posterior.std * noise[0] + level * noise[1]).sample
+        error = (made - real).abs().mean()
+        edge_error = sum((a - b).abs().mean() for a, b in zip(edges(made), edges(real), strict=True))
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = error + config.edge_weight * edge_error + config.kl_weight * kl
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(error=f"{error:.4f}", kl=f"{kl:.3f}", std=f"{posterior.std.mean():.3f}")
+
+
+@torch.no_grad()
+def center_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
+    """Fold each latent channel's mean and relative spread into the 1×1 convolutions around the latents.
+
+    After it every channel has mean 0 and the same standard deviation over ``images`` (n, 3, H, W), whose inverse
+    becomes the config's ``scaling_factor``; what the VAE computes from image to image is unchanged.
+    """
+    mean, std = encode_moments(vae, images)
+    offset = mean.mean(dim=(0, 2, 3))
+    spread = (mean.var(dim=(0, 2, 3)) + std.square().mean(dim=(0, 2, 3))).sqrt()
+    common = float(spread.mean())
+    gain, channels = common / spread, len(offset)
+    before, after = vae.quant_conv, vae.post_quant_conv
+    before.bias[:channels] = (before.bias[:channels] - offset) * gain
+    before.weight[:channels] *= gain[:, None, None, None]
+    before.bias[channels:] += 2 * gain.log()
+    after.bias += (after.weight[:, :, 0, 0] * offset).sum(dim=1)
+    after.weight /= gain[None, :, None, None]
+    vae.register_to_config(scaling_factor=round(1 / common, 4))
+
+
+def pixels(data: ImageData, indices: np.ndarray | range | None = None) -> torch.Tensor:
+    """Images of a data set, all if ``indices`` is None, as (n, 3, H, W) float32 in [−1, 1]."""
+    return to_unit(torch.stack([data[index][0] for index in (range(len(data)) if indices is None else indices)]))
+
+
+def reconstructions(vae: AutoencoderKL, images: torch.Tensor) -> tuple[dict[float, torch.Tensor], dict[str, float]]:
+    """Posterior samples of images (n, 3, H, W), decoded with each of :data:`NOISE_LEVELS` on the latents.
+
+    Returns:
+        uint8 images (n, H, W, 3) for each level; and the scaled latents' standard deviation, with the posterior's own.
+    """
+    mean, std = encode_moments(vae, images)
+    source = generator(0, "measure")
+    latents = sample_posterior(mean.cpu(), std.cpu(), torch.randn(mean.shape, generator=source), vae.config)
+    figures = {"latent_std": float(latents.std()), "posterior_std": float(std.mean()) * scaling(vae.config)[1]}
+    made = {}
+    for level in NOISE_LEVELS:
+        noise = torch.randn(latents.shape, generator=source)
+        made[level] = decode(vae, latents + level * noise).cpu()
+    return made, figures
+
+
+def psnr(real: np.ndarray, made: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of uint8 images, in decibels."""
+    return 10 * math.log10(1 / np.square((made.astype(np.float64) - real) / 255).mean())
+
+
+@dataclass
+class Arguments(VAEConfig):
+    """Train a small VAE on a data set and write it as a diffusers folder, with a README of how well it reconstructs."""
+
+    data: str = "digits:train"
+    """images, as train.py's --data takes them"""
+    heldout: str | None = None
+    """images to measure it on; None takes every hundredth one of --data, which are then not trained on"""
+    image_size: int | None = None
+    """side in pixels; None for the source's own"""
+    out: Path = Path("vaes/new")
+    """new folder"""
+    device: str | None = None
+    """None takes the accelerator, if there is one"""
+
+
+README = """# A small VAE of {data}
+
+diffusers' `AutoencoderKL`, {parameters:,} parameters: {side}×{side} RGB → {shape} latents. Trained by
+
+    {command}
+
+Measured on {count} held-out images: posterior samples decoded to uint8.
+
+| noise added to the scaled latents | PSNR |
+|---|---|
+{rows}
+
+Latents: standard deviation {latent_std:.3f} after scaling, of which the posterior's own is {posterior_std:.3f}.
+"""
+
+
+def main(arguments: Arguments) -> None:
+    refuse_used(arguments.out, "--out")
+    data = open_images(arguments.data, arguments.image_size)
+    fitted = np.arange(len(data))
+    if arguments.heldout is None:
+        fitted, judged = fitted[fitted % 100 != 0], pixels(data, fitted[::100][:1000])
+    else:
+        other = open_images(arguments.heldout, data.image_size)
+        judged = pixels(other, range(0, len(other), max(1, len(other) // 1000)))
+    device = pick_device(arguments.device)
+    torch.manual_seed(arguments.seed)
+    vae = build(arguments.widths, data.image_size).to(device, memory_format=torch.channels_last).train()
+    shape = latent_shape(vae, data.image_size)
+
+    def draw(source: torch.Generator) -> torch.Tensor:
+        return pixels(data, fitted[torch.randint(len(fitted), (arguments.batch_size,), generator=source).numpy()])
+
+    source = generator(arguments.seed, "vae")
+    fit(vae, draw, arguments, source)
+    some = fitted[torch.randint(len(fitted), (min(2000, len(fitted)),), generator=source).numpy()]
+    center_latents(vae.eval(), pixels(data, some).to(device))
+    with atomic_folder(arguments.out) as folder:
+        vae.save_pretrained(folder)
+        made, figures = reconstructions(load_vae(folder, device), judged.to(device))
+        real = judged.add(1).mul(127.5).round().permute(0, 2, 3, 1).numpy()
+        rows = [f"| {level or 'none'} | {psnr(real, images.numpy()):.1f} dB |" for level, images in made.items()]
+        text = README.format(
+            data=arguments.data, parameters=sum(p.numel() for p in vae.parameters()), side=data.image_size,
+            shape="×".join(map(str, shape)), command="python -m sit.train_vae " + " ".join(sys.argv[1:]),
+            count=len(judged), rows="\n".join(rows), **figures,
+        )  # fmt: skip
+        (folder / "README.md").write_text(text)
+    print("\n".join(rows))
+    print(
+        f"written to {arguments.out}; train on its latents by --vae {arguments.out} (downsampling {downsampling(vae)})"
+    )
+
+
+@entry_point
+def run() -> None:
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m sit.train_vae")
+    main(arguments)

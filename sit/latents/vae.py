@@ -1,0 +1,211 @@
+"""The way between pixels and latents: diffusers' AutoencoderKL, its posterior, and its scaling.
+
+Latents everywhere in the project are *scaled*: (z − shift) · scaling_factor with the numbers of the VAE's config, so
+that their standard deviation is about one (latent diffusion, arXiv 2112.10752, section G). Only the moments that the
+encoder gives, and the cache on disk, are unscaled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from sit.utils.errors import UserError
+
+DIGITS_VAE = Path(__file__).parents[1] / "assets" / "digits-vae"
+
+
+def load_vae(
+    name: str | Path | None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> AutoencoderKL:
+    """Load a VAE, frozen and in evaluation mode.
+
+    Args:
+        name: None or ``digits`` for the small one of this repository; a local folder (an AutoencoderKL's, or a
+            diffusers pipeline's with ``vae/`` in it); or a Hub name such as ``stabilityai/sd-vae-ft-ema``.
+        device: where to put it.
+        dtype: precision it runs in; moments and images come out the same way.
+
+    Raises:
+        UserError: there is none at ``name``, it is damaged, or it can't be downloaded.
+    """
+    folder = _folder(name)
+    if folder.is_dir():
+        vae = _from_pretrained(str(folder), name, dtype, {"local_files_only": True})
+    elif folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", ".."):
+        raise UserError(f"--vae {name}: no such folder, and not a Hub name like stabilityai/sd-vae-ft-ema")
+    else:
+        vae = _from_pretrained(str(name), name, dtype, {})
+    return vae.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def empty_vae(name: str | Path | None) -> AutoencoderKL | None:
+    """A VAE's shapes without its weights: on the meta device, from the config of a folder; nothing is downloaded.
+
+    Args:
+        name: as for :func:`load_vae`.
+
+    Returns:
+        The VAE, or None if there is no such folder.
+
+    Raises:
+        UserError: the folder is no VAE's, or its config is damaged.
+    """
+    folder = _folder(name)
+    if not folder.is_dir():
+        return None
+    with _explained(name, "is the folder whole?"), torch.device("meta"):
+        return AutoencoderKL.from_config(_load_config(str(folder), name, {"local_files_only": True}))
+
+
+def _folder(name: str | Path | None) -> Path:
+    """Where the VAE's ``config.json`` lies, if ``name`` is a folder's; else ``name`` as it is."""
+    folder = DIGITS_VAE if name is None or str(name) == "digits" else Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        folder = folder / "vae"
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"--vae {name}: neither config.json nor vae/config.json in this folder; give a VAE's folder"
+            )
+    return folder
+
+
+@contextlib.contextmanager
+def _explained(name: object, mend: str) -> Iterator[None]:
+    """Turn what the Hub's client, safetensors and diffusers raise, each kinds of their own, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--vae {name} can't be loaded ({reason}); {mend}") from error
+
+
+def _load_config(source: str, name: object, options: dict[str, Any]) -> dict[str, Any]:
+    config = AutoencoderKL.load_config(source, **options)
+    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise UserError(f"--vae {name} is a {config['_class_name']}, not an AutoencoderKL; give a VAE's folder")
+    return config
+
+
+def _from_pretrained(source: str, name: object, dtype: torch.dtype, options: dict[str, Any]) -> AutoencoderKL:
+    mend = "is the folder whole?" if options else "download it where there is a network and give its folder"
+    with _explained(name, mend):
+        _load_config(source, name, options)
+        vae, found = AutoencoderKL.from_pretrained(
+            source, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=dtype, **options
+        )
+    if found["missing_keys"]:
+        raise UserError(f"--vae {name}: the weights lack {found['missing_keys'][0]}; is the folder whole?")
+    return vae
+
+
+def downsampling(vae: AutoencoderKL) -> int:
+    """Pixels of an image's side per latent's side: 4 for the digits' VAE, 8 for Stable Diffusion's."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def latent_shape(vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
+    """(channels, height, width) of the latent of a square image.
+
+    Raises:
+        UserError: the VAE's downsampling doesn't divide ``image_size``.
+    """
+    factor = downsampling(vae)
+    if image_size < factor or image_size % factor:
+        raise UserError(f"--image-size {image_size} must be a multiple of {factor}, the VAE's downsampling")
+    return vae.config.latent_channels, image_size // factor, image_size // factor
+
+
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels → float32 in [−1, 1]; shape kept."""
+    return images.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+@torch.no_grad()
+def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Posterior of the encoder, unscaled.
+
+    Args:
+        vae: any AutoencoderKL, in any precision.
+        images: (B, 3, H, W) float in [−1, 1], H and W multiples of :func:`downsampling`.
+
+    Returns:
+        mean and standard deviation, each (B, c, H/f, W/f) float32 on the VAE's device.
+    """
+    factor = downsampling(vae)
+    if images.shape[-1] % factor or images.shape[-2] % factor:
+        raise ValueError(
+            f"image sides {tuple(images.shape[-2:])} must be multiples of {factor}, the VAE's downsampling"
+        )
+    posterior = vae.encode(images.to(device=vae.device, dtype=vae.dtype)).latent_dist
+    return posterior.mean.float(), posterior.std.float()
+
+
+def sample_posterior(
+    mean: torch.Tensor, std: torch.Tensor, noise: torch.Tensor, config: Mapping[str, Any]
+) -> torch.Tensor:
+    """A scaled latent: (mean + std · noise − shift) · scaling, with ``scaling_factor`` and ``shift_factor`` of
+    ``vae.config``. Shapes and device of ``mean``; float32."""
+    shift, scale = scaling(config)
+    return (mean.float() + std.float() * noise - shift) * scale
+
+
+def scaling(config: Mapping[str, Any]) -> tuple[float, float]:
+    """(shift, scale) of a VAE's config."""
+    return float(config.get("shift_factor") or 0.0), float(config["scaling_factor"])
+
+
+def encode_images(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 images (B, 3, H, W) → mean and std as :func:`encode_moments`, the same whatever batch they come in."""
+    size = fixed_batch(images.shape[-1], batch_size, vae.device)
+    moments = [encode_moments(vae, to_unit(chunk.to(vae.device))) for chunk in _padded_chunks(images, size)]
+    mean, std = (torch.cat(part)[: len(images)] for part in zip(*moments, strict=True))
+    return mean, std
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
+    """Scaled latents (B, c, h, w) → images (B, H, W, 3) uint8 on the CPU, as clamp(127.5·x + 128, 0, 255) (SiT).
+
+    Bitwise the same for one latent whatever batch it comes in, given ``batch_size``: convolutions are computed
+    differently for another batch size, so the last chunk is filled up. Large images go in smaller chunks.
+    """
+    shift, scale = scaling(vae.config)
+    factor = downsampling(vae)
+    height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
+    images = [torch.empty(0, height, width, 3, dtype=torch.uint8)]
+    for chunk in _padded_chunks(latents, fixed_batch(width, batch_size, vae.device)):
+        unscaled = chunk.to(device=vae.device, dtype=torch.float32) / scale + shift
+        pixels = vae.decode(unscaled.to(vae.dtype)).sample.float()
+        images.append((127.5 * pixels + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu())
+    return torch.cat(images)[: len(latents)]
+
+
+def fixed_batch(side: int, most: int, device: torch.device) -> int:
+    """How many images of ``side`` pixels the VAE is given at once: at most ``most``, fewer for large ones."""
+    return max(1, min(most, 2 ** (19 if device.type == "cpu" else 22) // side**2))
+
+
+def _padded_chunks(rows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    """``rows`` in chunks of exactly ``size`` rows, the last one filled with zeros."""
+    for chunk in rows.split(size) if len(rows) else ():
+        missing = size - len(chunk)
+        yield torch.cat([chunk, chunk.new_zeros(missing, *chunk.shape[1:])]) if missing else chunk
+
+
+def vae_fingerprint(vae: AutoencoderKL) -> str:
+    """Hash of the VAE's weights and scaling, the same whether it was loaded in float32 or bfloat16."""
+    digest = hashlib.blake2b(repr(scaling(vae.config)).encode(), digest_size=16)
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        rounded = tensor.detach().to("cpu", torch.bfloat16).clone(memory_format=torch.contiguous_format)
+        digest.update(rounded.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

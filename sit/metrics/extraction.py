@@ -1,0 +1,165 @@
+"""From images to features in restartable chunks, shared among all processes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from sit.data.digits import shrink_digits
+from sit.metrics.classifier import Judge
+from sit.metrics.features import Extractor
+from sit.metrics.image_sets import Images
+from sit.utils.device import process_state
+from sit.utils.errors import UserError
+from sit.utils.files import atomic_write
+
+CHUNK = 512
+"""images whose features are written together: what a restart repeats at most, for each process"""
+
+
+def extract(
+    images: Images,
+    extractor: Extractor,
+    work: Path,
+    device: torch.device,
+    batch_size: int,
+    description: str,
+    keep_images: bool = False,
+    judge: Judge | None = None,
+) -> dict[str, np.ndarray] | None:
+    """Features of all images, made by all processes together.
+
+    What is done is kept in ``work`` in chunks of :data:`CHUNK`, and is not done again. With ``keep_images`` the
+    images are kept there too, for :func:`pack_samples`.
+
+    Returns:
+        On the main process the outputs of the extractor, (N, …) float32 each, and ``small`` (N, 64) for the digits'
+        judge, ``named`` (N,) the classes that ``judge`` sees; None on the others.
+
+    Raises:
+        UserError: ``work`` is of another evaluation, or an image can't be read.
+    """
+    state = process_state()
+    if state.is_main_process:
+        what = {
+            "images": images.identity or images.name,
+            "count": len(images),
+            "features": extractor.identity,
+            "kept": keep_images,
+            "judge": judge.identity if judge else "",
+        }
+        _claim(work, what)
+    state.wait_for_everyone()
+    starts = list(range(0, len(images), CHUNK))[state.process_index :: state.num_processes]
+    bar = tqdm(
+        total=sum(min(CHUNK, len(images) - start) for start in starts),
+        desc=description,
+        unit="image",
+        dynamic_ncols=True,
+        disable=not state.is_main_process,
+    )
+    for start in starts:
+        numbers = np.arange(start, min(start + CHUNK, len(images)))
+        path = _chunk(work, start)
+        if not path.is_file():
+            parts: dict[str, list[np.ndarray]] = {}
+            for first in range(0, len(numbers), batch_size):
+                pixels = images.batch(numbers[first : first + batch_size])
+                found = extractor(pixels.to(device))
+                if extractor.name == "digits":
+                    _check_shrinkable(pixels, images.name)
+                    found["small"] = shrink_digits(pixels.numpy())
+                if judge is not None:
+                    found["named"] = judge(pixels.to(device)).cpu().numpy()
+                if keep_images:
+                    found["images"] = pixels.permute(0, 2, 3, 1).numpy()
+                for name, values in found.items():
+                    parts.setdefault(name, []).append(values)
+                bar.update(len(pixels))
+            with atomic_write(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **{name: np.concatenate(values) for name, values in parts.items()})
+        else:
+            bar.update(len(numbers))
+    bar.close()
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    chunks = []
+    for start in range(0, len(images), CHUNK):
+        with np.load(_chunk(work, start)) as archive:
+            chunks.append({name: archive[name] for name in archive if name != "images"})
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def pack_samples(work: Path, images: Images, out: Path) -> None:
+    """Write the images that :func:`extract` kept in ``work`` to an ADM-style npz, a chunk at a time.
+
+    Raises:
+        UserError: ``out`` can't be written.
+    """
+    with atomic_write(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        header_written = False
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for start in range(0, len(images), CHUNK):
+                with np.load(_chunk(work, start)) as chunk:
+                    pixels = np.ascontiguousarray(chunk["images"])
+                if not header_written:
+                    shape = (len(images), *pixels.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    header_written = True
+                file.write(pixels.tobytes())
+        if images.labels is not None:
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, np.asarray(images.labels[: len(images)], dtype=np.int64))
+
+
+def _check_shrinkable(pixels: torch.Tensor, name: str) -> None:
+    height, width = pixels.shape[-2:]
+    if height != width or height % 8:
+        raise UserError(f"{name}: digits must be square with sides that are multiples of 8, not {height}x{width}")
+
+
+def _chunk(work: Path, start: int) -> Path:
+    return work / f"features-{start:08d}.npz"
+
+
+def _claim(work: Path, what: dict) -> None:
+    """Make ``work`` this evaluation's, or make sure that it is."""
+    note = work / "evaluation.json"
+    if note.is_file():
+        begun = json.loads(note.read_text())
+        if begun != what:
+            raise UserError(f"--work-dir {work} is of another evaluation ({begun['images']}): choose another folder")
+    else:
+        with atomic_write(note) as temporary:
+            temporary.write_text(json.dumps(what))
+
+
+class WorkDirectory:
+    """The folder of the chunks: the one that was named, which stays, or a temporary one, shared by all processes."""
+
+    def __init__(self, named: str | None) -> None:
+        self.named = named
+
+    def __enter__(self) -> Path:
+        state = process_state()
+        place = [self.named]
+        self.temporary = None
+        if self.named is None and state.is_main_process:
+            self.temporary = tempfile.TemporaryDirectory(prefix="eval-")
+            place = [self.temporary.name]
+        if state.num_processes > 1:
+            broadcast_object_list(place)
+        return Path(place[0])
+
+    def __exit__(self, *exception) -> None:
+        if self.temporary is not None:
+            self.temporary.cleanup()

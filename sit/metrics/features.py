@@ -1,0 +1,215 @@
+"""Feature extractors: what turns uint8 images into the features that distances are measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sit.utils.errors import UserError
+from sit.utils.fingerprint import stamp
+from sit.utils.precision import full_float32
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+
+
+DINOV2 = "vit_large_patch14_dinov2.lvd142m"
+
+
+SPATIAL_CHANNELS = 7
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A way from images to features.
+
+    Attributes:
+        name: as ``--features`` takes it.
+        label: what its distances must be called, so that nobody compares the incomparable.
+        network: uint8 images (B, 3, H, W) to a tuple of tensors, named by ``outputs``.
+        outputs: of ``features`` (B, D), ``logits`` (B, classes) and ``spatial`` (B, 2023).
+        weights: the file or folder that was named.
+    """
+
+    name: str
+    label: str
+    network: nn.Module
+    outputs: tuple[str, ...]
+    weights: str = ""
+
+    @property
+    def identity(self) -> str:
+        """What tells its features from others: its name, and the state of its weights on the disk."""
+        return f"{self.name}, weights {self.weights}, files {stamp(self.weights)}"
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> dict[str, np.ndarray]:
+        """Features of images (B, 3, H, W) uint8, as float32 arrays, computed without TF32."""
+        with full_float32():
+            found = self.network(images)
+        return {name: values.float().cpu().numpy() for name, values in zip(self.outputs, found, strict=True)}
+
+
+def digits_extractor(device: torch.device, weights: str | None = None) -> Extractor:
+    """The committed digit classifier."""
+    from torch_fidelity.utils import create_feature_extractor
+
+    from sit.metrics.digits import EXTRACTOR
+
+    network = create_feature_extractor(EXTRACTOR, ["features", "logits"], cuda=False, verbose=False).to(device)
+    label = "digits features, not comparable with Inception FID"
+    return Extractor("digits", label, network, ("features", "logits"))
+
+
+class _InceptionWithSpatial(nn.Module):
+    """torch-fidelity's Inception, with the map that the spatial FID is measured on.
+
+    ADM takes the first 7 channels after the first 1×1 branch of TensorFlow's ``mixed_6``, which is torch's
+    ``Mixed_6d``: 17·17·7 numbers, in TensorFlow's order (row, column, channel).
+    """
+
+    def __init__(self, inception: nn.Module) -> None:
+        super().__init__()
+        self.inception = inception
+        inception.Mixed_6d.branch1x1.register_forward_hook(self._note)
+
+    def _note(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features, logits = self.inception(images)
+        return features, logits, self.spatial
+
+
+def inception_extractor(device: torch.device, weights: str | None = None) -> Extractor:
+    """torch-fidelity's port of the 2015-12-05 TensorFlow graph (``inception-v3-compat``).
+
+    Args:
+        device: where it runs.
+        weights: the weights file; None looks in torch-fidelity's usual place.
+
+    Raises:
+        UserError: the weights can't be had or are not Inception's.
+    """
+    from torch_fidelity.utils import create_feature_extractor
+
+    usual = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    path = Path(weights) if weights else usual
+    if not path.is_file():
+        hint = f"put {INCEPTION_FILE} (torch-fidelity's release v0.2.0) at {usual}, or pass --inception-weights FILE"
+        raise UserError(f"the Inception weights {path} are missing: {hint}")
+    try:
+        inception = create_feature_extractor(
+            "inception-v3-compat",
+            ["2048", "logits_unbiased"],
+            cuda=False,
+            verbose=False,
+            feature_extractor_weights_path=str(path),
+        )
+    except Exception as error:  # torch's readers raise whatever they meet
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--inception-weights {path}: not the weights of {INCEPTION_FILE}: {reason}") from error
+    network = _InceptionWithSpatial(inception).to(device).eval()
+    return Extractor("inception", "Inception features", network, ("features", "logits", "spatial"), str(path))
+
+
+class _Dinov2(nn.Module):
+    """DINOv2's class token of uint8 images, resized to 224 by antialiased bicubic interpolation."""
+
+    SIDE = 224
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        config = network.pretrained_cfg
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(config[name]).reshape(3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        images = images.float() / 255
+        images = F.interpolate(images, size=(self.SIDE, self.SIDE), mode="bicubic", antialias=True).clamp(0, 1)
+        return (self.network((images - self.mean) / self.std),)
+
+
+def dinov2_extractor(device: torch.device, weights: str | None = None, model: str = DINOV2) -> Extractor:
+    """DINOv2 ViT-L/14, for FD-DINOv2 (Stein et al. 2023), through timm.
+
+    Args:
+        device: where it runs.
+        weights: a local file of timm's weights; None lets timm fetch or find them.
+        model: timm's name.
+
+    Raises:
+        UserError: the weights can't be had or don't fit.
+    """
+    import timm
+
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"--dinov2-weights {weights}: no such file")
+    overlay = {"file": weights} if weights is not None else None
+    options = dict(img_size=_Dinov2.SIDE, num_classes=0, global_pool="token", pretrained_cfg_overlay=overlay)
+    try:
+        network = timm.create_model(model, pretrained=True, **options)
+    except Exception as error:  # the Hub, the disk and the state dict each raise their own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        hint = f"fetch timm's {model} once, or pass its file with --dinov2-weights FILE"
+        raise UserError(f"the DINOv2 weights can't be had ({reason}): {hint}") from error
+    network = _Dinov2(network).to(device).eval().requires_grad_(False)
+    label = "DINOv2 features, not comparable with Inception FID"
+    return Extractor("dinov2", label, network, ("features",), weights or "")
+
+
+def classifier_extractor(device: torch.device, folder: str | None = None) -> Extractor:
+    """The features and logits of a classifier that ``sit.train_classifier`` wrote to ``folder``.
+
+    Raises:
+        UserError: no folder is named, or it has no such classifier.
+    """
+    from sit.metrics.classifier import load_classifier
+
+    if not folder:
+        raise UserError("--features classifier: name its folder, as classifier:FOLDER")
+    classifier = load_classifier(folder).to(device)
+    # the folder's name alone, as the label is part of metrics' names; the whole path is kept in ``weights``
+    name = Path(folder).resolve().name
+    label = f"features of the {classifier.config.architecture} in {name}, not comparable with Inception FID"
+    return Extractor("classifier", label, classifier, ("features", "logits"), folder)
+
+
+EXTRACTORS: dict[str, Callable[[torch.device, str | None], Extractor]] = {
+    "digits": digits_extractor,
+    "inception": inception_extractor,
+    "dinov2": dinov2_extractor,
+    "classifier": classifier_extractor,
+}
+
+
+@dataclass(frozen=True)
+class FeatureWeights:
+    """Flags that name the weights of features that do not come with this repository."""
+
+    inception_weights: str | None = None
+    """the Inception weights file; None looks in torch-fidelity's usual place"""
+    dinov2_weights: str | None = None
+    """a file of timm's DINOv2 weights; None lets timm fetch or find them"""
+
+    def of(self, features: str) -> str | None:
+        """The file that is named for these features, if any."""
+        return {"inception": self.inception_weights, "dinov2": self.dinov2_weights}.get(features)
+
+
+def get_extractor(name: str, device: torch.device, weights: str | None = None) -> Extractor:
+    """The extractor of that name; ``classifier:FOLDER`` names its folder with it.
+
+    Raises:
+        UserError: an unknown name, or weights that can't be had.
+    """
+    kind, _, folder = name.partition(":")
+    if kind not in EXTRACTORS or (folder and kind != "classifier"):
+        raise UserError(f"--features {name}: unknown; known features: {', '.join(EXTRACTORS)}:FOLDER")
+    return EXTRACTORS[kind](device, folder or weights)

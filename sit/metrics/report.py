@@ -1,0 +1,47 @@
+"""What an evaluation found: numbers with their errors, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class Number:
+    """One line of a report.
+
+    Attributes:
+        name: the metric, with the features it is on where they are not Inception's.
+        value: the number.
+        error: its standard error or deviation; None where there is none.
+        how: what the error is, or what else must be known.
+    """
+
+    name: str
+    value: float
+    error: float | None = None
+    how: str = ""
+
+
+@dataclass
+class Report:
+    """What an evaluation found."""
+
+    samples: str
+    sample_count: int
+    reference: str
+    features: str
+    numbers: list[Number] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    def __str__(self) -> str:
+        width = max(len(number.name) for number in self.numbers)
+        lines = [f"{self.sample_count} samples of {self.samples}", f"against {self.reference}; {self.features}"]
+        for number in self.numbers:
+            error = f" ± {number.error:.4g}" if number.error is not None else ""
+            how = f"  ({number.how})" if number.how else ""
+            lines.append(f"{number.name:<{width}}  {number.value:.5g}{error}{how}")
+        return "\n".join(lines)

@@ -1,0 +1,165 @@
+"""Train a small classifier: its features stand in for Inception's, or it judges samples' classes.
+
+    python -m sit.train_classifier --data fashion-mnist:FOLDER --heldout fashion-mnist-test:FOLDER --image-size 32 \
+        --out classifiers/fashion-mnist
+
+``eval_fid.py --features classifier:FOLDER`` measures distances on its features; ``--judge FOLDER`` takes its word for
+the samples' classes. Take two of different architectures, so that the one that judges is not the one measured by.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+from sit.data.dataset import ImageData
+from sit.data.factory import open_images
+from sit.metrics.classifier import Classifier, ClassifierConfig, save_classifier
+from sit.utils.cli import one_line_errors
+from sit.utils.device import pick_device
+from sit.utils.errors import UserError, entry_point
+from sit.utils.files import atomic_folder, refuse_used
+from sit.utils.random import generator
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet": ("resnet10t", {"channels": [24, 48, 96, 128], "stem_width": 16, "replace_stem_pool": True}),
+    "convnext": ("convnext_atto", {"depths": [1, 1, 3, 1], "dims": [24, 48, 96, 192], "patch_size": 2}),
+}
+"""timm's names, with arguments that suit images of about 32 pixels"""
+
+
+@dataclass
+class Settings:
+    """What decides the weights, besides the data."""
+
+    architecture: Literal["resnet", "convnext"] = "resnet"
+    """which of timm's families, made small"""
+    epochs: int = 4
+    batch_size: int = 128
+    lr: float = 4e-3
+    """the highest of AdamW's one-cycle schedule"""
+    flip: bool = True
+    """mirror every second image"""
+    shift: int = 2
+    """move each image by up to so many pixels"""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "lr"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+
+
+@dataclass
+class Arguments(Settings):
+    """Train a small classifier on a data set and measure it on another."""
+
+    data: str = "digits:train"
+    """images, as train.py's --data takes them"""
+    heldout: str = "digits:heldout"
+    """images to measure it on"""
+    image_size: int | None = None
+    """side in pixels; None for the source's own"""
+    out: Path = Path("classifiers/new")
+    """new folder"""
+    device: str | None = None
+    """None takes the accelerator, if there is one"""
+
+
+def load_pixels(data: ImageData) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images (n, 3, H, W) uint8 and labels (n,) int64."""
+    return torch.stack([data[index][0] for index in range(len(data))]), torch.from_numpy(data.labels)
+
+
+def augment(images: torch.Tensor, settings: Settings, source: torch.Generator) -> torch.Tensor:
+    """Images (B, 3, H, W), mirrored and shifted at random, the border repeated."""
+    count, side = len(images), images.shape[-1]
+    if settings.shift:
+        reach = settings.shift
+        padded = F.pad(images.float(), (reach,) * 4, mode="replicate").to(images.dtype)
+        offset = torch.randint(2 * reach + 1, (2, count, 1), generator=source)
+        rows, columns = offset + torch.arange(side)
+        images = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    if settings.flip:
+        mirrored = torch.rand(count, 1, 1, 1, generator=source) < 0.5
+        images = torch.where(mirrored, images.flip(-1), images)
+    return images
+
+
+def fit(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor, settings: Settings) -> None:
+    """Train ``classifier``, on its device, on images (n, 3, H, W) uint8 and labels (n,)."""
+    device = next(classifier.parameters()).device
+    source = generator(settings.seed, "classifier")
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=5e-2)
+    total = settings.epochs * (len(images) // settings.batch_size)
+    if total == 0:
+        raise UserError(f"--batch-size {settings.batch_size} is more than the {len(images)} images there are")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=total)
+    classifier.train()
+    bar = tqdm(total=total, desc=settings.architecture, dynamic_ncols=True)
+    for _ in range(settings.epochs):
+        for chosen in torch.randperm(len(images), generator=source).split(settings.batch_size):
+            if len(chosen) < settings.batch_size:
+                continue
+            _, logits = classifier(augment(images[chosen], settings, source).to(device))
+            loss = F.cross_entropy(logits, labels[chosen].to(device), label_smoothing=0.05)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if bar.n % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.update()
+    bar.close()
+    classifier.eval()
+
+
+@torch.no_grad()
+def accuracy(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """How often it names the class of images (n, 3, H, W) uint8."""
+    device = next(classifier.parameters()).device
+    named = torch.cat([classifier(batch.to(device))[1].argmax(1).cpu() for batch in images.split(256)])
+    return (named == labels).double().mean().item()
+
+
+def main(arguments: Arguments) -> None:
+    refuse_used(arguments.out, "--out")
+    data = open_images(arguments.data, arguments.image_size)
+    heldout = open_images(arguments.heldout, data.image_size)
+    if heldout.classes != data.classes:
+        raise UserError(f"--heldout {arguments.heldout} has other classes than --data {arguments.data}")
+    device = pick_device(arguments.device)
+    torch.manual_seed(arguments.seed)
+    name, options = ARCHITECTURES[arguments.architecture]
+    settings = {field: value for field, value in asdict(arguments).items() if field in Settings.__dataclass_fields__}
+    config = ClassifierConfig(
+        name, options, data.image_size, data.classes, arguments.data, arguments.heldout, settings=settings
+    )
+    classifier = Classifier(config).to(device)
+    fit(classifier, *load_pixels(data), arguments)
+    score = accuracy(classifier, *load_pixels(heldout))
+    classifier.config = replace(config, accuracy=score)
+    parameters = sum(p.numel() for p in classifier.parameters())
+    with atomic_folder(arguments.out) as folder:
+        save_classifier(classifier.cpu(), folder)
+        (folder / "README.md").write_text(
+            f"# A classifier of {arguments.data}\n\n"
+            f"timm's `{name}`, made small: {parameters:,} parameters, {data.image_size}×{data.image_size} RGB. "
+            f"Trained by\n\n    python -m sit.train_classifier {' '.join(sys.argv[1:])}\n\n"
+            f"Accuracy on the {len(heldout):,} images of {arguments.heldout}: {score:.2%}.\n"
+        )
+    print(f"held-out accuracy {score:.4f}; written to {arguments.out}")
+
+
+@entry_point
+def run() -> None:
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m sit.train_classifier")
+    main(arguments)

@@ -1,0 +1,105 @@
+"""How to sample: solver, steps, guidance. The defaults are those of the published SiT."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sit.sampling.diffusion import DIFFUSION_FORMS
+from sit.utils.errors import UserError
+
+OnStep = Callable[[int, int | None, torch.Tensor, "float | torch.Tensor"], None]
+"""Called after step number ``step`` of ``total`` (None if the solver chooses its steps) with the state (B, C, h, w) and
+the time t that it stands at, a number or 0-dim tensor."""
+
+
+_SOLVERS = importlib.import_module("torchdiffeq._impl.odeint").SOLVERS
+
+
+_FIXED_GRID = importlib.import_module("torchdiffeq._impl.solvers").FixedGridODESolver
+
+
+ODE_METHODS = tuple(_SOLVERS)
+
+
+SDE_METHODS = ("euler", "heun")
+
+
+LAST_STEPS = ("mean", "tweedie", "euler", "none")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How to sample; the defaults are those of the published SiT.
+
+    Raises:
+        UserError: a value that can't be.
+    """
+
+    sampler: Literal["sde", "ode"] = "sde"
+    """the reverse SDE, or the probability-flow ODE"""
+    steps: int = 250
+    """network steps: SDE steps with the last step included, or steps of a fixed-step ODE solver"""
+    method: str | None = None
+    """SDE: euler (Euler-Maruyama, the default) or heun. ODE: a solver of torchdiffeq, by default dopri5"""
+    diffusion_form: Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"] = "sigma"
+    """how much noise the SDE adds over time"""
+    diffusion_norm: float = 1.0
+    """factor of the diffusion coefficient"""
+    last_step: Literal["mean", "tweedie", "euler", "none"] = "mean"
+    """how the SDE ends, without adding noise"""
+    last_step_size: float = 0.04
+    """time that the SDE's last step covers"""
+    atol: float = 1e-6
+    """absolute tolerance of adaptive ODE solvers"""
+    rtol: float = 1e-3
+    """relative tolerance of adaptive ODE solvers"""
+    cfg_scale: float = 1.0
+    """classifier-free guidance; 1 is none, and then the network runs once a step instead of twice"""
+    cfg_channels: int = 3
+    """latent channels that guidance acts on: 3 as published, 0 for all"""
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    """guide only where the noise level 1 - t is within these bounds (as REPA counts it); outside, no second pass"""
+
+    def __post_init__(self) -> None:
+        if self.sampler not in ("sde", "ode"):
+            raise UserError(f"unknown sampler {self.sampler!r}; known samplers: sde, ode")
+        known = SDE_METHODS if self.sampler == "sde" else ODE_METHODS
+        if self.method is not None and self.method not in known:
+            raise UserError(f"--method {self.method}: the methods of --sampler {self.sampler} are {', '.join(known)}")
+        if self.diffusion_form not in DIFFUSION_FORMS:
+            raise UserError(f"unknown diffusion form {self.diffusion_form!r}; known: {', '.join(DIFFUSION_FORMS)}")
+        if self.last_step not in LAST_STEPS:
+            raise UserError(f"unknown last step {self.last_step!r}; known: {', '.join(LAST_STEPS)}")
+        if self.steps < 1:
+            raise UserError(f"--steps must be at least 1, not {self.steps}")
+        if self.sampler == "sde" and self.last_step != "none" and self.steps < 2:
+            raise UserError("--steps 1 leaves the SDE no step before its last one: use at least 2, or --last-step none")
+        if not 0 <= self.diffusion_norm < math.inf:
+            raise UserError(f"--diffusion-norm must be a number of at least 0, not {self.diffusion_norm}")
+        if not 0 < self.last_step_size < 1:
+            raise UserError(f"--last-step-size must be between 0 and 1, not {self.last_step_size}")
+        if not (self.atol > 0 and self.rtol > 0):
+            raise UserError("--atol and --rtol must be positive")
+        if self.cfg_scale < 0 or not math.isfinite(self.cfg_scale):
+            raise UserError(f"--cfg-scale must be a number of at least 0, not {self.cfg_scale}")
+        if self.cfg_channels < 0:
+            raise UserError(f"--cfg-channels must be 0 (all) or more, not {self.cfg_channels}")
+        low, high = self.cfg_interval
+        if not 0 <= low <= high <= 1:
+            raise UserError(f"--cfg-interval {low} {high}: needs 0 <= LOW <= HIGH <= 1")
+
+    @property
+    def resolved_method(self) -> str:
+        """The method, with the default filled in."""
+        return self.method or ("euler" if self.sampler == "sde" else "dopri5")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the solver chooses its own steps, and so doesn't heed ``steps``."""
+        return self.sampler == "ode" and not issubclass(_SOLVERS[self.resolved_method], _FIXED_GRID)

@@ -1,0 +1,49 @@
+"""The network as samplers call it: with classifier-free guidance, at one time for all images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sit.model import SiT
+from sit.sampling.config import SamplerConfig
+
+
+class GuidedModel:
+    """A network's guided prediction as a function of the state and one time for all images.
+
+    Args:
+        model: called as ``model(x, t, y=labels)``; its ``null_class`` is needed for guidance.
+        labels: (B,) int64, or None for a network without labels (called without ``y``, never guided).
+        config: the guidance.
+    """
+
+    def __init__(self, model: SiT | Callable, labels: torch.Tensor | None, config: SamplerConfig) -> None:
+        self.model, self.labels, self.config = model, labels, config
+        self.evaluations = 0
+        self.guided = config.cfg_scale != 1 and labels is not None
+        if self.guided:
+            self.both = torch.cat([labels, torch.full_like(labels, model.null_class)])
+
+    def __call__(self, x: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+        """State (B, C, h, w), and a time as number or 0-dim tensor, to the prediction (B, C, h, w) in x's dtype."""
+        self.evaluations += 1
+        low, high = self.config.cfg_interval
+        if not self.guided or ((low, high) != (0.0, 1.0) and not low <= 1 - float(t) <= high):
+            return self._run(x, t, self.labels)
+        with_label, without = self._run(torch.cat([x, x]), t, self.both).chunk(2)
+        guided = without + self.config.cfg_scale * (with_label - without)
+        channels = self.config.cfg_channels or x.shape[1]
+        return torch.cat([guided[:, :channels], with_label[:, channels:]], dim=1)
+
+    def _run(self, x: torch.Tensor, t: float | torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        conditions = {} if labels is None else {"y": labels}
+        return self.model(x.to(getattr(self.model, "dtype", x.dtype)), times(t, x), **conditions).to(x.dtype)
+
+
+def times(t: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One time for every image of x: (B,) in x's dtype, made without a transfer to the device."""
+    if isinstance(t, torch.Tensor):
+        return t.to(x.dtype).expand(len(x))
+    return torch.full((len(x),), t, dtype=x.dtype, device=x.device)

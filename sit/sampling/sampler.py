@@ -1,0 +1,148 @@
+"""Sampling: from noise to latents along the SDE or the ODE of a trained network, with guidance.
+
+What ``steps`` counts, and how it compares with the published programs, is written in ``docs/sampling.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from sit.model import SiT
+from sit.sampling.config import OnStep, SamplerConfig
+from sit.sampling.guidance import GuidedModel
+from sit.sampling.ode import sample_ode
+from sit.sampling.sde import sample_sde
+from sit.transport.transport import Transport
+from sit.utils.errors import UserError
+from sit.utils.random import generator, randn
+
+
+class KeyedNoise:
+    """The noise of samples number ``indices`` under a seed: first x_0, then that of each SDE step.
+
+    Sample i draws from a stream of its own, so its noise does not depend on which samples are made with it.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str) -> None:
+        self.sources = [generator(seed, "sample", int(index)) for index in indices]
+        self.shape, self.device = tuple(shape), device
+
+    def __call__(self, step: int = 0) -> torch.Tensor:
+        """The next noise (B, *shape) of every sample."""
+        noise = randn(self.shape, self.sources)
+        if torch.device(self.device).type == "cuda":
+            noise = noise.pin_memory()  # else the copy would wait for the steps before it
+        return noise.to(self.device, non_blocking=True)
+
+
+def sample(
+    model: SiT | Callable,
+    transport: Transport,
+    noise: torch.Tensor,
+    labels: torch.Tensor | None,
+    config: SamplerConfig,
+    step_noise: Callable[[int], torch.Tensor] | None = None,
+    on_step: OnStep | None = None,
+    reverse: bool = False,
+) -> torch.Tensor:
+    """Latents (B, C, h, w) from noise (B, C, h, w) and labels (B,), integrated in float32, or float64 if given it.
+
+    Args:
+        step_noise: see :func:`sample_sde`; None draws from torch's global generator.
+        reverse: take ``noise`` for latents and return the noise that the ODE makes them from.
+
+    Raises:
+        UserError: guidance of a network that has no null class, or an SDE in reverse.
+    """
+    if reverse and config.sampler != "ode":
+        raise UserError("only the ODE runs from an image back to its noise: use --sampler ode")
+    if noise.dtype not in (torch.float32, torch.float64):
+        noise = noise.float()
+    with torch.no_grad():
+        prediction = GuidedModel(model, labels, config)
+        if config.sampler == "ode":
+            return sample_ode(prediction, transport, noise, config, reverse, on_step)
+        step_noise = step_noise or (lambda step: torch.randn_like(noise))
+        return sample_sde(prediction, transport, noise, config, step_noise, on_step)
+
+
+def computing_group(config: SamplerConfig, tokens: int) -> int:
+    """How many samples the network is shown at a time on a CPU, whatever the batch size.
+
+    A matrix product rounds differently with another number of rows, so on the CPU, where it costs little, the number
+    is fixed, and so is each sample's row. An adaptive solver's steps depend on all it is shown: there it is one.
+    """
+    return 1 if config.adaptive else max(4, min(16, 1024 // tokens))
+
+
+def grouped(indices: Sequence[int], group: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Cut samples into groups in which sample i stands in row i mod ``group``, keeping their order as far as it goes.
+
+    Yields:
+        (positions in ``indices``, their rows): as many as find their row free, at most ``group``.
+    """
+    positions, rows = [], []
+    for position, index in enumerate(indices):
+        if index % group in rows:
+            yield positions, rows
+            positions, rows = [], []
+        positions.append(position)
+        rows.append(index % group)
+    yield positions, rows
+
+
+def generate(
+    model: SiT,
+    transport: Transport,
+    indices: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    seed: int,
+    config: SamplerConfig,
+    latent_shape: Sequence[int],
+    device: torch.device | str,
+    batch_size: int,
+    on_step: OnStep | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Sample the latents numbered ``indices`` under ``seed``, ``batch_size`` at a time.
+
+    Sample i depends on the seed, i, its label and the config. On a CPU it is the same to the bit whatever the batch
+    size and the company; on an accelerator it is so to rounding (adaptive ODE solvers: to their tolerance).
+
+    Raises:
+        UserError: a batch size below 1.
+
+    Args:
+        indices: (n,) int64 numbers of the samples.
+        labels: (n,) int64.
+        latent_shape: (C, h, w).
+        on_step: called in each pass of the sampler; with several passes, from the start again.
+
+    Yields:
+        (indices (b,), latents (b, C, h, w) float32 on ``device``), in order.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {batch_size}")
+    patch = model.config.patch_size
+    tokens = latent_shape[1] * latent_shape[2] // patch**2
+    on_cpu = torch.device(device).type == "cpu"
+    for start in range(0, len(indices), batch_size):
+        chosen, wanted = indices[start : start + batch_size], labels[start : start + batch_size]
+        if not on_cpu:
+            short = batch_size - len(chosen) if start else 0  # filled up: a compiled network knows one batch size
+            filled = torch.cat([torch.arange(len(chosen)), torch.zeros(short, dtype=torch.int64)])
+            noise = KeyedNoise(seed, chosen[filled].tolist(), latent_shape, device)
+            x = sample(model, transport, noise(), wanted[filled].to(device), config, noise, on_step)
+            yield chosen, x[: len(chosen)]
+            continue
+        group, parts = computing_group(config, tokens), []
+        for positions, rows in grouped(chosen.tolist(), group):
+            filled = [positions[0]] * group  # rows that no sample stands in
+            for position, row in zip(positions, rows, strict=True):
+                filled[row] = position
+            noise = KeyedNoise(seed, chosen[filled].tolist(), latent_shape, device)
+            x = sample(model, transport, noise(), wanted[filled].to(device), config, noise, on_step)
+            parts.append(x[rows])
+        yield chosen, torch.cat(parts)

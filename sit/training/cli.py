@@ -1,0 +1,84 @@
+"""train.py's command line: a recipe or a resumed run's config, then the flags."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from sit.training.config import TrainConfig
+from sit.training.recipes import known_recipes, load_recipe, run_folder
+from sit.utils.cli import one_line_errors
+from sit.utils.errors import UserError, entry_point
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Train a SiT. A recipe, or the run to resume, sets the defaults of all other flags."""
+
+    config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
+    recipe: str = "digits"
+    """a recipe's name or a YAML file"""
+    dry_run: bool = False
+    """print what the run would be and cost, and start nothing"""
+    gpus: int = 1
+    """with --dry-run: the number of GPUs to plan for"""
+    images_per_second: float | None = None
+    """with --dry-run: the measured speed of all GPUs together, for the time that it would take"""
+
+
+def parse_train_arguments(arguments: list[str]) -> TrainArguments:
+    """Read train.py's command line: ``--recipe`` (default ``digits``) or a resumed run's config, then the flags.
+
+    Raises:
+        UserError: a bad recipe or value. Unknown flags exit with tyro's message.
+    """
+    recipe, resume = _value_of("--recipe", arguments), _value_of("--resume", arguments)
+    if resume not in (None, "auto"):
+        if recipe is not None:
+            raise UserError("--recipe and --resume RUN exclude each other: a resumed run has its config")
+        base = load_recipe(str(run_folder(resume) / "config.yaml"))
+    else:
+        base = load_recipe(recipe or TrainArguments.recipe)
+    description = f"{TrainArguments.__doc__} Recipes: {', '.join(known_recipes())}."
+    with one_line_errors():
+        parsed = tyro.cli(
+            TrainArguments, args=arguments, default=TrainArguments(base), prog="train.py", description=description
+        )
+    if parsed.gpus < 1:
+        raise UserError(f"--gpus must be at least 1, not {parsed.gpus}")
+    if parsed.images_per_second is not None and parsed.images_per_second <= 0:
+        raise UserError(f"--images-per-second must be positive, not {parsed.images_per_second}")
+    return parsed
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    """The value of ``flag`` on a command line, before the rest is understood; None if it is not there."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, dest="value", nargs="?")
+    return parser.parse_known_args(arguments)[0].value
+
+
+@entry_point
+def main() -> None:
+    arguments = parse_train_arguments(sys.argv[1:])
+    config = arguments.config
+
+    # the heavy imports come after the flags are understood
+    if arguments.dry_run:
+        from sit.training.plan import plan
+
+        print(plan(config, arguments.gpus, arguments.images_per_second))
+        return
+
+    from sit.training.trainer import train
+
+    folder, is_main_process = train(config)
+    if is_main_process:
+        reference = config.data if config.data.startswith("digits") else "REFERENCE"
+        print(f"run: {folder}")
+        print(f"sample:   python sample.py --ckpt {folder} --steps 250")
+        print(f"evaluate: python eval_fid.py --ckpt {folder} --reference {reference}")

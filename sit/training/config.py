@@ -1,0 +1,157 @@
+"""The training configuration: one dataclass, filled from a YAML recipe and then from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import yaml
+
+from sit.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run. The defaults are those of the published 400k-step comparison, except
+    for the data and the size of the network."""
+
+    # what is learned
+    data: str = "digits"
+    """digits (embedded), a folder with one subfolder a class, a latent cache, or another source of sit.data"""
+    image_size: int = 32
+    """side of the square images, in pixels"""
+    flip: bool = False
+    """mirror every second image, drawn at random"""
+    vae: str = "digits"
+    """digits (embedded), a name on the Hub such as stabilityai/sd-vae-ft-ema, or a local folder"""
+
+    # the network
+    model: str = "SiT-XS/2"
+    """SiT-SIZE/PATCH with sizes XS, S, B, L, XL and patches 1, 2, 4, 8"""
+    mixer: str = "attention"
+    """token mixer, e.g. attention, atconv, atconv:kernel_size=5; a comma-separated pattern repeats over the depth"""
+    learn_sigma: bool = False
+    """twice the output channels, the second half unused, as in the published checkpoints"""
+    class_dropout: float = 0.1
+    """probability of training without the label, for classifier-free guidance"""
+
+    # the objective
+    interpolant: Literal["linear", "gvp", "vp"] = "linear"
+    """path from noise to data"""
+    prediction: Literal["velocity", "score", "noise"] = "velocity"
+    """what the network predicts"""
+    loss_weight: Literal["none", "velocity", "likelihood"] = "none"
+    """weight of the loss over time, for score and noise prediction"""
+    train_eps: float | None = None
+    """how far training stays from time's singular ends; None: as published. Ignored by velocity with linear or gvp"""
+    sample_eps: float | None = None
+    """the same for sampling"""
+
+    repa: str | None = None
+    """align tokens with a frozen encoder (REPA): a timm model, e.g. vit_base_patch14_dinov2.lvd142m, or a folder"""
+    repa_weight: float = 0.5
+    """weight of the alignment beside the loss"""
+    repa_block: int = 8
+    """the block, counted from 1, whose tokens are aligned"""
+
+    # the optimization
+    steps: int = 1000
+    """optimizer steps of the whole run"""
+    batch_size: int = 256
+    """images a step, over all processes and accumulated micro-batches together"""
+    gradient_accumulation: int = 1
+    """micro-batches a step"""
+    learning_rate: float = 1e-4
+    """AdamW's learning rate"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises linearly from zero"""
+    final_learning_rate: float | None = None
+    """learning rate at the last step, reached by a cosine; None keeps it constant"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay"""
+    max_grad_norm: float | None = None
+    """clip the gradient to this norm; None clips nothing"""
+    ema_decay: float = 0.9999
+    """decay of the weights' moving average, after a warm-up of (1 + step) / (10 + step)"""
+    seed: int = 0
+    """names all randomness of the run: initial weights, order of the images, noise"""
+
+    # how it runs
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """None takes what `accelerate launch` or `accelerate config` say"""
+    tf32: bool = True
+    """round float32 matrix products to TF32 on GPUs, as published"""
+    compile: bool | None = None
+    """torch.compile the network; None does so on GPUs where it can"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass, to save memory"""
+    cpu_threads: int | None = None
+    """threads of a process that trains on the CPU; None divides the machine's cores among its processes"""
+    workers: int = 0
+    """loader processes for each training process"""
+    non_finite_limit: int = 10
+    """steps in a row whose loss or gradient is not finite, and which are skipped, before the run stops"""
+
+    # what is kept
+    output_dir: str | None = None
+    """the run's folder; None makes a new one under runs/"""
+    resume: str | None = None
+    """a run or checkpoint to continue; `auto` continues the newest whole checkpoint of --output-dir, if any"""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Accelerate's trackers, e.g. tensorboard wandb trackio; metrics.jsonl is always written"""
+    log_every: int = 10
+    """steps between logged metrics"""
+    preview_every: int = 250
+    """steps between preview grids; 0 makes none"""
+    preview_steps: int = 25
+    """sampling steps of a preview"""
+    preview_cfg_scale: float = 1.5
+    """guidance of a preview"""
+    checkpoint_every: int = 500
+    """steps between checkpoints; the last step always makes one"""
+    keep_last: int = 2
+    """checkpoints kept besides those of --keep-every; 0 keeps all"""
+    keep_every: int | None = None
+    """steps between checkpoints that are kept for good"""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "steps", "batch_size", "gradient_accumulation", "log_every", "checkpoint_every",
+                     "preview_steps", "non_finite_limit", "repa_block"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
+        if self.cpu_threads is not None and self.cpu_threads < 1:
+            raise UserError(f"--cpu-threads must be at least 1, not {self.cpu_threads}; leave it out to use all cores")
+        for name in ("warmup_steps", "workers", "preview_every", "keep_last", "weight_decay", "repa_weight"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{_flag(name)} can't be negative: {getattr(self, name)}")
+        for name in ("learning_rate", "final_learning_rate", "preview_cfg_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{_flag(name)} must be a number of at least 0, not {value}")
+        for name in ("class_dropout", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{_flag(name)} must be in [0, 1), not {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas must be two numbers in [0, 1), not {self.betas[0]} {self.betas[1]}")
+        if self.preview_every and self.preview_steps < 2:
+            raise UserError(
+                "--preview-steps 1 leaves the SDE no step before its last one: use at least 2, or --preview-every 0"
+            )
+        if self.batch_size % self.gradient_accumulation:
+            raise UserError(
+                f"--batch-size {self.batch_size} can't be divided into --gradient-accumulation "
+                f"{self.gradient_accumulation} equal micro-batches"
+            )
+
+    def to_yaml(self) -> str:
+        """All fields as YAML, which :func:`from_mapping` reads back."""
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(plain, sort_keys=False)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,44 @@
+"""The weights' moving average: which parameters have one, and a network that has it for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from sit.model import SiT
+
+
+def averaged_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that have a moving average: those that sampling needs, not a projector's."""
+    return [parameter for name, parameter in model.named_parameters() if not name.startswith(SiT.PROJECTOR)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole parameters that FSDP2 may hold, so that ``model`` has its shards again.
+
+    The root keeps them after a forward pass (other modules, if so configured) until a backward pass, which sampling
+    never makes.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # not recursive
+
+
+@contextlib.contextmanager
+def ema_weights(model: nn.Module, ema: EMAModel) -> Iterator[None]:
+    """Within the block, ``model`` has the moving average's weights."""
+    reshard(model)
+    parameters = averaged_parameters(model)
+    foreach, ema.foreach = ema.foreach, False  # sharded tensors know no foreach copy
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        reshard(model)
+        ema.restore(parameters)
+        ema.foreach = foreach

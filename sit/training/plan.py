@@ -1,0 +1,164 @@
+"""What a training run would be and cost, counted on the meta device: nothing is trained, downloaded or allocated."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch.utils.flop_counter import FlopCounterMode
+
+from sit.data.factory import open_images
+from sit.latents.cache import MANIFEST, Manifest, is_cache
+from sit.latents.vae import downsampling, empty_vae, latent_shape
+from sit.model import SiT, create_model
+from sit.training.config import TrainConfig
+from sit.utils.errors import UserError
+
+CLASSES = 1000
+"""ImageNet's, planned with where the data are not at hand"""
+
+
+VAE = dict(
+    latent_channels=4,
+    block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+)
+"""Stable Diffusion's, planned with where the VAE is not at hand"""
+
+
+def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str:
+    """A table, as text: parameters, multiply-accumulates, tokens, memory per GPU, epochs, days.
+
+    Args:
+        config: the run.
+        gpus: GPUs to plan for; the batch is divided among them.
+        images_per_second: measured training speed of all of them together.
+
+    Raises:
+        UserError: settings that don't fit together; the message tells what was assumed.
+    """
+    parts = gpus * config.gradient_accumulation
+    if config.batch_size % parts:
+        raise UserError(f"--batch-size {config.batch_size} can't be divided into {parts} micro-batches: see --gpus")
+    micro_batch = config.batch_size // parts
+    shape, classes, images, assumed = describe_data(config)
+    with naming(assumed), torch.device("meta"):
+        network = create_model(
+            config.model,
+            mixer=config.mixer,
+            input_size=shape[1:],
+            in_channels=shape[0],
+            num_classes=classes,
+            class_dropout=config.class_dropout,
+            learn_sigma=config.learn_sigma,
+        )
+    parameters = sum(p.numel() for p in network.parameters())
+    forward = multiply_accumulates(network, shape)
+    state = 20 * parameters  # weights, gradients, two moments and the moving average, float32
+    half = config.mixed_precision in ("bf16", "fp16")
+    activations = saved_bytes(network, shape, micro_batch, half, config.gradient_checkpointing)
+    tokens = network.grid[0] * network.grid[1]
+    shown = config.steps * config.batch_size
+    rows = [
+        ("network", f"{config.model}, mixer {config.mixer}"),
+        ("parameters", f"{parameters:,}"),
+        ("latent, tokens", f"{'x'.join(map(str, shape))}, {tokens}"),
+        ("multiply-accumulates, forward", f"{forward / 1e9:.2f} G an image (matrix products and convolutions)"),
+        ("multiply-accumulates, training", f"{3 * forward * shown / 1e18:.3g} E for the whole run"),
+        ("batch", f"{config.batch_size} = {gpus} GPUs x {config.gradient_accumulation} micro-batches x {micro_batch}"),
+        ("images shown", f"{shown:,}" + (f" = {shown / images:.1f} epochs of {images:,}" if images else "")),
+        ("memory per GPU, state", f"{state / 2**30:.2f} GiB, not sharded (FSDP divides it by the GPUs)"),
+        ("memory per GPU, activations", f"{activations / 2**30:.2f} GiB saved for the backward pass"),
+    ]
+    if images_per_second:
+        rows.append(("time", f"{shown / images_per_second / 86400:.2f} days at {images_per_second:g} images/s"))
+    else:
+        rows.append(("time", "give the measured --images-per-second"))
+    if assumed:
+        rows.append(("assumed", assumed))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def describe_data(config: TrainConfig) -> tuple[tuple[int, int, int], int, int | None, str]:
+    """Latent shape, classes and count of the data, and what had to be assumed because it is not at hand."""
+    if is_cache(config.data):
+        manifest = Manifest.read(Path(config.data) / MANIFEST)
+        return tuple(manifest.latent_shape), len(manifest.classes), manifest.count, ""
+    assumed = []
+    try:
+        images = open_images(config.data, config.image_size)
+        classes, count = len(images.classes), len(images)
+    except UserError:
+        classes, count = CLASSES, None
+        assumed.append(f"--data {config.data} is not here: {classes} classes")
+    vae = empty_vae(config.vae)
+    if vae is None:
+        with torch.device("meta"):
+            vae = AutoencoderKL(**VAE)
+        assumed.append(
+            f"--vae {config.vae} is no folder here: {vae.config.latent_channels} channels, "
+            f"1/{downsampling(vae)} of the image's side"
+        )
+    told = "; ".join(assumed)
+    with naming(told):
+        return latent_shape(vae, config.image_size), classes, count, told
+
+
+@contextlib.contextmanager
+def naming(assumed: str) -> Iterator[None]:
+    """Let a refusal tell what was assumed, as it may be due to that."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} (assumed: {assumed})" if assumed else str(error)) from error
+
+
+def multiply_accumulates(network: SiT, latent_shape: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one image's forward pass in matrix products, convolutions and attention.
+
+    Products that a mask hides are not among them: those are as many as the method needs, and kernels may do more.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(*_inputs(network, latent_shape, 1, torch.float32))
+    grid = tuple(side // network.config.patch_size for side in latent_shape[1:])
+    mixers = (block.attn for block in network.blocks if hasattr(block.attn, "masked_multiply_accumulates"))
+    return counter.get_total_flops() // 2 - sum(mixer.masked_multiply_accumulates(grid) for mixer in mixers)
+
+
+def saved_bytes(
+    network: SiT, latent_shape: tuple[int, int, int], batch: int, half: bool, gradient_checkpointing: bool
+) -> int:
+    """Bytes of the activations that autograd keeps for the backward pass of one micro-batch.
+
+    An estimate: kernels' work spaces and the allocator's reserve come on top. In half precision all are taken to be
+    of two bytes.
+    """
+    dtype = torch.bfloat16 if half else torch.float32
+    torch.nn.Module.to(network, dtype)  # ModelMixin.to warns without need
+    if gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    own = {p.untyped_storage()._cdata for p in network.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)  # so that no later storage gets the same address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(*_inputs(network, latent_shape, batch, dtype))
+    return sum(kept.values())
+
+
+def _inputs(network: SiT, latent_shape: tuple[int, int, int], batch: int, dtype: torch.dtype) -> tuple:
+    x = torch.empty(batch, *latent_shape, device="meta", dtype=dtype)
+    t = torch.empty(batch, device="meta")
+    return x, t, torch.empty(batch, device="meta", dtype=torch.int64)

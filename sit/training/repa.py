@@ -1,0 +1,139 @@
+"""Representation alignment, REPA (arXiv 2410.06940): tokens of one block are drawn towards a frozen encoder's patches.
+
+A projector, an MLP on the tokens after ``--repa-block``, is trained with the network to predict the features of the
+clean image; the loss gains ``--repa-weight`` times their negative cosine similarity (equation 8). Sampling knows
+nothing of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+from torch.nn import functional as F
+
+from sit.model import SiT
+from sit.utils.errors import UserError
+
+HIDDEN = 2048
+"""Width of the projector's hidden layers, as published."""
+
+
+def make_projector(hidden_size: int, features: int) -> nn.Sequential:
+    """The published projector: (B, N, hidden_size) tokens to (B, N, features), three linear layers with SiLU between.
+
+    Initial values are those of the network's own linear layers: Xavier-uniform weights, zero biases.
+    """
+    projector = nn.Sequential(
+        nn.Linear(hidden_size, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, features)
+    )
+    for layer in projector:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return projector
+
+
+def attach_projector(network: SiT, block: int, features: int) -> None:
+    """Give ``network`` a projector to ``features`` channels on the tokens after its ``block``-th block, from 1.
+
+    It is a part of the network, so that DDP and FSDP see its gradients; its keys begin with ``projector.``, and
+    neither the moving average nor the weights for sampling have them.
+    """
+    check_block(block, len(network.blocks))
+    network.projector = make_projector(network.config.hidden_size, features)
+    network.projected_block = block
+
+
+def check_block(block: int, depth: int) -> None:
+    """Raises UserError: there is no such block."""
+    if not 1 <= block <= depth:
+        raise UserError(f"--repa-block {block}: the network has the blocks 1 to {depth}")
+
+
+def cosine_similarity(projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of the cosine between (B, N, D) projections and (B, N, D) features: (B,) float32."""
+    return F.cosine_similarity(projected.float(), features.float(), dim=-1).mean(1)
+
+
+class Encoder:
+    """A frozen timm network whose patch features are laid on the token grid of a SiT.
+
+    Images are resized whole, without a crop, so that patches lie where the tokens do. A network in patches that
+    takes other input sizes gets the one whose patch grid is the token grid (256 → 224 pixels for patches of 14 and
+    16×16 tokens, as published); of all others, the features are resized bilinearly.
+
+    Args:
+        network: the timm network, with pretrained weights.
+        grid: the tokens' (H, W).
+        device: where it works.
+    """
+
+    def __init__(self, network: nn.Module, grid: tuple[int, int], device: torch.device | str = "cpu") -> None:
+        data = resolve_data_config(model=network)
+        self.grid, self.input_size = tuple(grid), tuple(data["input_size"][1:])
+        if hasattr(network, "set_input_size") and hasattr(network, "num_prefix_tokens"):  # a vision transformer
+            self.input_size = tuple(n * p for n, p in zip(self.grid, network.patch_embed.patch_size, strict=True))
+            network.set_input_size(img_size=self.input_size)
+        self.network = network.to(device).eval().requires_grad_(False)
+        self.device, self.width = torch.device(device), network.num_features
+        self.mode = data["interpolation"] if data["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+        self.mean, self.std = (torch.tensor(data[name], device=device).view(1, -1, 1, 1) for name in ("mean", "std"))
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) uint8 images to (B, N, width) float32 features, row-major over the token grid."""
+        pixels = images.to(self.device).float() / 255
+        if pixels.shape[-2:] != self.input_size:
+            # no antialiasing, as published
+            pixels = F.interpolate(pixels, size=self.input_size, mode=self.mode, align_corners=False)
+        out = self.network.forward_features((pixels - self.mean) / self.std).float()
+        if out.ndim == 3:
+            out = out[:, getattr(self.network, "num_prefix_tokens", 0) :]
+            if out.shape[1] == self.grid[0] * self.grid[1]:
+                return out
+            rows, columns = self.network.patch_embed.grid_size
+            out = out.unflatten(1, (rows, columns))
+        elif getattr(self.network, "output_fmt", "NCHW") == "NCHW":
+            out = out.permute(0, 2, 3, 1)
+        if out.shape[1:3] != self.grid:
+            out = F.interpolate(out.permute(0, 3, 1, 2), size=self.grid, mode="bilinear", align_corners=False)
+            out = out.permute(0, 2, 3, 1)
+        return out.flatten(1, 2)
+
+
+def load_encoder(name: str, grid: tuple[int, int], device: torch.device | str = "cpu") -> Encoder:
+    """The encoder that ``--repa`` names.
+
+    Args:
+        name: a timm model such as ``vit_base_patch14_dinov2.lvd142m``, whose weights timm finds or downloads, or a
+            folder with timm's ``config.json`` and the weights (``model.safetensors`` or ``pytorch_model.bin``).
+        grid: the SiT's token grid (H, W).
+        device: where the encoder works.
+
+    Raises:
+        UserError: no such model or folder, or its weights can't be had or don't give a map of features.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--repa {name}: the folder has no config.json; give one that timm's save_for_hf wrote")
+        source = f"local-dir:{folder}"
+    elif not timm.is_model(name.split(".")[0]):
+        raise UserError(f"--repa {name}: neither a folder nor a timm model like vit_base_patch14_dinov2.lvd142m")
+    else:
+        source = name
+    try:
+        encoder = Encoder(timm.create_model(source, pretrained=True, num_classes=0), grid, device)
+        side = encoder.input_size
+        found = encoder.features(torch.zeros(1, 3, *side, dtype=torch.uint8)).shape
+    except Exception as error:  # timm, the Hub client and safetensors each raise their own kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        mend = "is the folder whole?" if folder.is_dir() else "download it where there is a network, give its folder"
+        raise UserError(f"--repa {name} can't be loaded ({reason}); {mend}") from error
+    if found != (1, grid[0] * grid[1], encoder.width):
+        raise UserError(f"--repa {name} gives no map of {encoder.width} features; take a vision transformer")
+    return encoder

@@ -1,0 +1,68 @@
+"""When the network is compiled by ``torch.compile``, and how for sampling."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from sit.utils.errors import UserError
+
+WORTH_IT = 1000
+"""network evaluations from which on sampling is compiled by default: compiling a large network takes about a minute"""
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why torch.compile can't work on the device; None if nothing is known to be in its way."""
+    if device.type == "cpu":
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            return "compiling for the CPU needs a C++ compiler: install g++, or name one in CXX"
+    elif device.type == "cuda":
+        if find_spec("triton") is None:
+            return "compiling for a GPU needs the package triton"
+        if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
+            return "compiling for a GPU needs a C compiler: install gcc, or name one in CC"
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+            return "compiling needs a GPU of compute capability 7.0 or more"
+    return None
+
+
+def should_compile(
+    wanted: bool | None, device: torch.device, notice: Callable[[str], object], helps: bool = True
+) -> bool:
+    """Whether to compile. ``wanted`` is the flag; None compiles on GPUs, where ``helps``, and tells where it can't.
+
+    Raises:
+        UserError: it is wanted and can't be done.
+    """
+    if wanted is None and (device.type != "cuda" or not helps):
+        return False
+    if wanted is False:
+        return False
+    reason = obstacle(device)
+    if reason is None:
+        return True
+    if wanted:
+        raise UserError(f"--compile: {reason}; or leave the flag out")
+    notice(f"not compiled: {reason}")
+    return False
+
+
+def compile_for_sampling(model: nn.Module) -> None:
+    """Compile the network in place, for static shapes, on GPUs as CUDA graphs.
+
+    A graph writes each result to the same memory, where samplers still need the one before; so it is copied.
+    """
+    graphs = next(model.parameters()).device.type == "cuda"
+    compiled = torch.compile(model.forward, mode="reduce-overhead" if graphs else None, dynamic=False)
+
+    def forward(*args, **kwargs) -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        result = compiled(*args, **kwargs)
+        return result.clone() if graphs else result
+
+    model.forward = forward

@@ -1,0 +1,51 @@
+"""How a user's mistake is reported: one line, no traceback.
+
+The library names arguments in backquotes, ```batch_size` must be at least 1``, or with the value that they have,
+```data=nowhere`: no such folder``. A command, whose flags they are, prints ``--batch-size`` and ``--data nowhere``.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The message is one line that names the file, argument or value, and the mend."""
+
+
+def with_flags(message: str) -> str:
+    """The message as a command prints it: arguments in backquotes as flags, all on one line."""
+    flags = re.sub(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`", _flag, message)
+    return " ".join(flags.split())
+
+
+def _flag(match: re.Match[str]) -> str:
+    name, value = match.groups()
+    flag = "--" + name.replace("_", "-")
+    return flag if value is None else f"{flag} {value}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's error says; its class where it says nothing."""
+    said = str(error).strip()
+    return said.splitlines()[0].strip() if said else type(error).__name__
+
+
+def entry_point(main: Callable[..., object]) -> Callable[..., None]:
+    """Wrap a command's ``main``: a :class:`UserError` becomes ``error: …`` on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def run(*args, **kwargs) -> None:
+        try:
+            main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {with_flags(str(error))}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    return run

@@ -1,0 +1,24 @@
+"""Whether files are still those that something was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def stamp(*places: str | Path) -> str:
+    """A short hash of the paths, sizes and times of change of files, and of all files in folders.
+
+    What is not there, such as the name of a VAE on the Hub, counts by its name alone.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for place in map(os.fspath, places):
+        walk = sorted(os.walk(place, followlinks=True)) if os.path.isdir(place) else ()
+        files = [os.path.join(folder, name) for folder, _, names in walk for name in sorted(names)] or [place]
+        for file in files:
+            digest.update(os.fsencode(file) + b"\0")
+            if os.path.isfile(file):
+                state = os.stat(file)
+                digest.update(f"{state.st_size} {state.st_mtime_ns}\0".encode())
+    return digest.hexdigest()

@@ -1,0 +1,52 @@
+"""In what precision float32 networks compute on GPUs, and in what precision a network samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from sit.utils.errors import UserError
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+"""``float32``; ``tf32``: its matrix products rounded to TF32, on NVIDIA GPUs; ``bfloat16``: the network's weights."""
+
+
+def allow_tf32(device: torch.device, allowed: bool = True) -> None:
+    """Whether matrix products of float32 tensors may be rounded to TF32 (10 bits), which only GPUs do.
+
+    The published SiT allows it, for training and sampling; PyTorch by default does not.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+
+
+def for_sampling(precision: Precision | None, device: torch.device) -> torch.dtype | None:
+    """Set up the precision, by default ``tf32`` on GPUs, and give the network's dtype; None is its file's own.
+
+    The sampler integrates in float32, whatever the network computes in.
+
+    Raises:
+        UserError: TF32 on a device that has none.
+    """
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError(f"--precision tf32 is for GPUs, and this is {device.type}: use float32 or bfloat16")
+    allow_tf32(device, precision in (None, "tf32"))
+    if precision is None:
+        return None
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32 within, neither in matrix products nor in convolutions: for figures that are compared across machines."""
+    products, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with cudnn.flags(**kept, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)

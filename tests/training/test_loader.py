@@ -1,0 +1,195 @@
+"""The training order: what image j is shown with depends on (seed, j) alone."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from sit.data.dataset import BadImage, ImageData
+from sit.data.factory import open_images
+from sit.latents.datasets import LatentData, PixelData, encode_in_memory
+from sit.latents.vae import encode_images, load_vae, sample_posterior
+from sit.training.loader import EpochPermutation, draw, training_batches
+from sit.utils.errors import UserError
+
+CONFIG = {"scaling_factor": 0.5, "shift_factor": 0.1}
+
+
+def latent_data(count: int = 50, flips: bool = True) -> LatentData:
+    source = torch.Generator().manual_seed(0)
+    sides = [torch.randn(2, count, 2, 4, 4, generator=source).abs() for _ in range(2)]
+    labels = np.arange(count) % 7
+    return LatentData(*sides[0], labels, list("abcdefg"), CONFIG, tuple(sides[1]), flips)
+
+
+def take(data, count: int, **options) -> list[dict[str, torch.Tensor]]:
+    return list(itertools.islice(training_batches(data, **({"seed": 3, "global_batch": 12} | options)), count))
+
+
+def joined(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_every_epoch_is_another_permutation():
+    shown = joined(take(latent_data(), 50))["indices"].reshape(12, 50)  # 600 images are 12 epochs of 50
+    assert all(sorted(epoch) == list(range(50)) for epoch in shown.tolist())
+    assert len({tuple(epoch) for epoch in shown.tolist()}) == 12
+    assert not torch.equal(shown[0], joined(take(latent_data(), 5, seed=4))["indices"][:50])
+
+
+def test_contents_against_the_formula():
+    data = latent_data()
+    batch = take(data, 1)[0]
+    normal = torch.empty(12, 2, 2, 4, 4)
+    uniform = draw(3, np.arange(12), normal)
+    indices = EpochPermutation(50, 3)(np.arange(12))
+    side = (uniform[:, 0] < 0.5).long()
+    mean, std = data.moments[indices, side].float().unbind(1)
+    expected = (mean + std * normal[:, 0] - 0.1) * 0.5
+    assert torch.allclose(batch["latents"], expected, atol=1e-6) and batch["latents"].dtype == torch.float32
+    assert torch.equal(batch["labels"], torch.from_numpy(indices % 7)) and batch["labels"].dtype == torch.int64
+    assert torch.equal(batch["noise"], normal[:, 1])
+    assert torch.equal(batch["t_uniform"], uniform[:, 1]) and torch.equal(batch["drop"], uniform[:, 2])
+
+
+def test_draws_have_their_distributions_and_are_independent():
+    normal = torch.empty(4000, 2, 1, 4, 4)
+    uniform = draw(0, np.arange(4000), normal)
+    for column in uniform.T:
+        assert stats.kstest(column.numpy(), "uniform").pvalue > 1e-3
+    assert stats.kstest(normal.flatten().numpy(), "norm").pvalue > 1e-3
+    rows = torch.cat([uniform, normal.flatten(1)], dim=1)
+    correlation = torch.corrcoef(rows.T) - torch.eye(rows.shape[1])
+    assert correlation.abs().max() < 0.08
+    assert torch.corrcoef(torch.stack([normal[1:].flatten(), normal[:-1].flatten()]))[0, 1].abs() < 0.02
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 3), (2, 1), (3, 2)])
+def test_any_division_shows_the_same_images(workers, world, accumulation):
+    whole = take(latent_data(), 6)
+    ranks = [
+        take(latent_data(), 6 * accumulation, rank=rank, world=world, accumulation=accumulation, workers=workers)
+        for rank in range(world)
+    ]
+    for step in range(6):
+        parts = [batch for rank in ranks for batch in rank[step * accumulation : (step + 1) * accumulation]]
+        assert_same(joined(parts), whole[step])
+
+
+@pytest.mark.parametrize("start", [12 * 3, 12 * 20, 17])
+def test_starting_anywhere_goes_on_as_if_never_stopped(start):
+    everything = joined(take(latent_data(), 30))
+    later = joined(take(latent_data(), 5, start_images=start, workers=1))
+    assert_same(later, {name: values[start : start + 60] for name, values in everything.items()})
+
+
+def test_the_global_random_state_is_left_alone():
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    take(latent_data(), 2, workers=1)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_flips_show_about_half_mirrored_and_without_them_none():
+    data = latent_data()
+    data.moments[:, 0], data.moments[:, 1] = 0, 1
+    share = joined(take(data, 50))["latents"].mean(dim=(1, 2, 3)).gt(0.1).float().mean()
+    assert 0.4 < share < 0.6
+    data.flips = False
+    assert joined(take(data, 20))["latents"].abs().max() == np.float32(0.05)  # |0 − 0.1| · 0.5
+
+
+def test_batches_that_were_handed_over_are_never_written_again():
+    batches = training_batches(latent_data(), 3, 12, workers=2, prefetch=2)
+    kept = list(itertools.islice(batches, 40))  # many times round the shared slots
+    copies = [{name: values.clone() for name, values in batch.items()} for batch in kept]
+    for _ in itertools.islice(batches, 40):
+        pass
+    for batch, copy, plain in zip(kept, copies, take(latent_data(), 40), strict=True):
+        assert_same(batch, copy)
+        assert_same(batch, plain)
+
+
+def test_a_batch_that_can_not_be_divided():
+    for options in ({"global_batch": 10, "world": 4}, {"global_batch": 0}, {"accumulation": 5}):
+        with pytest.raises(UserError, match="--batch-size"):
+            take(latent_data(), 1, **options)
+
+
+def test_encoding_while_training_shows_what_the_latents_in_memory_show():
+    vae, images = load_vae("digits"), open_images("digits:heldout")
+    memory = take(encode_in_memory(images, vae, flips=True, progress=False), 3)
+    for workers in (0, 1):
+        flying = take(PixelData(images, vae, flips=True), 3, workers=workers)
+        for a, b in zip(memory, flying, strict=True):
+            assert (a.pop("latents") - b.pop("latents")).abs().max() < 5e-3  # moments in memory are float16
+            assert_same(a, b)
+            a["latents"] = torch.zeros(1)
+        memory = take(encode_in_memory(images, vae, flips=True, progress=False), 3)
+
+
+def test_images_can_stay_beside_their_latents():
+    vae, images = load_vae("digits"), open_images("digits:heldout")
+    batch = take(PixelData(images, vae, flips=True, keep_images=True), 1, workers=1)[0]
+    shown = [images[index][0] for index in batch["indices"].tolist()]
+    mirrored = [not torch.equal(a, b) for a, b in zip(batch["images"], shown, strict=True)]
+    assert 0 < sum(mirrored) < 12 and batch["images"].dtype == torch.uint8
+    assert all(torch.equal(a, b.flip(-1) if m else b) for a, b, m in zip(batch["images"], shown, mirrored, strict=True))
+
+
+def test_mirrored_moments_are_those_of_the_mirrored_image():
+    vae, images = load_vae("digits"), open_images("digits:heldout")
+    data = encode_in_memory(images, vae, flips=True, progress=False)
+    mean, std = encode_images(vae, images[5][0].flip(-1)[None])
+    assert torch.allclose(data.moments[5, 1].float(), torch.cat([mean, std]), rtol=2e-3, atol=2e-3)
+    noise = torch.randn(1, 4, 8, 8)
+    data.fetch(np.array([5]), np.array([True]), shown := noise.clone())
+    assert torch.allclose(shown, sample_posterior(mean, std, noise, vae.config), atol=5e-3)
+
+
+def test_a_corrupt_image_is_named_through_the_workers(tmp_path):
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "broken.png").write_text("no image")
+    data = PixelData(ImageData(open_images(str(tmp_path)).source, 32), load_vae("digits"))
+    message = ""
+    try:  # not pytest.raises: it keeps the traceback, and with it the loader, whose end then takes five seconds
+        take(data, 1, workers=1)
+    except BadImage as error:
+        message = str(error)
+    assert "broken.png" in message and "Traceback" not in message
+
+
+SIGNALLED = """
+import os, signal, itertools
+from test_loader import latent_data
+from sit.training.loader import training_batches
+signal.signal(signal.SIGTERM, lambda *_: print("main saw it", flush=True))
+batches = training_batches(latent_data(), 0, 12, workers=2)
+next(batches)
+os.killpg(0, signal.SIGTERM)
+print(sum(len(batch["labels"]) for batch in itertools.islice(batches, 50)), flush=True)
+"""
+
+
+def test_workers_outlive_a_signal_to_the_whole_group_and_end_with_the_process():
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=60, start_new_session=True,
+        env=environment, cwd=os.path.dirname(os.path.abspath(__file__)),
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == ["main", "saw", "it", "600"], ended.stderr

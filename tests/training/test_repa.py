@@ -1,0 +1,302 @@
+"""Alignment (REPA): the loss against loops in float64, a frozen encoder, exact resuming, nothing of it in samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+
+from sit.checkpoint.load import load_for_sampling
+from sit.data.factory import open_images
+from sit.latents.datasets import PixelData, encode_in_memory
+from sit.latents.encode import Encode, encode
+from sit.latents.vae import load_vae
+from sit.model import SiT
+from sit.training.config import TrainConfig
+from sit.training.loader import training_batches
+from sit.training.recipes import load_recipe
+from sit.training.repa import Encoder, attach_projector, cosine_similarity, load_encoder
+from sit.training.run_folder import read_metrics
+from sit.training.trainer import Trainer, train
+from sit.utils.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+WIDTH = 24
+
+
+def tiny_vit(**changes) -> torch.nn.Module:
+    """A vision transformer of two blocks with a class token, for 16x16 pixels in patches of 4, with random weights."""
+    torch.manual_seed(1)
+    size = dict(img_size=16, patch_size=4, embed_dim=WIDTH, depth=2, num_heads=2, num_classes=0)
+    return timm.create_model("vit_tiny_patch16_224", **size | changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The tiny transformer as timm saves it."""
+    place = tmp_path_factory.mktemp("encoder")
+    arguments = dict(img_size=16, patch_size=4, embed_dim=WIDTH, depth=2, num_heads=2)
+    save_for_hf(tiny_vit(), place, model_args=arguments, safe_serialization=True)
+    return place
+
+
+def small(output: Path, encoder: Path | None, **changes) -> TrainConfig:
+    settings = dict(
+        model="SiT-XS/2", mixer="attention,atconv", steps=4, batch_size=8, log_every=1, preview_every=0,
+        checkpoint_every=4, trackers=(), cpu_threads=1, output_dir=str(output), repa_block=4,
+        repa=None if encoder is None else str(encoder),
+    )  # fmt: skip
+    return dataclasses.replace(load_recipe("digits"), **settings | changes)
+
+
+def losses(run: Path, name: str = "loss") -> list[float]:
+    return [row[name] for row in read_metrics(run / "metrics.jsonl")]
+
+
+def state(run: Path, step: int = 4) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:07d}" / "training" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory, folder) -> Path:
+    """A run of four steps with alignment."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run = tmp_path_factory.mktemp("run") / "a"
+    train(small(run, folder))
+    return run
+
+
+# ---------------------------------------------------------------- the encoder
+
+
+def test_features_are_the_encoders_patch_tokens_of_the_normalized_image(folder):
+    encoder = load_encoder(str(folder), (4, 4))
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    network = tiny_vit().eval()
+    mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
+    pixels = torch.stack([(images[:, c] / 255.0 - mean[c]) / std[c] for c in range(3)], dim=1)
+    with torch.no_grad():
+        expected = network.forward_features(pixels)[:, 1:]
+    torch.testing.assert_close(encoder.features(images), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grid, side", [((8, 8), (32, 32)), ((4, 6), (16, 24)), ((2, 2), (8, 8))])
+def test_the_input_is_resized_until_the_grids_match(folder, grid, side):
+    encoder = load_encoder(str(folder), grid)
+    assert encoder.input_size == side and encoder.network.patch_embed.grid_size == grid
+    assert encoder.features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, grid[0] * grid[1], WIDTH)
+
+
+def test_tokens_lie_where_the_image_has_them(folder):
+    """Without position embeddings and attention between tokens, a bright corner changes that corner's feature alone."""
+    network = tiny_vit(pos_embed="none")
+    for block in network.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    encoder = Encoder(network, (4, 4))
+    dark = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    bright = dark.clone()
+    bright[..., 4:8, 12:16] = 255  # row 1, column 3
+    changed = (encoder.features(bright) - encoder.features(dark)).abs().amax(-1)[0] > 1e-4
+    assert changed.nonzero().tolist() == [[1 * 4 + 3]]
+
+
+def test_features_of_a_convolutional_network_are_resized():
+    network = timm.create_model("resnet10t", num_classes=0)
+    encoder = Encoder(network, (4, 4))
+    found = encoder.features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert found.shape == (1, 16, network.num_features)
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def test_cosine_similarity_against_loops():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, 5, 7, generator=generator), torch.randn(3, 5, 7, generator=generator)
+    expected = []
+    for image in range(3):
+        total = 0.0
+        for token in range(5):
+            x, y = a[image, token].tolist(), b[image, token].tolist()
+            dot = sum(p * q for p, q in zip(x, y, strict=True))
+            total += dot / math.sqrt(sum(p * p for p in x) * sum(q * q for q in y))
+        expected.append(total / 5)
+    np.testing.assert_allclose(cosine_similarity(a, b).double().numpy(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_training_loss_against_float64(tmp_path, folder):
+    """One step's loss, of a network with random weights, computed anew from its blocks' tokens in float64."""
+    trainer = Trainer(small(tmp_path / "a", folder, repa_weight=0.7, flip=True, class_dropout=0.5))
+    trainer.set_up_processes()
+    trainer.find_start()
+    trainer.open_data()
+    trainer.build_network()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in trainer.network.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    batch = next(trainer.batches())
+    loss, _, similarity = trainer.forward_backward(batch)
+
+    network = trainer.network.double()
+    taken = []
+    network.blocks[3].register_forward_hook(lambda module, inputs, output: taken.append(output))
+    t = batch["t_uniform"].double()
+    data, noise = batch["latents"].double(), batch["noise"].double()
+    labels = torch.where(batch["drop"] < 0.5, 10, batch["labels"])
+    along = t.view(-1, 1, 1, 1)
+    with torch.no_grad():
+        out = network(along * data + (1 - along) * noise, t, labels)
+        projected = taken[0]
+        for number in (0, 2, 4):
+            layer = network.projector[number]
+            projected = projected @ layer.weight.T + layer.bias
+            if number < 4:
+                projected = projected / (1 + torch.exp(-projected))
+        features = trainer.encoder.features(batch["images"]).double()
+    cosine = (projected * features).sum(-1) / (projected.norm(dim=-1) * features.norm(dim=-1))
+    expected = (out - (data - noise)).square().mean((1, 2, 3)) - 0.7 * cosine.mean(1)
+    torch.testing.assert_close(similarity.double(), cosine.mean(1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_without_repa_the_network_and_its_first_loss_are_the_same_to_the_bit(tmp_path, folder, aligned):
+    """Weight 0 on images encoded on the fly, and no projector there: the same run, beginning with the same draws."""
+    train(small(tmp_path / "zero", folder, repa_weight=0.0))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    class Pixels(Trainer):
+        def open_data(self) -> None:
+            super().open_data()
+            images = open_images(self.config.data, self.config.image_size)
+            self.data = PixelData(images, self.opened.vae, self.config.flip)
+
+    Pixels(small(tmp_path / "none", None)).run()
+    with_zero, without = state(tmp_path / "zero"), state(tmp_path / "none")
+    assert losses(tmp_path / "zero") == losses(tmp_path / "none")
+    assert all(torch.equal(with_zero[name], without[name]) for name in without)
+    assert {name for name in with_zero if name not in without} == {name for name in with_zero if "projector" in name}
+    assert losses(aligned) != losses(tmp_path / "none")  # the test can fail
+
+
+def test_the_images_come_with_the_draws_that_latents_in_memory_get():
+    images, vae = open_images("digits", 32), load_vae("digits")
+    pixels = next(training_batches(PixelData(images, vae, flips=True, keep_images=True), seed=5, global_batch=6))
+    plain = next(training_batches(encode_in_memory(images, vae, flips=True, progress=False), seed=5, global_batch=6))
+    for name in ("labels", "t_uniform", "noise", "drop", "indices"):
+        assert torch.equal(pixels[name], plain[name]), name
+    torch.testing.assert_close(pixels["latents"], plain["latents"], atol=1e-2, rtol=1e-2)  # moments kept in float16
+    originals = torch.stack([images[int(index)][0] for index in pixels["indices"]])
+    mirrored = [not torch.equal(shown, own) for shown, own in zip(pixels["images"], originals, strict=True)]
+    assert 0 < sum(mirrored) < 6
+    for flip, shown, own in zip(mirrored, pixels["images"], originals, strict=True):
+        assert torch.equal(shown, own.flip(-1) if flip else own)
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_the_similarity_rises_and_the_encoder_stays(tmp_path, folder):
+    trainer = Trainer(small(tmp_path / "a", folder, steps=12, checkpoint_every=12, learning_rate=1e-3))
+    trainer.run()
+    alignment = losses(tmp_path / "a", "alignment")
+    assert np.mean(alignment[-3:]) > np.mean(alignment[:3]) + 0.2
+    fresh = load_encoder(str(folder), (4, 4)).network.state_dict()
+    now = trainer.encoder.network.state_dict()
+    assert all(torch.equal(fresh[name], now[name]) for name in fresh)
+    assert not trainer.encoder.network.training
+    assert not any(p.requires_grad or p.grad is not None for p in trainer.encoder.network.parameters())
+
+
+def test_resuming_is_exact(tmp_path, folder, aligned):
+    trainer = Trainer(small(tmp_path / "b", folder))
+    original = trainer.forward_backward
+
+    def forward_backward(batch):
+        if trainer.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(batch)
+
+    trainer.forward_backward = forward_backward
+    with pytest.raises(SystemExit):
+        trainer.run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(small(tmp_path / "b", folder, resume="auto"))
+    whole, resumed = state(aligned), state(tmp_path / "b")
+    assert whole.keys() == resumed.keys() and any(name.startswith("projector.") for name in whole)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert losses(aligned) == losses(tmp_path / "b")
+    sampled = "checkpoints/step-0000004/transformer/diffusion_pytorch_model.safetensors"
+    once, again = load_file(aligned / sampled), load_file(tmp_path / "b" / sampled)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_nothing_of_it_is_left_for_sampling(aligned):
+    weights = load_file(aligned / "checkpoints/step-0000004/transformer/diffusion_pytorch_model.safetensors")
+    loaded = load_for_sampling(aligned)
+    assert weights.keys() == loaded.model.state_dict().keys()
+    assert not any("projector" in name for name in weights)
+    assert loaded.model.projector is None
+
+
+def test_the_gradient_reaches_the_aligned_block_and_those_before_it_alone():
+    network = SiT(8, hidden_size=32, depth=3, num_heads=2, num_classes=5, mixer="attention")
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    attach_projector(network, 2, WIDTH)
+    inputs = torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2)
+    out, projected = network(*inputs, project=True)
+    assert torch.equal(out, network(*inputs)) and projected.shape == (2, 16, WIDTH)
+    projected.sum().backward()
+    assert network.blocks[1].mlp.fc1.weight.grad.abs().sum() > 0
+    assert network.blocks[2].mlp.fc1.weight.grad is None
+    network.enable_gradient_checkpointing()
+    assert torch.equal(network(*inputs, project=True)[1], projected)
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(repa="no_such_vit"), "--repa no_such_vit: neither a folder nor a timm model"),
+        (dict(repa="/no/such/folder"), "--repa /no/such/folder: neither a folder nor"),
+        (dict(repa_block=7), "--repa-block 7: the network has the blocks 1 to 6"),
+        (dict(data="cache"), "--repa needs the images"),
+    ],
+)
+def test_mistakes_leave_no_run_folder(tmp_path, folder, changes, words):
+    if changes.get("data") == "cache":
+        encode(Encode(out=tmp_path / "cache", data="digits", image_size=32, mirror=False, workers=0))
+        changes = dict(data=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=words):
+        train(small(tmp_path / "a", folder, **changes))
+    assert not (tmp_path / "a").exists()
+
+
+def test_bad_numbers():
+    with pytest.raises(UserError, match="--repa-weight can't be negative"):
+        TrainConfig(repa_weight=-0.5)
+    with pytest.raises(UserError, match="--repa-block must be at least 1"):
+        TrainConfig(repa_block=0)
+
+
+def test_a_folder_without_its_files_is_named(tmp_path, folder):
+    with pytest.raises(UserError, match="has no config.json"):
+        load_encoder(str(tmp_path), (4, 4))
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(UserError, match="can't be loaded .* is the folder whole"):
+        load_encoder(str(tmp_path), (4, 4))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(UserError, match="can't be loaded .* is the folder whole"):
+        load_encoder(str(tmp_path), (4, 4))

@@ -1,0 +1,83 @@
+"""The job script for Slurm, on this machine: two CPU processes, with stand-ins for Slurm's commands and the big run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import everyone, noted
+
+from sit.checkpoint.find import newest_checkpoint
+from sit.checkpoint.info import read_info
+from sit.training.run_folder import read_metrics
+from sit.training.stop_signal import REQUEUE_EXIT
+
+ROOT = Path(__file__).parents[2]
+
+SRUN = """
+import os, subprocess, sys
+command = [word for word in sys.argv[1:] if not word.startswith("--")]
+assert len(sys.argv) - 1 - len(command) == 2, "srun's own options"
+tasks = [subprocess.Popen(command, env=os.environ | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)})
+         for task in range(int(os.environ["SLURM_NTASKS"]))]
+open("tasks", "w").write(" ".join(str(task.pid) for task in tasks) + "\\n")
+sys.exit(max(task.wait() for task in tasks))  # as srun does it, https://slurm.schedmd.com/srun.html
+"""
+
+SCONTROL = """
+import sys
+if sys.argv[1:] == ["show", "hostnames", "nodes"]:
+    sys.stdout.write("localhost\\nelsewhere\\n")
+else:
+    open("scontrol", "w").write(" ".join(sys.argv[1:]))
+"""
+
+SMALL = (
+    "--data digits --vae digits --image-size 32 --model SiT-XS/4 --mixer attention --batch-size 8 --steps 100000 "
+    "--log-every 1 --preview-every 0 --cpu-threads 1 --trackers"
+)
+
+
+def start(folder: Path, program: str) -> subprocess.Popen:
+    """The job script with ``program`` in place of ``python``, in ``folder``."""
+    (folder / "bin").mkdir()
+    interpreter = f"#!{sys.executable}\n"
+    for name, text in (("srun", interpreter + SRUN), ("scontrol", interpreter + SCONTROL), ("python", program)):
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "nodes", "SLURM_NTASKS": "2"}
+    environment = os.environ | job | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{folder / 'bin'}:{environment['PATH']}"
+    script = ROOT / "docs" / "accelerate" / "slurm-4nodes.sh"
+    return subprocess.Popen(
+        ["bash", str(script)], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_a_signalled_job_saves_itself_and_goes_back_into_the_queue(tmp_path):
+    train = f"{sys.executable} {ROOT}/tests/processes.py {tmp_path}/notes {ROOT}/train.py"
+    program = f'#!/bin/bash\n[ "$1" = train.py ] || exit 3\nshift\nexec {train} "$@" {SMALL}\n'
+    job, run = start(tmp_path, program), tmp_path / "runs" / "xl2-atconv"
+    while not read_metrics(run / "metrics.jsonl"):
+        assert job.poll() is None, job.stdout.read()
+        time.sleep(0.1)
+    for task in (tmp_path / "tasks").read_text().split():
+        os.kill(int(task), signal.SIGUSR1)
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == REQUEUE_EXIT, output
+    assert noted(tmp_path / "notes") == everyone(2)
+    assert (tmp_path / "scontrol").read_text() == "requeue 7"
+    last = read_metrics(run / "metrics.jsonl")[-1]["step"]
+    assert read_info(newest_checkpoint(run, resumable=True)).step == last < 100000
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_job_that_ends_or_fails_does_not(tmp_path, status):
+    assert start(tmp_path, f"#!/bin/bash\nexit {status}\n").wait(timeout=60) == status
+    assert not (tmp_path / "scontrol").exists()

@@ -1,0 +1,397 @@
+"""The training loop on the embedded data: reproducible, resumable, the same on two processes, careful with NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from PIL import Image
+from processes import environment, everyone, launch, noted
+from safetensors.torch import load_file
+
+from sit.checkpoint.integrity import INDEX, write_json
+from sit.checkpoint.load import load_for_sampling
+from sit.training.config import TrainConfig
+from sit.training.data import Opened
+from sit.training.recipes import load_recipe
+from sit.training.run_folder import prune_checkpoints, read_metrics
+from sit.training.schedule import learning_rate_at
+from sit.training.stop_signal import REQUEUE_EXIT
+from sit.training.trainer import Trainer, train
+from sit.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+def small(folder: Path, **changes) -> TrainConfig:
+    """A few steps of the digits recipe with a tiny network."""
+    settings = dict(
+        model="SiT-XS/4",
+        mixer="attention",
+        steps=6,
+        batch_size=8,
+        log_every=1,
+        preview_every=0,
+        checkpoint_every=3,
+        trackers=(),
+        cpu_threads=1,
+        output_dir=str(folder),
+    )
+    return dataclasses.replace(load_recipe("digits"), **settings | changes)
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:07d}" / "training" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of six steps with a preview."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path_factory.mktemp("run") / "a"
+    train(small(folder, preview_every=6, preview_steps=2, trackers=("tensorboard",)))
+    return folder
+
+
+def test_a_run_folder_has_what_it_should(finished):
+    assert (finished / "config.yaml").is_file()
+    assert [row["step"] for row in read_metrics(finished / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step-0000003", "step-0000006"]
+    assert (finished / "samples" / "step-0000006.png").is_file()
+    assert list((finished / "logs").rglob("events.out.tfevents*"))
+    loaded = load_for_sampling(finished)
+    assert (loaded.info.step, loaded.info.images_seen, loaded.info.classes) == (6, 48, 10)
+    assert loaded.info.label_names == [str(digit) for digit in range(10)]
+
+
+def test_same_seed_same_weights_other_seed_others(finished, tmp_path):
+    train(small(tmp_path / "b"))
+    assert same(weights(finished, 6), weights(tmp_path / "b", 6))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(small(tmp_path / "c", seed=1, steps=3))
+    assert not same(weights(finished, 3), weights(tmp_path / "c", 3))
+
+
+def test_resuming_is_exact(finished, tmp_path):
+    config = small(tmp_path / "b", checkpoint_every=2)
+    trainer = Trainer(config)
+    stop_after(trainer, 4)
+    with pytest.raises(SystemExit) as stopped:
+        trainer.run()
+    assert stopped.value.code == REQUEUE_EXIT
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(small(tmp_path / "b", checkpoint_every=2, resume="auto"))
+    assert same(weights(finished, 6), weights(tmp_path / "b", 6))
+    last = "checkpoints/step-0000006/transformer/diffusion_pytorch_model.safetensors"
+    assert same(load_file(finished / last), load_file(tmp_path / "b" / last))
+    losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (finished, tmp_path / "b")]
+    assert losses[0] == losses[1]
+
+
+def stop_after(trainer: Trainer, step: int) -> None:
+    """Send the process a SIGTERM in the middle of the given step."""
+    original = trainer.forward_backward
+
+    def forward_backward(batch):
+        if trainer.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(batch)
+
+    trainer.forward_backward = forward_backward
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(place.name for place in folder.iterdir())
+
+
+def test_an_older_checkpoint_goes_on_without_the_later_ones(finished, tmp_path, capsys):
+    """Later checkpoints of the abandoned trajectory are set aside: not continued, sampled from, or counted."""
+    run = tmp_path / "a"
+    shutil.copytree(finished, run)
+    older = str(run / "checkpoints" / "step-0000003")
+    trainer = Trainer(small(run, resume=older, steps=9, keep_last=1, learning_rate=2e-3))
+    stop_after(trainer, 4)
+    with pytest.raises(SystemExit):
+        trainer.run()
+    aside = run / "checkpoints-abandoned-1"
+    assert f"the checkpoints beyond {older} are set aside in {aside}" in capsys.readouterr().out
+    assert names(run / "checkpoints") == ["step-0000004"]
+    assert names(aside) == ["metrics.jsonl", "step-0000006"]
+    assert read_metrics(aside / "metrics.jsonl")[-1]["step"] == 6
+    assert load_for_sampling(run).info.step == 4
+    assert same(weights(finished, 6), load_file(aside / "step-0000006/training/model.safetensors"))
+
+    # back to the abandoned trajectory, a checkpoint of which is one like any other
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(small(run, resume=str(aside / "step-0000006"), steps=7))
+    assert names(run / "checkpoints") == ["step-0000004", "step-0000007"]
+
+
+def test_a_damaged_newest_checkpoint_does_not_outlive_the_whole_ones(finished, tmp_path):
+    run = tmp_path / "a"
+    shutil.copytree(finished, run)
+    (run / "checkpoints" / "step-0000006" / "sit.json").unlink()
+    trainer = Trainer(small(run, resume="auto", steps=9, keep_last=1))
+    stop_after(trainer, 4)
+    with pytest.raises(SystemExit):
+        trainer.run()
+    assert load_for_sampling(run).info.step == 4
+    assert names(run / "checkpoints-abandoned-1") == ["metrics.jsonl", "step-0000006"]
+
+
+def test_the_moving_average(finished):
+    """The saved EMA weights are the average of the raw weights of all steps, with diffusers' warm-up of the decay."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = finished.parent / "every"
+    train(small(folder, checkpoint_every=1, keep_last=0))
+    name = "blocks.0.mlp.fc1.weight"
+    average = None
+    for step in range(1, 7):
+        raw = weights(folder, step)[name].double()
+        decay = 0.0 if step == 1 else step / (9 + step)
+        average = raw if average is None else decay * average + (1 - decay) * raw
+    saved = load_file(folder / "checkpoints/step-0000006/transformer/diffusion_pytorch_model.safetensors")[name]
+    torch.testing.assert_close(saved.double(), average, atol=1e-6, rtol=1e-5)
+
+
+def test_accumulated_micro_batches_are_one_batch(finished, tmp_path):
+    train(small(tmp_path / "b", gradient_accumulation=4))
+    losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (finished, tmp_path / "b")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_two_processes_are_one(tmp_path):
+    """20 steps over gloo on two processes and on one: the same losses, and the same order of images."""
+    common = ["--steps", "20", "--batch-size", "16", "--model", "SiT-XS/4", "--log-every", "1", "--preview-every", "0",
+              "--cpu-threads", "1", "--trackers"]  # fmt: skip
+    losses = []
+    for processes in (1, 2):
+        run, notes = tmp_path / str(processes), tmp_path / f"notes of {processes}"
+        command = launch(notes, processes, "train.py", "--output-dir", run, *common)
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert noted(notes) == everyone(processes)
+        losses.append([row["loss"] for row in read_metrics(run / "metrics.jsonl")])
+    assert len(losses[0]) == 20
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_named_skipped_and_in_the_end_fatal(tmp_path, capsys):
+    trainer = Trainer(small(tmp_path / "a", steps=5, non_finite_limit=3))
+    original = trainer.forward_backward
+    poisoned = {1, 3, 4}
+
+    def forward_backward(batch):
+        if trainer.step in poisoned:
+            batch["latents"][2] = float("nan")
+        poisoned_index.append(int(batch["indices"][2]))
+        return original(batch)
+
+    poisoned_index: list[int] = []
+    trainer.forward_backward = forward_backward
+    trainer.run()
+    out = capsys.readouterr()
+    assert f"step 2: loss nan at images [{poisoned_index[1]}]; the step is skipped (1 in a row)" in out.out + out.err
+    assert "step 5" in out.out + out.err and "(2 in a row)" in out.out + out.err
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "a", 5).values())
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = Trainer(small(tmp_path / "b", steps=5, non_finite_limit=2))
+    second = trainer.forward_backward
+    trainer.forward_backward = lambda batch: second(batch | {"latents": batch["latents"] * float("inf")})
+    with pytest.raises(UserError, match="step 2: loss nan .* --non-finite-limit is 2"):
+        trainer.run()
+
+
+def in_float16(config: TrainConfig, **scaling) -> Trainer:
+    """A trainer that autocasts to float16 and scales the loss, as Accelerate has it on GPUs; here on the CPU."""
+    trainer = Trainer(config)
+    set_up_processes = trainer.set_up_processes
+
+    def set_up_with_scaler():
+        set_up_processes()
+        accelerator = trainer.accelerator
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        accelerator.scaler = torch.amp.GradScaler("cpu", **scaling)
+
+    trainer.set_up_processes = set_up_with_scaler
+    return trainer
+
+
+def test_float16_overflows_until_the_loss_scale_fits(tmp_path, capsys):
+    """The scale falls by itself; neither the weights nor their average move until it fits, and no limit is reached."""
+    config = small(tmp_path / "a", steps=5, checkpoint_every=1, keep_last=0, non_finite_limit=1)
+    trainer = in_float16(config, init_scale=2.0**60, backoff_factor=2.0**-25)
+    trainer.run()
+    assert "step 2: gradient overflow at the loss scale 3.43597e+10; the step is skipped" in capsys.readouterr().out
+    assert trainer.accelerator.scaler.get_scale() == 2.0**10
+    assert trainer.state.ema.optimization_step == 3
+    first, second, third = (weights(tmp_path / "a", step) for step in (1, 2, 3))
+    assert same(first, second) and not same(second, third)
+    assert [row["step"] for row in read_metrics(tmp_path / "a" / "metrics.jsonl")] == [3, 4, 5]
+
+
+def test_float16_does_not_hide_a_loss_that_is_not_finite(tmp_path):
+    trainer = in_float16(small(tmp_path / "a", non_finite_limit=2))
+    original = trainer.forward_backward
+    trainer.forward_backward = lambda batch: original(batch | {"latents": batch["latents"] * float("nan")})
+    with pytest.raises(UserError, match="step 2: loss nan .* --non-finite-limit is 2"):
+        trainer.run()
+
+
+def test_float16_ends_when_no_loss_scale_fits(tmp_path):
+    trainer = in_float16(small(tmp_path / "a", non_finite_limit=2), init_scale=2.0)
+    original = trainer.gradient_norm
+
+    def gradient_norm(parameters):
+        parameters[-1].grad.fill_(float("inf"))
+        return original(parameters)
+
+    trainer.gradient_norm = gradient_norm
+    with pytest.raises(UserError, match="step 4: gradient norm inf .* --non-finite-limit is 2"):
+        trainer.run()
+
+
+def test_float16_resumes_exactly(tmp_path):
+    scaling = dict(init_scale=2.0**10, growth_interval=3)
+    in_float16(small(tmp_path / "a"), **scaling).run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    stopped = in_float16(small(tmp_path / "b"), **scaling)
+    stop_after(stopped, 4)
+    with pytest.raises(SystemExit):
+        stopped.run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    resumed = in_float16(small(tmp_path / "b", resume="auto"), **scaling)
+    resumed.run()
+    assert resumed.accelerator.scaler.get_scale() == 2.0**12
+    assert same(weights(tmp_path / "a", 6), weights(tmp_path / "b", 6))
+
+
+def test_float16_goes_on_from_a_checkpoint_without_loss_scale(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "a")
+    resumed = in_float16(small(tmp_path / "a", steps=7, resume="auto"), init_scale=2.0**9)
+    resumed.run()
+    assert resumed.step == 7 and resumed.accelerator.scaler.get_scale() == 2.0**9
+
+
+def test_the_objective_is_stored_in_the_checkpoint(tmp_path):
+    objective = dict(interpolant="gvp", prediction="noise", loss_weight="velocity", train_eps=0.01, sample_eps=0.02)
+    train(small(tmp_path / "a", steps=1, **objective))
+    config = load_for_sampling(tmp_path / "a").transport.config
+    assert {name: config[name] for name in objective} == objective
+
+
+def test_training_on_a_folder_of_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        (tmp_path / "data" / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, size=(40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"class{number % 2}" / f"{number}.png")
+    train(small(tmp_path / "a", data=str(tmp_path / "data"), flip=True, steps=2, workers=1))
+    info = load_for_sampling(tmp_path / "a").info
+    assert info.label_names == ["class0", "class1"] and info.images_seen == 16
+
+
+def test_learning_rate():
+    config = TrainConfig(learning_rate=1.0, warmup_steps=4, steps=12, final_learning_rate=0.1)
+    rates = [learning_rate_at(step, config) for step in range(12)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[8] == pytest.approx(0.55)
+    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False)) and rates[-1] > 0.1
+    assert learning_rate_at(10**6, TrainConfig()) == 1e-4
+
+
+def test_which_checkpoints_are_kept(tmp_path):
+    folders = [(step, tmp_path / f"step-{step}") for step in range(1, 8)]
+    for _, folder in folders:
+        folder.mkdir()
+        write_json(folder / INDEX, {"files": {}})
+    (folders[4][1] / INDEX).unlink()
+    prune_checkpoints(folders, keep_last=2, keep_every=3)
+    kept = ["step-3", "step-5", "step-6", "step-7"]  # step 5 is damaged
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
+    (folders[6][1] / INDEX).unlink()
+    prune_checkpoints([folders[i] for i in (2, 4, 5, 6)], keep_last=1, keep_every=None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept[1:]  # a damaged one is none of the last
+
+
+def test_a_row_cut_off_in_the_writing_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1}]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(mixer="mamba"), "unknown mixer 'mamba'"),
+        (dict(model="SiT-XXL/2"), "unknown model 'SiT-XXL/2'"),
+        (dict(data="/no/such/folder"), "--data /no/such/folder"),
+        (dict(resume="auto", output_dir=None), "--resume auto needs --output-dir"),
+        (dict(mixer="atconv:kernel_size=["), "is not a YAML scalar"),
+        (dict(mixed_precision="fp16"), "--mixed-precision fp16 is for GPUs, and this is a CPU: use bf16 or no"),
+        (dict(trackers=("foo",)), "--trackers foo: Accelerate has no such tracker; there are here: .*tensorboard"),
+        (dict(trackers=("tensorboard", "absent")), "--trackers absent: its package is not installed"),
+    ],
+)
+def test_mistakes_leave_no_run_folder(tmp_path, monkeypatch, changes, words):
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "absent", GeneralTracker)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(UserError, match=words):
+        train(small(tmp_path / "a", **changes))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_killed_while_its_folder_is_made_begins_again(tmp_path, monkeypatch, saved):
+    original = Opened.save_vae
+
+    def save_and_die(opened, folder):
+        if saved:
+            original(opened, folder)
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Opened, "save_vae", save_and_die)
+        train(small(tmp_path / "a", steps=1))
+    (tmp_path / "a" / ".vae.1.tmp").mkdir()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(small(tmp_path / "a", steps=1, resume="auto"))
+    assert names(tmp_path / "a") == ["checkpoints", "config.yaml", "metrics.jsonl", "vae"]
+    assert load_for_sampling(tmp_path / "a").vae is not None
+
+
+def test_a_config_that_was_cut_off_is_not_in_the_way(tmp_path):
+    (tmp_path / ".config.yaml.1.tmp").write_text("data: di")
+    train(small(tmp_path, steps=1, resume="auto"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_with_another_run_is_refused(finished):
+    with pytest.raises(UserError, match="exists and is not empty"):
+        train(small(finished))
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit():
+    """The short form of scripts/kill_resume.py: SIGKILL at random moments."""
+    script = [sys.executable, "scripts/kill_resume.py", "--kills", "2", "--steps", "40", "--mixer", "attention"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 kills" in done.stdout and "DIFFERENT" not in done.stdout
