@@ -27,7 +27,7 @@ STEM_STRIDES = {4: (2, 2), 2: (2, 1), 1: (1, 1)}
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's, with its weight in x's dtype: under autocast the two differ, and that is slow and warned of."""
+    """PyTorch's, with the weight cast to x's dtype: where they differ, under autocast, PyTorch warns and is slow."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, C) to (…, C)."""
@@ -73,6 +73,7 @@ class Block(nn.Module):
         self,
         dim: int,
         mlp_ratio: float,
+        *,
         inner_norm: bool,
         layer_scale: float | None,
         drop_path: float,
@@ -102,22 +103,24 @@ def conv_norm(in_channels: int, out_channels: int, stride: int) -> nn.Sequential
 
 
 class AttNet(nn.Module):
-    """A stem, stages of blocks with a strided convolution before each but the first, mean, LayerNorm, classifier.
+    """An image classifier: stem, stages of blocks, mean over the tokens, LayerNorm, linear classifier.
+
+    Before each stage but the first a 3×3 convolution of stride 2 with BatchNorm halves the grid.
 
     Args:
         in_chans: channels of the images.
-        num_classes: of the classifier; 0 for none.
-        global_pool: ``avg`` (published), ``max``, ``avgmax``, or empty: logits, or features, of every place.
+        num_classes: classes of the classifier; 0 leaves it out.
+        global_pool: ``avg`` (published), ``max``, ``avgmax``, or empty: no pooling, an answer for every token.
         depths: blocks of each stage.
         dims: channels of each stage.
         mlp_ratios: expansion of the gated MLPs of each stage, before the factor 2/3 (:class:`Block`).
         inner_norm: an RMS norm inside the gated MLPs.
         layer_scale: initial value of the layer scales; None for none.
-        kernel_size: of ATConv, odd.
+        kernel_size: ATConv's, odd.
         inhibition, routing: False leaves out ATConv's lateral inhibition, or its adaptive routing (the ablations).
         stem_stride: 4 (published); 2 or 1 for small images.
         drop_rate: dropout before the classifier.
-        drop_path_rate: probability of leaving out the last block's branches; it grows linearly from 0 at the first.
+        drop_path_rate: probability of leaving out a branch of the last block; it grows linearly from 0 at the first.
 
     Raises:
         ValueError: lists of unequal length, or an unknown stem_stride, global_pool or kernel size.
@@ -128,6 +131,7 @@ class AttNet(nn.Module):
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
+        *,
         depths: Sequence[int] = (3, 3, 16, 3),
         dims: Sequence[int] = (64, 128, 288, 512),
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
@@ -142,9 +146,9 @@ class AttNet(nn.Module):
     ) -> None:
         super().__init__()
         if not len(depths) == len(dims) == len(mlp_ratios):
-            raise ValueError(f"depths {depths}, dims {dims} and mlp_ratios {mlp_ratios} must be of one length")
+            raise ValueError(f"`{depths=}`, `{dims=}` and `{mlp_ratios=}` must be of one length")
         if stem_stride not in STEM_STRIDES:
-            raise ValueError(f"stem_stride must be 4, 2 or 1, not {stem_stride}")
+            raise ValueError(f"`stem_stride` must be 4, 2 or 1, not {stem_stride}")
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.num_features = self.head_hidden_size = dims[-1]
         self.least_tokens = kernel_size**2 if routing else 1
@@ -159,12 +163,15 @@ class AttNet(nn.Module):
         self.feature_info = []
         for stage, (dim, ratio) in enumerate(zip(dims, mlp_ratios, strict=True)):
             rates = drop_paths[stage].tolist()
-            blocks = (Block(dim, ratio, inner_norm, layer_scale, rate, mixer) for rate in rates)
+            blocks = (
+                Block(dim, ratio, inner_norm=inner_norm, layer_scale=layer_scale, drop_path=rate, mixer=mixer)
+                for rate in rates
+            )
             self.stages.append(nn.Sequential(*blocks))
             info = {"num_chs": dim, "reduction": stem_stride * 2**stage, "module": f"stages.{stage}"}
             self.feature_info.append(info)
         self.global_pool = _pooling(global_pool)
-        self.norm = nn.LayerNorm(dims[-1], eps=1e-5)
+        self.norm: nn.Module = nn.LayerNorm(dims[-1], eps=1e-5)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = _classifier(dims[-1], num_classes)
         self.apply(_init_weights)
@@ -209,7 +216,7 @@ class AttNet(nn.Module):
             raise ValueError(
                 f"images of {image_size[0]} x {image_size[1]} pixels leave stage {stage} a grid of {height} x {width}, "
                 f"fewer tokens than the {self.least_tokens} taps of its kernels; "
-                "use larger images, a smaller stem_stride or a smaller kernel_size"
+                "use larger images, a smaller `stem_stride` or a smaller `kernel_size`"
             )
         recompute = self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting()
         x = checkpoint_seq(blocks, x) if recompute else blocks(x)
@@ -219,17 +226,18 @@ class AttNet(nn.Module):
         self,
         x: torch.Tensor,
         indices: int | list[int] | None = None,
+        *,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The outputs of chosen stages, as timm asks for them.
+        """The outputs of chosen stages, by timm's convention.
 
         Args:
             x: images (B, in_chans, H, W).
             indices: stages to return; the last n if an int, all if None.
-            norm: accepted; the norm comes after the pooling, so it applies to none of them.
+            norm: has no effect, as the norm comes after the pooling.
             stop_early: run no stage after the last chosen one.
             output_fmt: ``NCHW`` or ``NHWC``, of the intermediates.
             intermediates_only: leave out the final features.
@@ -241,7 +249,7 @@ class AttNet(nn.Module):
             ValueError: an unknown output_fmt, or images too small for the kernels of a stage.
         """
         if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be NCHW or NHWC, not {output_fmt!r}")
+            raise ValueError(f"`output_fmt` must be NCHW or NHWC, not {output_fmt!r}")
         chosen, last = feature_take_indices(len(self.stages), indices)
         image_size, intermediates = (x.shape[2], x.shape[3]), []
         x = x.contiguous(memory_format=torch.channels_last)
@@ -254,7 +262,7 @@ class AttNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what :meth:`forward_intermediates` at ``indices`` does not need; the stages returned there."""
+        """Remove the layers that :meth:`forward_intermediates` at ``indices`` does not need; the stages it returns."""
         chosen, last = feature_take_indices(len(self.stages), indices)
         cut = last < len(self.stages) - 1
         self.downsample_layers, self.stages = self.downsample_layers[: last + 1], self.stages[: last + 1]
@@ -274,7 +282,7 @@ class AttNet(nn.Module):
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Features (B, C, H', W') to logits (B, classes); with ``pre_logits`` to what the classifier would be given.
+        """Features (B, C, H', W') to logits (B, classes); with ``pre_logits`` to the classifier's input (B, C).
 
         Without global pooling the answer is a map (B, classes or C, H', W').
         """
@@ -290,7 +298,7 @@ class AttNet(nn.Module):
 
 def _pooling(kind: str) -> SelectAdaptivePool2d:
     if kind not in ("", "avg", "max", "avgmax"):
-        raise ValueError(f"global_pool must be avg, max, avgmax or empty, not {kind!r}")
+        raise ValueError(f"`global_pool` must be avg, max, avgmax or empty, not {kind!r}")
     return SelectAdaptivePool2d(pool_type=kind, flatten=bool(kind), input_fmt="NHWC")
 
 

@@ -37,7 +37,7 @@ def pool_tokens(x: torch.Tensor, bins: int, dtype: torch.dtype | None = None) ->
     inside = (place >= start[:, None]) & (place < end[:, None])
     # the means' divisors would be rounded in x's dtype
     wide = torch.promote_types(x.dtype, torch.float32)
-    sums = torch.bmm(inside.to(x.dtype).expand(len(x), -1, -1), x)
+    sums = torch.bmm(inside.to(x.dtype).expand(x.shape[0], -1, -1), x)
     return (sums.to(wide) / (end - start)[:, None]).to(dtype or x.dtype)
 
 
@@ -49,7 +49,7 @@ def mix_taps(
     ``activation`` is a name of :data:`ACTIVATIONS`.
     """
     # matmul would fold the images into the channels and leave a transposed result, on which all that follows is slow
-    return torch.baddbmm(bias[:, None], weight.expand(len(logits), -1, -1), ACTIVATIONS[activation](logits))
+    return torch.baddbmm(bias[:, None], weight.expand(logits.shape[0], -1, -1), ACTIVATIONS[activation](logits))
 
 
 def inhibit(kernels: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
@@ -63,6 +63,7 @@ def make_kernels(
     proj_bias: torch.Tensor,
     mix_weight: torch.Tensor,
     mix_bias: torch.Tensor,
+    *,
     control: torch.Tensor | None,
     activation: str = "gelu_tanh",
     backend: str | None = None,
@@ -72,8 +73,8 @@ def make_kernels(
     Pooling is linear and its rows sum to one, so pooling before the projection equals the published order
     (projection of all N tokens, then pooling) and projects k² rows instead of N.
 
-    The projection, which is a large matrix, works in the dtype of its weight; what comes after it in float32 at least,
-    as the taps' mean is subtracted. Call it outside of autocast.
+    The projection, a large matrix product, has the dtype of its weight; what follows is float32 or float64, as a
+    difference from the taps' mean is taken. To be called with autocast disabled.
 
     Args:
         x: tokens (B, N, C).
@@ -84,11 +85,11 @@ def make_kernels(
         backend: a name of :data:`BACKENDS`; None takes :func:`fastest_backend`.
 
     Returns:
-        Two tensors (B, k², C), row-major taps, float32 or float64: the kernels before and after inhibition; one and
-        the same without ``control``.
+        Two tensors (B, k², C), row-major taps, float32 or float64: the kernels before and after inhibition. Without
+        ``control`` both are the same tensor.
 
     Raises:
-        ValueError: the backend can't be used here.
+        ValueError: the backend can't be used on this machine or device.
     """
     wide = torch.promote_types(proj_weight.dtype, torch.float32)
     mix_weight, mix_bias = mix_weight.to(wide), mix_bias.to(wide)
@@ -115,57 +116,58 @@ def depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, backend: str | None =
         (B, H, W, C) in v's dtype.
 
     Raises:
-        ValueError: shapes that don't fit, an even k, or a backend that is unknown or can't be used here.
+        ValueError: shapes that don't fit, an even k, or a backend that is unknown or can't be used on this machine.
     """
     taps, side = kernels.shape[1], math.isqrt(kernels.shape[1])
     if side * side != taps or side % 2 == 0:
-        raise ValueError(f"kernels of {taps} taps are not k x k with odd k")
+        raise ValueError(f"`kernels` of {taps} taps are not k x k with odd k")
     if kernels.shape[0] not in (1, v.shape[0]) or kernels.shape[2] != v.shape[3]:
-        raise ValueError(f"kernels {tuple(kernels.shape)} don't fit values {tuple(v.shape)}")
+        raise ValueError(f"`kernels` of shape {tuple(kernels.shape)} don't fit `v` of shape {tuple(v.shape)}")
     backend = backend or fastest_backend(v)
     if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known backends: {', '.join(BACKENDS)}")
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, not {backend!r}")
     return BACKENDS[backend](v, kernels, side)
 
 
 def fastest_backend(x: torch.Tensor) -> str:
-    """The backend taken for x's device when none is named: measured on the CPU, reasoned on NVIDIA's and AMD's GPUs."""
+    """The backend for x's device when none is named: the fastest measured on CPUs, the expected one elsewhere."""
     if x.device.type == "cpu":
         return "channels_last"
     return "triton" if x.device.type == "cuda" and HAS_TRITON else "taps"
 
 
 def load_triton(on_cpu: bool) -> ModuleType:
-    """The module of the Triton kernels, loaded when it is first asked for.
+    """The package :mod:`atconv.triton`, loaded when it is first asked for.
 
     Raises:
-        ValueError: Triton is missing, or it is to work on a CPU and not in its interpreter.
+        ValueError: Triton is not installed; or ``on_cpu``, and Triton was not imported with ``TRITON_INTERPRET=1``.
     """
     if not HAS_TRITON:
-        raise ValueError("backend 'triton': the package triton is not installed; leave the backend out")
-    from atconv import triton_kernels
+        raise ValueError("`backend=triton`: the package triton is not installed; leave `backend` out")
+    from atconv import triton as operators
 
-    if on_cpu and not triton_kernels.INTERPRETED:
-        raise ValueError("backend 'triton' needs a GPU, or TRITON_INTERPRET=1 for slow tests; leave the backend out")
-    return triton_kernels
+    if on_cpu and not operators.INTERPRETED:
+        raise ValueError("`backend=triton` needs a GPU, or TRITON_INTERPRET=1 for slow tests; leave `backend` out")
+    return operators
 
 
 def _taps(v: torch.Tensor, kernels: torch.Tensor, side: int) -> torch.Tensor:
-    """One multiply-add a tap, over shifted views of the padded values: the reference; torch.compile fuses it."""
+    """The reference: one multiply-add for each tap, over shifted views of the padded values; torch.compile fuses it."""
     height, width = v.shape[1:3]
     kernels, margin = kernels.to(v.dtype), side // 2
     padded = F.pad(v, (0, 0, margin, margin, margin, margin))
-    total = None
+    total: torch.Tensor | None = None
     for tap in range(side * side):
         row, column = divmod(tap, side)
         shifted = padded[:, row : row + height, column : column + width]
         kernel = kernels[:, tap, None, None]
         total = shifted * kernel if total is None else torch.addcmul(total, shifted, kernel)
+    assert total is not None, "a kernel has taps"
     return total
 
 
 def _channels_last(v: torch.Tensor, kernels: torch.Tensor, side: int) -> torch.Tensor:
-    """One depthwise convolution over B·C channels of a single image, channels last, so that no image is transposed."""
+    """One depthwise convolution of a single image of B·C channels, channels last: no image is transposed."""
     batch, height, width, channels = v.shape
     kernels = kernels.to(v.dtype).expand(batch, -1, -1)
     values = v.permute(1, 2, 0, 3).reshape(1, height, width, batch * channels).permute(0, 3, 1, 2)

@@ -19,12 +19,12 @@ class ATConv(nn.Module):
 
     Args:
         dim: C.
-        num_heads: accepted as every mixer gets it; a convolution has no heads.
+        num_heads: has no effect, as a convolution has no heads; every mixer is given it.
         kernel_size: k, odd.
         inhibition: False leaves out lateral inhibition (the paper's ablation).
         routing: False replaces the generated kernels by learned ones, the same for all images (the paper's ablation).
-        activation: of the kernel branch: ``gelu_tanh`` (published SiT variant), ``gelu`` (AttNet), ``silu`` (REPA).
-        backend: forces one of :data:`atconv.functional.BACKENDS`.
+        activation: the kernel branch's: ``gelu_tanh`` (published SiT variant), ``gelu`` (AttNet), ``silu`` (REPA).
+        backend: one of :data:`atconv.functional.BACKENDS`; None takes the one for the device.
 
     Raises:
         ValueError: an even kernel size, an unknown activation or backend, or one that this machine can't run.
@@ -36,6 +36,7 @@ class ATConv(nn.Module):
         self,
         dim: int,
         num_heads: int = 1,
+        *,
         kernel_size: int = 3,
         inhibition: bool = True,
         routing: bool = True,
@@ -44,11 +45,11 @@ class ATConv(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be an odd number, not {kernel_size}")
+            raise ValueError(f"`kernel_size` must be an odd number, not {kernel_size}")
         for value, known, what in ((activation, ACTIVATIONS, "activation"), (backend, BACKENDS, "backend")):
             if value is not None and value not in known:
-                raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
-        if backend == "triton":  # so that a machine without a GPU is told at once
+                raise ValueError(f"`{what}` must be one of {', '.join(known)}, not {value!r}")
+        if backend == "triton":  # to fail here, not in the first forward pass
             load_triton(on_cpu=not torch.accelerator.is_available())
         self.kernel_size, self.inhibition, self.routing = kernel_size, inhibition, routing
         self.activation, self.backend = activation, backend
@@ -65,10 +66,11 @@ class ATConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The published initial values: Xavier-uniform linear layers, zero biases, half the mean inhibited."""
+        """The published initial values: Xavier-uniform linear layers, zero biases, d = 0 (half the mean subtracted)."""
         for module in self.children():
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
         if not self.routing:
             bound = 1 / self.kernel_size  # PyTorch's for a depthwise convolution
             nn.init.uniform_(self.kernel, -bound, bound)
@@ -79,9 +81,9 @@ class ATConv(nn.Module):
         return f"kernel_size={self.kernel_size}, inhibition={self.inhibition}, routing={self.routing}"
 
     def kernels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kernels before and after inhibition, for tokens x (B, N, C).
+        """The kernels before and after inhibition, for tokens x (B, N, C): :func:`atconv.functional.make_kernels`.
 
-        Autocast leaves this branch in float32. See :func:`atconv.functional.make_kernels`.
+        Autocast is disabled in it.
 
         Returns:
             Two tensors (B, k², C), row-major taps, float32 or float64; (1, k², C) with routing off.
@@ -92,22 +94,18 @@ class ATConv(nn.Module):
             if self.routing:
                 projection, mixing = self.kernel_proj, self.kernel_gen
                 weights = (projection.weight, projection.bias, mixing.weight, mixing.bias)
-                return make_kernels(x, *weights, control, self.activation, self.backend)
+                return make_kernels(x, *weights, control=control, activation=self.activation, backend=self.backend)
             wide = torch.promote_types(x.dtype, torch.float32)
             raw = self.kernel[None].to(wide)
             return raw, raw if control is None else inhibit(raw, control.to(wide))
 
     def check_grid(self, grid: tuple[int, int]) -> None:
-        """Whether the mixer can work on a grid; a network asks when it is built.
-
-        Raises:
-            ValueError: there are fewer tokens than kernel taps.
-        """
+        """Raise ValueError unless ``grid`` = (H, W) has at least as many tokens as the generated kernels have taps."""
         tokens, side = grid[0] * grid[1], self.kernel_size
         if self.routing and tokens < side**2:
             raise ValueError(
                 f"the {tokens} tokens of a {grid[0]} x {grid[1]} grid can't be pooled into the {side**2} taps of a "
-                f"{side}x{side} kernel: use a smaller kernel_size or smaller patches"
+                f"{side}x{side} kernel: use a smaller `kernel_size` or smaller patches"
             )
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -122,7 +120,7 @@ class ATConv(nn.Module):
         self.check_grid(grid)
         kind = x.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))  # once for both branches: a wide copy would only serve the means
+            x = x.to(torch.get_autocast_dtype(kind))  # once, for both branches
         _, kernels = self.kernels(x)
         v = self.x_proj(x)
         y = depthwise_conv(v.view(batch, *grid, dim), kernels, self.backend)

@@ -2,10 +2,10 @@
 
     python benchmarks/loader.py
 
-Both read the same 32×32×4 latents (mean, standard deviation and mirror image, random float16) from a warm page cache,
-through the same DataLoader, order and draws: the permutation, flips, the posterior sample, x0, t and the dropout draw,
-all keyed by (seed, j). Only where the moments come from differs: the memory-mapped cache, or one .npy file an image.
-Rounds alternate; medians are shown. Then a cache of ImageNet's size, of sparse files, is opened.
+Both read the same 32×32×4 latents (mean and standard deviation of image and flipped image, random float16) from a warm
+page cache, through the same DataLoader, order and draws: the permutation, flips, the posterior sample, x0, t and the
+dropout draw, all keyed by (seed, j). Only where the moments come from differs: the memory-mapped cache, or one .npy
+file an image. Rounds alternate; medians are shown. Then a cache of ImageNet's size, of sparse files, is opened.
 """
 
 from __future__ import annotations
@@ -17,21 +17,28 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
+from checks import at_least_one
 
 from sit.latents.cache import CachedLatents, Manifest
-from sit.latents.datasets import Batch, TrainingData, scale_posterior
+from sit.latents.datasets import Batch, TrainingData, scaled_sample
 from sit.training.loader import training_batches
+from sit.utils.cli import one_line_errors
+from sit.utils.errors import entry_point
+from sit.utils.record import machine, write_record
+from sit.utils.tables import markdown_table
+from sit.utils.timing import once
 
 
 @dataclass
-class Config:
+class Arguments:
+    """Time the loader."""
+
     count: int = 20_000
     """entries; 32 KB each, twice (cache and files)"""
     batch_size: int = 256
@@ -39,15 +46,22 @@ class Config:
     """batches of a round"""
     rounds: int = 5
     workers: int = 2
+    large: int = 1_281_167
+    """entries of a sparse cache that is opened; ImageNet's"""
     folder: Path | None = None
     """where the temporary files go; the system's temporary folder if not given"""
+    json: Path | None = None
+    """file for all numbers"""
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "count", "batch_size", "batches", "rounds", "large")
 
 
 class FilePerImage:
     """The same moments, one .npy file an image: what encoding scripts often leave."""
 
     def __init__(self, folder: Path, cache: CachedLatents) -> None:
-        self.folder, self.flips, self.scaling = folder, True, cache.scaling
+        self.folder, self.flip, self.scaling = folder, True, cache.scaling
         self.name, self.classes, self.labels, self.latent_shape = (
             "files",
             cache.classes,
@@ -55,12 +69,13 @@ class FilePerImage:
             cache.latent_shape,
         )
 
-    def fetch(self, indices: np.ndarray, mirrored: np.ndarray, noise: torch.Tensor) -> Batch:
+    def fetch(
+        self, indices: np.ndarray, flipped: np.ndarray, noise: torch.Tensor, out: torch.Tensor | None = None
+    ) -> Batch:
         moments = [
-            np.load(self.folder / f"{index:07d}.npy")[int(side)] for index, side in zip(indices, mirrored, strict=True)
+            np.load(self.folder / f"{index:07d}.npy")[int(side)] for index, side in zip(indices, flipped, strict=True)
         ]
-        scale_posterior(torch.from_numpy(np.stack(moments)), noise, self.scaling)
-        return {}
+        return {"latents": scaled_sample(torch.from_numpy(np.stack(moments)), noise, self.scaling, out)}
 
     def finish(self, batch: Batch) -> Batch:
         return batch
@@ -70,7 +85,7 @@ def make(folder: Path, count: int, classes: int = 1000, sparse: bool = False) ->
     """A cache of ``count`` entries of random numbers, or (``sparse``) of nothing."""
     manifest = Manifest(
         data="synthetic", files="", count=count, classes=[str(n) for n in range(classes)], image_size=256, crop="",
-        mirrored=True, vae="", vae_fingerprint="", precision="float32", scaling_factor=0.18215, shift_factor=0.0,
+        flipped=True, vae="", vae_fingerprint="", precision="float32", scaling_factor=0.18215, shift_factor=0.0,
         downsampling=8, latent_shape=(4, 32, 32), shard_size=2**17,
     )  # fmt: skip
     folder.mkdir()
@@ -84,15 +99,16 @@ def make(folder: Path, count: int, classes: int = 1000, sparse: bool = False) ->
     return folder
 
 
-def samples_per_second(data: TrainingData, config: Config, seed: int) -> float:
+def samples_per_second(data: TrainingData, arguments: Arguments, seed: int) -> float:
     """Steady delivery to this process: the workers' start and first batches are not counted."""
-    batches = training_batches(data, seed, config.batch_size, workers=config.workers)
-    for _ in itertools.islice(batches, 10 * max(1, config.workers)):
-        pass
-    started = time.perf_counter()
-    for batch in itertools.islice(batches, config.batches):
-        assert batch["latents"].shape == (config.batch_size, 4, 32, 32)
-    return config.batches * config.batch_size / (time.perf_counter() - started)
+    batches = training_batches(data, seed, arguments.batch_size, workers=arguments.workers)
+
+    def take(count: int) -> None:
+        for batch in itertools.islice(batches, count):
+            assert batch["latents"].shape == (arguments.batch_size, 4, 32, 32)
+
+    take(10 * max(1, arguments.workers))
+    return arguments.batches * arguments.batch_size / once(lambda: take(arguments.batches), torch.device("cpu"))
 
 
 OPEN = """
@@ -110,40 +126,46 @@ print(json.dumps({"entries": len(cache), "import_seconds": round(imported - star
 """
 
 
-def open_large(folder: Path) -> dict[str, float]:
-    """Opening a sparse cache of 1,281,167 entries and reading 1,000 at random, in a process of its own (no torch)."""
-    path = make(folder, 1_281_167, sparse=True)
+def open_large(folder: Path, count: int) -> dict[str, float]:
+    """Opening a sparse cache of ``count`` entries and reading 1,000 at random, in a process of its own (no torch)."""
+    path = make(folder, count, sparse=True)
     ended = subprocess.run([sys.executable, "-c", OPEN, str(path)], capture_output=True, text=True, check=True)
     return json.loads(ended.stdout)
 
 
+@entry_point
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="benchmarks/loader.py")
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=config.folder) as temporary:
-        cache = CachedLatents(make(Path(temporary) / "cache", config.count), flips=True)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
+        cache = CachedLatents(make(Path(temporary) / "cache", arguments.count), flip=True)
         files = Path(temporary) / "files"
         files.mkdir()
-        for index in range(config.count):
+        for index in range(arguments.count):
             np.save(files / f"{index:07d}.npy", cache.shards[0][index])
         cases = {"latent cache": cache, "one file an image": FilePerImage(files, cache)}
         one, other = (next(training_batches(data, 0, 8)) for data in cases.values())
         assert all(torch.equal(one[name], other[name]) for name in one)
         figures: dict[str, list[float]] = {name: [] for name in cases}
-        for number in range(config.rounds + 1):
+        for number in range(arguments.rounds + 1):
             for name, data in cases.items():
-                speed = samples_per_second(data, config, seed=number)
+                speed = samples_per_second(data, arguments, seed=number)
                 if number:  # the first round warms the page cache
                     figures[name].append(speed)
-        for name, speeds in figures.items():
-            median = statistics.median(speeds)
-            print(
-                f"{name:20} {median:10,.0f} samples/s   ({min(speeds):,.0f} … {max(speeds):,.0f}, {len(speeds)} rounds)"
-            )
-        ratio = statistics.median(a / b for a, b in zip(*figures.values(), strict=True))
-        print(f"ratio, round by round: {ratio:.2f}")
-        print("sparse cache of ImageNet's size:", open_large(Path(temporary) / "large"))
-    print(f"{config.workers} workers, batches of {config.batch_size}, load average {os.getloadavg()[0]:.1f}")
+        large = open_large(Path(temporary) / "large", arguments.large)
+    setting = f"{arguments.workers} workers, batches of {arguments.batch_size}, load average {os.getloadavg()[0]:.1f}"
+    print(f"{machine('cpu')}; {setting}\n")
+    rows = [
+        [name, f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f} … {max(speeds):,.0f})"]
+        for name, speeds in figures.items()
+    ]
+    ratio = statistics.median(a / b for a, b in zip(*figures.values(), strict=True))
+    rows.append(["ratio, round by round", f"{ratio:.2f}"])
+    print(markdown_table(["", f"samples/s, median of {arguments.rounds} rounds"], rows))
+    print("\nsparse cache:", large)
+    if arguments.json:
+        write_record(arguments.json, "cpu", {"samples_per_second": figures, "sparse_cache": large})
 
 
 if __name__ == "__main__":

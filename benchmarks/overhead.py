@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
+from checks import at_least_one
 from diffusers.training_utils import EMAModel
 
 from sit.checkpoint.info import CheckpointInfo
@@ -25,6 +25,11 @@ from sit.latents.vae import DIGITS_VAE
 from sit.model import create_model
 from sit.training.state import TrainingState
 from sit.transport.transport import Transport
+from sit.utils.cli import one_line_errors
+from sit.utils.errors import entry_point
+from sit.utils.record import machine, write_record
+from sit.utils.tables import text_table
+from sit.utils.timing import once
 
 
 @dataclass
@@ -35,12 +40,19 @@ class Arguments:
     mixer: str = "atconv"
     batch_size: int = 8
     rounds: int = 4
+    """rounds after one that warms up"""
     checkpoint_every: int = 5000
     """as in the recipes of the 400k comparison"""
     log_every: int = 100
+    json: Path | None = None
+    """file for all numbers"""
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "batch_size", "rounds", "checkpoint_every", "log_every")
 
 
-def main(arguments: Arguments) -> None:
+def measure(arguments: Arguments) -> dict[str, float]:
+    """Median seconds of a step and of each thing that the loop adds to it."""
     torch.manual_seed(0)
     network = create_model(arguments.model, mixer=arguments.mixer)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
@@ -51,9 +63,7 @@ def main(arguments: Arguments) -> None:
     seconds: dict[str, list[float]] = {"step": [], "moving average": [], "logging": [], "checkpoint": []}
 
     def timed(name: str, run) -> None:
-        start = time.perf_counter()
-        run()
-        seconds[name].append(time.perf_counter() - start)
+        seconds[name].append(once(run, torch.device("cpu")))
 
     def step() -> None:
         loss = transport.loss(network, x, torch.rand(len(x)), torch.randn_like(x), y=labels).mean()
@@ -83,17 +93,25 @@ def main(arguments: Arguments) -> None:
             if number in (1, arguments.rounds):
                 timed("checkpoint", checkpoint)
 
-    medians = {name: statistics.median(values[1:] or values) for name, values in seconds.items()}
+    return {name: statistics.median(values[1:] or values) for name, values in seconds.items()}
+
+
+@entry_point
+def main() -> None:
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="benchmarks/overhead.py")
+    medians = measure(arguments)
     every = {"moving average": 1, "logging": arguments.log_every, "checkpoint": arguments.checkpoint_every}
-    print(f"{arguments.model}, {arguments.mixer}, batch {arguments.batch_size}, {torch.get_num_threads()} threads")
-    print(f"{'step':<16} {medians['step']:8.3f} s")
-    total = 0.0
-    for name, steps in every.items():
-        share = medians[name] / steps / medians["step"]
-        total += share
-        print(f"{name:<16} {medians[name]:8.3f} s every {steps} steps: {share:.2%} of a step")
-    print(f"{'together':<16} {total:.2%} of a step")
+    print(f"{arguments.model}, {arguments.mixer}, batch {arguments.batch_size}; {machine('cpu')}")
+    shares = {name: medians[name] / steps / medians["step"] for name, steps in every.items()}
+    rows = [("step", f"{medians['step']:.3f} s")]
+    for name, share in shares.items():
+        rows.append((name, f"{medians[name]:.3f} s", f"every {every[name]} steps", f"{share:.2%} of a step"))
+    rows.append(("together", "", "", f"{sum(shares.values()):.2%} of a step"))
+    print(text_table(rows, align="lrlr"))
+    if arguments.json:
+        write_record(arguments.json, "cpu", {"seconds": medians, "shares": shares})
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, prog="benchmarks/overhead.py"))
+    main()

@@ -10,25 +10,50 @@ draws its noises, and its gray line is what as many exact samples would get.
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import torch
+import tyro
+from checks import at_least_one
+from matplotlib.figure import Figure
 
 from sit.sampling.config import ODE_METHODS, SamplerConfig
-from sit.sampling.diffusion import DIFFUSION_FORMS
 from sit.sampling.sampler import sample
-from sit.sampling.sde import sde_times
+from sit.sampling.sde import DIFFUSION_FORMS, sde_times
 from sit.transport.interpolants import INTERPOLANTS, Interpolant, get_interpolant
 from sit.transport.transport import Transport
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from sit.utils.cli import one_line_errors
+from sit.utils.errors import entry_point
+from sit.utils.record import write_record
+from sit.utils.tables import markdown_table
 
 MEANS = torch.tensor([-1.0, 0.2, 1.4], dtype=torch.float64)
 DEVIATIONS = torch.tensor([0.3, 0.4, 0.25], dtype=torch.float64)
 WEIGHTS = torch.tensor([0.4, 0.25, 0.35], dtype=torch.float64)
+COLORS = matplotlib.colormaps["tab20"].colors
+
+
+@dataclass
+class Arguments:
+    """Measure the error of every sampler."""
+
+    out: Path = Path(__file__).parent.parent / "docs" / "images"
+    """folder of the plots"""
+    particles: int = 10_000
+    """samples of an SDE run"""
+    counts: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
+    """steps"""
+    methods: tuple[str, ...] = ODE_METHODS
+    """ODE solvers"""
+    json: Path | None = None
+    """file for all numbers"""
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "particles")
+        for method in self.methods:
+            SamplerConfig("ode", method=method)  # raises UserError if there is none of that name
 
 
 def spread(path: Interpolant, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,44 +124,55 @@ def sde_errors(interpolant: str, method: str, form: str, counts: tuple[int, ...]
         config = SamplerConfig(steps=steps, method=method, diffusion_form=form, last_step="none")
         times = sde_times(transport, config)
         begin = quantiles(transport.interpolant, times[0], particles).reshape(1, 1, 1, -1)
-        x = sample(ExactVelocity(interpolant), transport, begin, None, config, draw)
+        x = sample(ExactVelocity(interpolant), transport, begin, None, config, step_noise=draw)
         errors.append(distance(x, quantiles(transport.interpolant, times[-1], particles)))
     return errors
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "images")
-    parser.add_argument("--particles", type=int, default=10_000, help="samples of an SDE run")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    counts = sde_counts = (4, 8, 16, 32, 64, 128)
+Errors = dict[str, dict[str, dict[int, float]]]
+"""by interpolant, then sampler, then steps or evaluations"""
 
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5.5), sharey=True, layout="constrained")
-    colors = plt.get_cmap("tab20").colors
+
+def table(errors: Errors, unit: str) -> str:
+    """All errors, a row for each sampler of each interpolant."""
+    rows = []
+    for interpolant, samplers in errors.items():
+        for name, points in samplers.items():
+            rows.append([interpolant, name, ", ".join(f"{count}: {error:.1e}" for count, error in points.items())])
+    return markdown_table(["interpolant", "sampler", f"{unit}: error"], rows)
+
+
+def plot_ode(arguments: Arguments) -> Errors:
+    """Error of every ODE solver against network evaluations."""
+    found: Errors = {interpolant: {} for interpolant in INTERPOLANTS}
+    figure = Figure(figsize=(16, 5.5), layout="constrained")
+    axes = figure.subplots(1, len(INTERPOLANTS), sharey=True)
     for axis, interpolant in zip(axes, INTERPOLANTS, strict=True):
-        print(f"\nODE, {interpolant}: evaluations: error")
-        for number, method in enumerate(ODE_METHODS):
-            evaluations, errors = ode_errors(interpolant, method, counts)
+        for number, method in enumerate(arguments.methods):
+            evaluations, errors = ode_errors(interpolant, method, arguments.counts)
             style = "o:" if SamplerConfig("ode", method=method).adaptive else ".-"
-            axis.loglog(evaluations, errors, style, label=method, color=colors[number % 20], linewidth=1)
-            print(f"  {method:18}", *(f"{n}: {e:.1e}" for n, e in zip(evaluations, errors, strict=True)), flush=True)
+            axis.loglog(evaluations, errors, style, label=method, color=COLORS[number % 20], linewidth=1)
+            found[interpolant][method] = dict(zip(evaluations, errors, strict=True))
         axis.set(title=interpolant, xlabel="network evaluations")
     axes[0].set_ylabel("Wasserstein distance to the exact distribution")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle("ODE: fixed steps (solid, by steps) and adaptive solvers (dotted, by tolerance)")
     figure.savefig(arguments.out / "sampler-order-ode.png", dpi=80)
+    return found
 
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5.5), sharey=True, layout="constrained")
+
+def plot_sde(arguments: Arguments) -> Errors:
+    """Error of the SDE's methods and diffusion forms against steps."""
+    found: Errors = {interpolant: {} for interpolant in INTERPOLANTS}
+    figure = Figure(figsize=(16, 5.5), layout="constrained")
+    axes = figure.subplots(1, len(INTERPOLANTS), sharey=True)
     for axis, interpolant in zip(axes, INTERPOLANTS, strict=True):
-        print(f"\nSDE, {interpolant}: steps: error")
         for number, form in enumerate(DIFFUSION_FORMS):
             for method, style in (("euler", ".-"), ("heun", "x--")):
-                errors = sde_errors(interpolant, method, form, sde_counts, arguments.particles)
-                color, label = colors[2 * number], f"{method}, {form}"
-                axis.loglog(sde_counts, errors, style, label=label, color=color, linewidth=1)
-                table = (f"{n}: {e:.1e}" for n, e in zip(sde_counts, errors, strict=True))
-                print(f"  {method:6}{form:22}", *table, flush=True)
+                errors = sde_errors(interpolant, method, form, arguments.counts, arguments.particles)
+                color, label = COLORS[2 * number], f"{method}, {form}"
+                axis.loglog(arguments.counts, errors, style, label=label, color=color, linewidth=1)
+                found[interpolant][label] = dict(zip(arguments.counts, errors, strict=True))
         exact = quantiles(get_interpolant(interpolant), 0.999, arguments.particles)
         parts = torch.multinomial(WEIGHTS, arguments.particles, True, generator=torch.Generator().manual_seed(0))
         drawn = MEANS[parts] + DEVIATIONS[parts] * torch.randn(
@@ -149,6 +185,20 @@ def main() -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle("SDE without a last step: Euler-Maruyama (solid) and Heun (dashed), six diffusion forms")
     figure.savefig(arguments.out / "sampler-order-sde.png", dpi=80)
+    return found
+
+
+@entry_point
+def main() -> None:
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="benchmarks/sampler_order.py")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    ode = plot_ode(arguments)
+    print(f"ODE\n\n{table(ode, 'evaluations')}\n", flush=True)
+    sde = plot_sde(arguments)
+    print(f"SDE\n\n{table(sde, 'steps')}")
+    if arguments.json:
+        write_record(arguments.json, "cpu", {"ode": ode, "sde": sde})
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ and weights and to write its outputs once at the measured copy rate; the share i
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
-import json
-import platform
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,17 +21,22 @@ from typing import Literal
 import torch
 import tyro
 from baselines import PublishedATConv
-from timing import interleaved
+from checks import at_least_one
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sit.mixers import parse_mixers, register_mixer
-from sit.model import MODELS, SiTBlock, create_model
+from sit.mixers import build_mixer, parse_mixers, register_mixer
+from sit.model import MODELS, SiTBlock, check_model_name, create_model
 from sit.sampling.config import SamplerConfig
 from sit.sampling.sampler import sample
 from sit.transport.transport import Transport
+from sit.utils.cli import one_line_errors
 from sit.utils.compile import compile_for_sampling
-from sit.utils.files import atomic_write
+from sit.utils.device import pick_device
+from sit.utils.errors import UserError, entry_point
+from sit.utils.record import record, write_record
+from sit.utils.tables import markdown_table
+from sit.utils.timing import interleaved
 
 register_mixer("published-atconv")(PublishedATConv)
 VARIANTS = {"attention": "attention", "as published": "published-atconv", "ours": "atconv"}
@@ -53,14 +56,25 @@ class Arguments:
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
     """bfloat16: weights in bfloat16 for inference, autocast for training"""
     compile: tuple[bool, ...] = (False,)
-    """without and with torch.compile: --compile False True; whole networks replay CUDA graphs then"""
+    """with torch.compile or without; ``False True`` times both. Whole networks replay CUDA graphs when compiled"""
     steps: int = 4
     """Euler steps of a sampling run"""
     guidance: float = 1.0
-    """of sampling; other than 1 shows the network each image twice"""
+    """of sampling; other than 1, the network evaluates each image twice a step"""
     repeats: int = 7
+    rate_repeats: int = 15
+    """runs of a matrix product and of a copy, of which the fastest gives the machine's rates"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     json: Path | None = None
+    """file for all numbers, rewritten after every case"""
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "steps", "repeats", "rate_repeats")
+        for name in self.models:
+            check_model_name(name)
+        for pixels, name in itertools.product(self.pixels, self.models):
+            if pixels < 1 or pixels % (side := 8 * MODELS[name]["patch_size"]):
+                raise UserError(f"`pixels={pixels}`: the side must be a multiple of {side} for {name}")
 
 
 @dataclass(frozen=True)
@@ -99,23 +113,23 @@ class Machine:
     copy: float
 
 
-def best(run: Callable[[], object], device: torch.device, repeats: int = 15) -> float:
+def best(run: Callable[[], object], device: torch.device, repeats: int) -> float:
     """The fastest of some runs, in seconds: a rate that the machine can have."""
     times = [interleaved({"": run}, device, repeats=1, warm_up=0 if number else 2)[""] for number in range(repeats)]
     return min(times)
 
 
-def measure_machine(device: torch.device, dtypes: tuple[str, ...]) -> Machine:
+def measure_machine(device: torch.device, dtypes: tuple[str, ...], repeats: int) -> Machine:
     """Rates of a matrix product of the networks' kind, and of a copy that no cache holds."""
     rows, side = (8192, 4096) if device.type == "cuda" else (2048, 1152)
     macs = {}
     for dtype in dtypes:
         left = torch.randn(rows, side, device=device, dtype=getattr(torch, dtype))
         right = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))
-        macs[dtype] = rows * side * side / best(lambda a=left, b=right: a @ b, device)
-    source = torch.randn(256 * 2**20 // 4, device=device)
+        macs[dtype] = rows * side * side / best(lambda a=left, b=right: a @ b, device, repeats)
+    source = torch.ones(256 * 2**20 // 4, device=device)
     target = torch.empty_like(source)
-    return Machine(macs, 2 * source.nbytes / best(lambda: target.copy_(source), device))
+    return Machine(macs, 2 * source.nbytes / best(lambda: target.copy_(source), device, repeats))
 
 
 def count(run: Callable[[], object]) -> int:
@@ -133,7 +147,7 @@ def build(case: Case, variant: str, device: torch.device) -> nn.Module:
         (spec,), hidden, heads = parse_mixers(VARIANTS[variant]), shape["hidden_size"], shape["num_heads"]
         tokens = side // shape["patch_size"]
         with device:
-            block = SiTBlock(hidden, heads, 4.0, spec, (tokens, tokens))
+            block = SiTBlock(hidden, 4.0, build_mixer(spec, hidden, heads, grid=(tokens, tokens)))
         module = block.attn if case.scope == "mixer" else block
     else:
         with device:
@@ -260,32 +274,60 @@ def work(case: Case, what: str, variant: str, arguments: Arguments) -> tuple[int
 
     Counted on the forward pass of the plain PyTorch formulation; the published variant is judged by its own count.
     """
-    size, hidden = getattr(torch, case.dtype).itemsize, MODELS[case.model]["hidden_size"]
-    tokens = (case.pixels // 8 // MODELS[case.model]["patch_size"]) ** 2
+    hidden, tokens = MODELS[case.model]["hidden_size"], (case.pixels // 8 // MODELS[case.model]["patch_size"]) ** 2
     scope = "network" if case.scope in ("training", "sampling") else case.scope
-    plain = Case(**asdict(case) | {"scope": scope, "compile": False})
-    module = build(plain, variant, torch.device("meta"))
-    macs = count(runs(plain, module, Arguments(**asdict(arguments) | {"device": "meta"}))["forward"])
-    weights = sum(p.numel() for p in module.parameters()) * size
+    macs, weights = forward_work(Case(**asdict(case) | {"scope": scope, "compile": False}), variant)
     streams = 2 * case.batch * (tokens * hidden if case.scope in ("mixer", "block") else 4 * (case.pixels // 8) ** 2)
     times = passes(case, arguments)[what]
-    return times * macs, times * (weights + streams * size)
+    return times * macs, times * (weights + streams) * getattr(torch, case.dtype).itemsize
 
 
-def describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+@functools.cache
+def forward_work(case: Case, variant: str) -> tuple[int, int]:
+    """Multiply-accumulates and weights of a forward pass, counted on tensors without data."""
+    module = build(case, variant, torch.device("meta"))
+    macs = count(runs(case, module, Arguments(device="meta"))["forward"])
+    return macs, sum(p.numel() for p in module.parameters())
 
 
-def main(arguments: Arguments) -> None:
-    device = torch.device(arguments.device)
-    machine = measure_machine(device, arguments.dtypes)
+@entry_point
+def main() -> None:
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="benchmarks/speed.py")
+    run(arguments)
+
+
+HEADER = ("", "model", "pixels", "batch", "dtype", "compiled", "variant", "ms", "images/s", "x attention",
+          "x published", "share of roofline", "peak memory")  # fmt: skip
+
+
+def table_rows(made: list[Row]) -> list[list[object]]:
+    """The cells of a case's rows under :data:`HEADER`, its ratios within what was timed together."""
+    lines: list[list[object]] = []
+    for row in made:
+        others = {other.variant: other.seconds for other in made if other.what == row.what}
+        cells = [f"{row.scope}, {row.what}", row.model, row.pixels, row.batch, row.dtype,
+                 "yes" if row.compile else "no", row.variant]  # fmt: skip
+        if row.seconds is None:
+            cells += ["too little memory", "", "", "", ""]
+        else:
+            cells += [f"{1e3 * row.seconds:.4g}", f"{row.batch / row.seconds:.4g}"]
+            cells += [
+                f"{others[name] / row.seconds:.2f}" if others[name] else "" for name in VARIANTS if name != "ours"
+            ]
+            cells.append(f"{row.share:.0%}")
+        lines.append([*cells, f"{row.peak_memory / 2**30:.2f} GiB" if row.peak_memory else ""])
+    return lines
+
+
+def run(arguments: Arguments) -> None:
+    """Measure all cases, print the rows of each as soon as they are there, and keep them as JSON."""
+    device = pick_device(arguments.device)
+    machine, made_on = measure_machine(device, arguments.dtypes, arguments.rate_repeats), record(device)
     rates = ", ".join(f"{rate / 1e9:.0f} G multiply-accumulates/s in {dtype}" for dtype, rate in machine.macs.items())
-    print(f"{time.strftime('%Y-%m-%d')}, {describe(device)}\n{rates}, copy {machine.copy / 1e9:.1f} GB/s; "
+    print(f"{made_on['date']}, {made_on['machine']}\n{rates}, copy {machine.copy / 1e9:.1f} GB/s; "
           f"medians of {arguments.repeats}\n")  # fmt: skip
-    print("| | model | pixels | batch | dtype | compiled | variant | ms | images/s | x attention | x published | "
-          "share of roofline | peak memory |\n" + "|---" * 13 + "|")  # fmt: skip
+    print(markdown_table(HEADER, []), flush=True)
     rows: list[Row] = []
     choices = (
         arguments.scopes,
@@ -298,30 +340,11 @@ def main(arguments: Arguments) -> None:
     for case in itertools.starmap(Case, itertools.product(*choices)):
         made = measure(case, arguments, machine)
         rows += made
-        for what in dict.fromkeys(row.what for row in made):
-            group = {row.variant: row for row in made if row.what == what}
-            for row in group.values():
-                cells = [f"{case.scope}, {what}", case.model, case.pixels, case.batch, case.dtype,
-                         "yes" if case.compile else "no", row.variant]  # fmt: skip
-                if row.seconds is None:
-                    cells += ["too little memory", "", "", "", ""]
-                else:
-                    others = [group[name].seconds for name in ("attention", "as published")]
-                    ratios = [f"{other / row.seconds:.2f}" if other else "" for other in others]
-                    cells += [
-                        f"{1e3 * row.seconds:.4g}",
-                        f"{case.batch / row.seconds:.4g}",
-                        *ratios,
-                        f"{row.share:.0%}",
-                    ]
-                cells.append(f"{row.peak_memory / 2**30:.2f} GiB" if row.peak_memory else "")
-                print(f"| {' | '.join(map(str, cells))} |", flush=True)
+        print(*markdown_table(HEADER, table_rows(made)).splitlines()[2:], sep="\n", flush=True)
         release(device)
         if arguments.json:  # after every case: a long run may be cut off
-            found = {"machine": describe(device), "rates": asdict(machine), "rows": [asdict(row) for row in rows]}
-            with atomic_write(arguments.json) as temporary:
-                temporary.write_text(json.dumps(found, indent=1) + "\n")
+            write_record(arguments.json, device, {"rates": asdict(machine), "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, prog="benchmarks/speed.py"))
+    main()

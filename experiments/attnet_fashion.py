@@ -4,7 +4,7 @@
 
 All three have three stages, at 16, 8 and 4 pixels for images padded to 32, and one recipe: AdamW, OneCycle, random
 flips, label smoothing. The accuracy is that of the last epoch on the whole test part; no epoch is chosen. Finished
-runs are kept in ``--out``, so an interrupted command goes on by being repeated.
+runs are kept in ``out``: an interrupted command, given again, goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from scipy import stats
-from timing import interleaved
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,6 +34,9 @@ from sit.utils.cli import one_line_errors
 from sit.utils.device import pick_device
 from sit.utils.errors import UserError, entry_point
 from sit.utils.files import atomic_write
+from sit.utils.record import write_record
+from sit.utils.tables import markdown_table
+from sit.utils.timing import interleaved
 
 SIDE = 32
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -78,6 +80,16 @@ class Arguments(Recipe):
     """interleaved rounds of the throughput; 0 leaves it out"""
     timed_batch: int = 128
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.models if name not in NETWORKS]
+        if unknown or not self.models:
+            raise UserError(f"`models={' '.join(unknown)}`: choose among {', '.join(NETWORKS)}")
+        for name in ("epochs", "batch_size", "seeds", "threads", "timed_batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"`{name}` must be at least 1, not {getattr(self, name)}")
+        if self.limit is not None and self.limit < self.batch_size:
+            raise UserError(f"`limit={self.limit}` must be at least the batch size of {self.batch_size}")
 
 
 def build(name: str) -> nn.Module:
@@ -139,24 +151,20 @@ def train(name: str, seed: int, recipe: Recipe, parts: dict[str, Any], device: t
             schedule.step()
             total += loss.detach()
         if not math.isfinite(total.item()):
-            raise UserError(f"{name}, seed {seed}: the loss is not finite; lower --learning-rate")
+            raise UserError(f"{name}, seed {seed}: the loss is not finite; lower `learning_rate`")
         accuracies.append(test(model, *parts["test"]))
     return {"accuracies": accuracies, "core_minutes": (time.process_time() - started) / 60}
 
 
 def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """A finished run's result, if it is there.
-
-    Raises:
-        UserError: it was made with other settings.
-    """
+    """A finished run's result, or None. Raise UserError if it was made with other settings."""
     if not path.is_file():
         return None
     result = json.loads(path.read_text())
     other = [key for key, value in settings.items() if result["settings"].get(key) != value]
     if other:
         was, now = result["settings"].get(other[0]), settings[other[0]]
-        raise UserError(f"{path} was made with {other[0]} {was}, not {now}; choose another --out or remove it")
+        raise UserError(f"{path} was made with {other[0]} {was}, not {now}; choose another `out` or remove it")
     return result
 
 
@@ -216,21 +224,18 @@ def table(found: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]] 
         row = [name, f"{one['parameters']:,}", f"{one['multiply_accumulates'] / 1e6:.2f}",
                f"{100 * one['mean']:.2f}{interval} %", str(len(one["accuracies"]))]  # fmt: skip
         rows.append(row + [f"{kind[name] / kind[first]:.2f}x" for kind in (speeds or {}).values()])
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    return markdown_table(head, rows)
 
 
 @entry_point
 def main() -> None:
     with one_line_errors():
         arguments = tyro.cli(Arguments, prog="experiments/attnet_fashion.py")
-    unknown = [name for name in arguments.models if name not in NETWORKS]
-    if unknown or not arguments.models:
-        raise UserError(f"--models {' '.join(unknown)}: choose among {', '.join(NETWORKS)}")
-    for flag, value in (("--epochs", arguments.epochs), ("--seeds", arguments.seeds), ("--threads", arguments.threads)):
-        if value < 1:
-            raise UserError(f"{flag} {value} must be at least 1")
-    if arguments.limit is not None and arguments.limit < arguments.batch_size:
-        raise UserError(f"--limit {arguments.limit} must be at least the batch size of {arguments.batch_size}")
+    run(arguments)
+
+
+def run(arguments: Arguments) -> None:
+    """Train what is not finished, and report."""
     device = pick_device(arguments.device)
     torch.set_num_threads(arguments.threads)
     recipe = Recipe(**{key: getattr(arguments, key) for key in Recipe.__dataclass_fields__})
@@ -254,9 +259,14 @@ def main() -> None:
 
     found = {name: summary(name, results[name]) for name in arguments.models}
     speeds = throughput(arguments.models, arguments, device) if arguments.repeats else None
-    report = {"recipe": asdict(recipe), "threads": arguments.threads, "device": str(device), "torch": torch.__version__,
-              "timm": timm.__version__, "networks": found, "images_per_second": speeds}  # fmt: skip
-    write(arguments.out / "report.json", report)
+    report = {
+        "recipe": asdict(recipe),
+        "threads": arguments.threads,
+        "timm": timm.__version__,
+        "networks": found,
+        "images_per_second": speeds,
+    }
+    write_record(arguments.out / "report.json", device, report)
     print(table(found, speeds))
 
 

@@ -8,8 +8,8 @@ python experiments/digits_table.py runs/attention runs/atconv --json docs/digits
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -24,10 +24,12 @@ from sit.metrics.image_sets import DataImages, GeneratedImages, Images
 from sit.metrics.report import Report
 from sit.model import SiT
 from sit.sampling.config import SamplerConfig
+from sit.utils.cli import one_line_errors
 from sit.utils.device import pick_device
 from sit.utils.errors import entry_point
-from sit.utils.files import atomic_write
 from sit.utils.random import generator, randn
+from sit.utils.record import write_record
+from sit.utils.tables import markdown_table
 
 
 @dataclass
@@ -35,8 +37,12 @@ class Arguments:
     """Evaluate runs on the digits, and what bounds them from below and above."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
+    """run folders or checkpoints"""
     num_samples: int = 1000
-    json: str | None = None
+    """generated images of a row"""
+    json: Path | None = None
+    """file for all numbers"""
+    """file for all numbers"""
     sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
 
 
@@ -53,17 +59,29 @@ class Reconstructions(Images):
         return decode(self.vae, sample_posterior(mean, std, noise, self.vae.config)).permute(0, 3, 1, 2)
 
 
-def row(name: str, report: Report) -> str:
+def row(name: str, report: Report) -> list[str]:
+    """The cells of a set of images."""
     numbers = {number.name.split(" (")[0]: number for number in report.numbers}
     fid, accuracy = numbers["FID"], numbers["Class accuracy"]
     precision, recall = numbers["Precision"], numbers["Recall"]
-    return (f"| {name} | {fid.value:.2f} ± {fid.error:.2f} | {precision.value:.2f} | {recall.value:.2f} | "
-            f"{accuracy.value:.1%} |")  # fmt: skip
+    return [
+        name,
+        f"{fid.value:.2f}" + (f" ± {fid.error:.2f}" if fid.error is not None else ""),
+        f"{precision.value:.2f}",
+        f"{recall.value:.2f}",
+        f"{accuracy.value:.1%}",
+    ]
 
 
 @entry_point
 def main() -> None:
-    arguments = tyro.cli(Arguments, prog="experiments/digits_table.py")
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="experiments/digits_table.py")
+    run(arguments)
+
+
+def run(arguments: Arguments) -> None:
+    """Evaluate, print the table, and keep all numbers as JSON."""
     device = pick_device()
     extractor, reference = get_extractor("digits", device), DataImages("digits", None)
     rows, found = [], {}
@@ -73,22 +91,20 @@ def main() -> None:
         rows.append(row(name, report))
         found[name] = dataclasses.asdict(report)
 
-    for run in arguments.runs:
-        loaded = load_for_sampling(run, device=device)
+    for place in arguments.runs:
+        loaded = load_for_sampling(place, device=device)
         mixer = loaded.info.mixer
-        trained = GeneratedImages(loaded, arguments.num_samples, 0, "balanced", arguments.sampler)
+        trained = GeneratedImages(loaded, arguments.num_samples, config=arguments.sampler)
         add(f"{mixer}, trained for {loaded.info.step} steps", trained)
         torch.manual_seed(0)
         loaded.model = SiT.from_config(loaded.model.config).to(device).eval().requires_grad_(False)
         # a fresh network's prediction is zero, so more steps would change nothing
-        few = dataclasses.replace(arguments.sampler, steps=25)
-        add(f"{mixer}, untrained, 25 steps", GeneratedImages(loaded, arguments.num_samples, 0, "balanced", few))
+        few = dataclasses.replace(arguments.sampler, steps=min(25, arguments.sampler.steps))
+        add(f"{mixer}, untrained, {few.steps} steps", GeneratedImages(loaded, arguments.num_samples, config=few))
     add("the VAE's reconstructions", Reconstructions(arguments.num_samples))
-    print("| samples | FID (digits features) | precision | recall | class accuracy (SVM) |\n|---|---|---|---|---|")
-    print("\n".join(rows))
+    print(markdown_table(["samples", "FID (digits features)", "precision", "recall", "class accuracy (SVM)"], rows))
     if arguments.json:
-        with atomic_write(arguments.json) as temporary:
-            temporary.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        write_record(arguments.json, device, {"reports": found})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import tyro
 from sit.checkpoint.find import find_checkpoints
 from sit.checkpoint.integrity import is_complete
 from sit.training.recipes import load_recipe
+from sit.utils.cli import one_line_errors
 from sit.utils.errors import UserError, entry_point
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +53,15 @@ class Arguments:
     out: Path = Path("runs/fashion")
     """folder of the runs"""
 
+    def __post_init__(self) -> None:
+        for name in self.mixers:
+            if name not in MIXERS:
+                raise UserError(f"`mixers={name}`: unknown; they are {', '.join(MIXERS)}")
+        if self.jobs < 1:
+            raise UserError(f"`jobs` must be at least 1, not {self.jobs}")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"`steps` must be at least 1, not {self.steps}")
+
 
 def train(name: str, seed: int, arguments: Arguments) -> None:
     """Train one run to its end, unless it is there."""
@@ -78,10 +88,13 @@ def train(name: str, seed: int, arguments: Arguments) -> None:
 
 @entry_point
 def main() -> None:
-    arguments = tyro.cli(Arguments, prog="experiments/fashion_mixers.py")
-    for name in arguments.mixers:
-        if name not in MIXERS:
-            raise UserError(f"--mixers {name}: unknown; they are {', '.join(MIXERS)}")
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="experiments/fashion_mixers.py")
+    run(arguments)
+
+
+def run(arguments: Arguments) -> None:
+    """Train all runs that are not finished."""
     with ThreadPoolExecutor(arguments.jobs) as pool:
         # a seed at a time, so that whatever is finished can be compared
         futures = [pool.submit(train, name, seed, arguments) for seed in arguments.seeds for name in arguments.mixers]

@@ -1,9 +1,10 @@
-"""Kill a training run at random moments, resume it each time, and compare the end with an uninterrupted run.
+"""Kill a training run at random moments, resume it each time, and compare its end with that of an uninterrupted run.
 
     python scripts/kill_resume.py --kills 20
 
-The moments are drawn from a seed and spread over steps and checkpoint writes alike (checkpoints are written every
-other step). Exits with 1 unless the final weights, moving averages and optimizer states are the same to the bit.
+The moments are drawn from a seed. Checkpoints are written every other step, so that some kills meet one half written.
+Exits with 1 unless the final weights, moving averages and optimizer states are bitwise the same, on the CPU with one
+thread, and so are the logged losses.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from pathlib import Path
 import torch
 import tyro
 from safetensors.torch import load_file
+
+from sit.utils.cli import one_line_errors
+from sit.utils.errors import UserError, entry_point
 
 ROOT = Path(__file__).parent.parent
 COMPARED = (
@@ -42,8 +46,14 @@ class Arguments:
     seed: int = 0
     """of the moments"""
 
+    def __post_init__(self) -> None:
+        for name in ("kills", "steps", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"`{name}` must be at least 1, not {getattr(self, name)}")
+
 
 def command(arguments: Arguments, folder: Path) -> list[str]:
+    """Train into ``folder``, from its newest checkpoint if there is one."""
     return [
         sys.executable, str(ROOT / "train.py"), "--mixer", arguments.mixer, "--model", arguments.model,
         "--steps", str(arguments.steps), "--batch-size", "16", "--checkpoint-every", str(arguments.checkpoint_every),
@@ -70,11 +80,13 @@ def contents(path: Path) -> dict[str, bytes | object]:
 
 
 def newest_step(folder: Path) -> int:
+    """The step of a run's newest checkpoint; 0 before the first."""
     steps = [int(path.name.split("-")[1]) for path in (folder / "checkpoints").glob("step-*")]
     return max(steps, default=0)
 
 
-def main(arguments: Arguments) -> int:
+def run(arguments: Arguments) -> bool:
+    """Train once without and once with kills, and print whether the ends are the same; that is returned, too."""
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as place:
         whole, killed = Path(place) / "whole", Path(place) / "killed"
@@ -98,15 +110,22 @@ def main(arguments: Arguments) -> int:
         last = f"checkpoints/step-{arguments.steps:07d}"
         same = [contents(whole / last / name) == contents(killed / last / name) for name in COMPARED]
         rows = [
-            [line.split(", ")[:2] for line in (run / "metrics.jsonl").read_text().splitlines()]
-            for run in (whole, killed)
+            [line.split(", ")[:2] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            for folder in (whole, killed)
         ]
         print(f"{arguments.kills} kills, {writing} of them while writing a checkpoint")
         for name, equal in zip(COMPARED, same, strict=True):
-            print(f"{name}: {'the same to the bit' if equal else 'DIFFERENT'}")
+            print(f"{name}: {'bitwise the same' if equal else 'DIFFERENT'}")
         print(f"losses of {len(rows[0])} steps: {'the same' if rows[0] == rows[1] else 'DIFFERENT'}")
-        return 0 if all(same) and rows[0] == rows[1] else 1
+        return all(same) and rows[0] == rows[1]
+
+
+@entry_point
+def main() -> None:
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="scripts/kill_resume.py")
+    sys.exit(0 if run(arguments) else 1)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Arguments, prog="scripts/kill_resume.py")))
+    main()

@@ -2,7 +2,8 @@
 
     python scripts/make_digits_vae.py --output-dir sit/assets/digits-vae
 
-Trained on the 1,437 digits of ``digits:train`` as :mod:`sit.train_vae` trains, and judged by an SVM besides.
+Trained on the 1,437 digits of ``digits:train`` by the code of ``python -m sit.train_vae``. Besides the PSNR, it is
+measured how often an SVM, fitted on real digits, classifies a reconstruction as its original.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class Config(VAEConfig):
 
 
 def warp(images: torch.Tensor, source: torch.Generator) -> torch.Tensor:
-    """Half of the images turned, scaled, sheared and shifted a little: 1,437 digits alone are soon known by heart."""
+    """Half of the images rotated, scaled, sheared and shifted a little, against overfitting on 1,437 digits.
+
+    Images (n, 3, H, W) in [−1, 1]; the same shape and range come back.
+    """
     count = len(images)
     angle, shear, *moves = (torch.rand(6, count, generator=source) - 0.5).unbind()
     angle, shear = angle * 0.5, shear * 0.3
@@ -61,12 +65,14 @@ def measure(vae: AutoencoderKL) -> dict[str, float]:
     """Reconstruction of the held-out digits from posterior samples, with and without noise on the latents."""
     fitted, heldout = open_images("digits:train"), open_images("digits:heldout")
     real = np.stack([np.asarray(heldout.image(index)) for index in range(len(heldout))])
-    judge = SVC(C=10).fit(shrink_digits(np.stack([np.asarray(x) for x in fitted.source.images])) / 16, fitted.labels)
-    named = judge.predict(shrink_digits(real) / 16)
+    classifier = SVC(C=10).fit(
+        shrink_digits(np.stack([np.asarray(x) for x in fitted.source.images])) / 16, fitted.labels
+    )
+    named = classifier.predict(shrink_digits(real) / 16)
     made, figures = reconstructions(vae, pixels(heldout))
     figures["svm_accuracy_on_real"] = float((named == heldout.labels).mean())
     for level, images in made.items():
-        again = judge.predict(shrink_digits(images.numpy()) / 16)
+        again = classifier.predict(shrink_digits(images.numpy()) / 16)
         figures[f"psnr_db_{level}"] = psnr(real, images.numpy())
         figures[f"svm_agreement_{level}"] = float((again == named).mean())
     return figures
@@ -93,7 +99,7 @@ Everything that decided the weights: `{settings}`.
 
 
 def write(vae: AutoencoderKL, config: Config, seconds: float) -> dict[str, float]:
-    """Save ``vae`` (float16) with its README in place of ``config.output_dir``; answers the figures."""
+    """Save ``vae`` (float16) with its README in place of ``config.output_dir``; returns the figures."""
     parameters = sum(parameter.numel() for parameter in vae.parameters())
     command = "python scripts/make_digits_vae.py " + " ".join(sys.argv[1:])
     with replaced_folder(config.output_dir) as folder:

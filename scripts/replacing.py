@@ -19,4 +19,4 @@ def refuse_others(folder: Path, title: str, files: Collection[str]) -> None:
     readme = folder / "README.md"
     is_asset = readme.is_file() and readme.read_text(errors="replace").splitlines()[:1] == [title]
     if not is_asset or not {entry.name for entry in folder.iterdir()} <= set(files):
-        raise UserError(f"--output-dir {folder} holds something else than what this makes; choose a new folder")
+        raise UserError(f"`output_dir={folder}` holds something else than what this makes; choose a new folder")

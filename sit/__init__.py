@@ -5,17 +5,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from sit.version import __version__
+
 # imported when first asked for, so that `import sit` stays light; diffusers finds pipeline components by these names,
 # and looks for their base classes in the same library
 _HOMES = {
     "SiT": "sit.model",
-    "Transport": "sit.transport",
+    "Transport": "sit.transport.transport",
     "SiTPipeline": "sit.pipeline",
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
 }
 
-__all__ = ["SiT", "SiTPipeline", "Transport"]
+__all__ = ["SiT", "SiTPipeline", "Transport", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,22 +1,26 @@
 """SiT, the Scalable Interpolant Transformer (arXiv 2401.08740): DiT's network with a token-mixer slot in each block.
 
 Key names and initial values are those of the published code, so its weights load as they are; the mixer stands under
-``blocks.{i}.attn`` whatever it is.
+``blocks.{i}.attn`` whatever it is, and its initial values are its own. Each initial value is keyed by the seed and the
+parameter's name, so that networks that differ in the mixer alone begin alike everywhere else.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from timm.layers import Mlp, PatchEmbed
 from torch import nn
 
-from sit.mixers import MixerSpec, build_mixer, needs_positional_embedding, parse_mixers
+from sit.mixers import build_mixer, needs_positional_embedding, parse_mixers
 from sit.utils.constant_tensors import made_once
 from sit.utils.errors import UserError
+from sit.utils.random import draw_seed, generator, global_generator, key
 
 # depth, hidden size, heads (those of DiT and SiT; XS is ours, for data of a few thousand small images)
 SIZES = {
@@ -32,6 +36,10 @@ MODELS = {
     for size, (depth, hidden, heads) in SIZES.items()
     for patch in PATCHES
 }
+ZERO = ("bias", "adaLN_modulation.1.weight", "final_layer.linear.weight")
+"""Ends of the names of parameters outside the mixers that begin at zero (DiT's adaLN-Zero)."""
+NORMAL = ("y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight")
+"""Those that begin with a standard deviation of 0.02; all others begin Xavier-uniform, as matrices (out, in)."""
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -76,6 +84,11 @@ def _stretched_table(
     return sincos_table(hidden_size, *places).to(device)
 
 
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device, such as ``cuda``."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 class TimestepEmbedder(nn.Module):
     """Embeds times t in [0, 1], used as they are (not scaled by 1000), through sinusoids and an MLP."""
 
@@ -105,21 +118,19 @@ class LabelEmbedder(nn.Module):
 
 
 class SiTBlock(nn.Module):
-    """A transformer block with adaLN-Zero conditioning, whose token mixer is given by a :class:`MixerSpec`."""
+    """A transformer block with adaLN-Zero conditioning, around a token mixer (:mod:`sit.mixers`)."""
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, mlp_ratio: float, mixer: MixerSpec, grid: tuple[int, int]
-    ) -> None:
+    def __init__(self, hidden_size: int, mlp_ratio: float, mixer: nn.Module) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = build_mixer(mixer, hidden_size, num_heads, grid)
+        self.attn = mixer
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Tokens (B, N, C) and condition (B, C) to tokens (B, N, C)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
+    def forward(self, x: torch.Tensor, c: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Tokens x (B, N, C) and condition c (B, C) to tokens (B, N, C)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), grid)
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -133,9 +144,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, C) to flattened patches (B, N, p·p·channels)."""
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """Tokens x (B, N, C) and condition c (B, C) to flattened patches (B, N, p·p·channels)."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -151,14 +162,16 @@ class SiT(ModelMixin, ConfigMixin):
         num_heads: attention heads (mixers without heads ignore it).
         mlp_ratio: hidden width of the MLP over C.
         num_classes: number of classes, labels 0 … num_classes − 1.
-        class_dropout: probability with which training replaces a label by the null class, whose label is
-            ``num_classes``; 0 builds no null class, and then there is no classifier-free guidance.
+        null_class: one more label, :attr:`null_label`, means "no class". Training without labels now and then needs
+            it (its ``class_dropout``), and so does classifier-free guidance.
         mixer: the mixer pattern, e.g. ``attention``, ``atconv``, ``attention,atconv:kernel_size=5``; repeated over
             the depth (see :mod:`sit.mixers`).
         learn_sigma: twice the output channels, of which the first half is the prediction (as published).
         positional_embedding: whether the sine-cosine table is added; None asks the mixers.
         time_reversed: the network was trained with time s = 1 − t from data (0) to noise (1) to predict the velocity
             dx/ds (REPA's convention); ``forward`` still takes t and gives dx/dt, so that all else is unaware of it.
+        seed: of the initial values, no part of the configuration. None draws it from torch's global generator, and
+            that one draw is all that the generator is used for.
 
     Raises:
         UserError: sizes that do not fit together, or an unknown mixer.
@@ -169,6 +182,7 @@ class SiT(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTBlock"]
+    ignore_for_config = ["seed"]
 
     @register_to_config
     def __init__(
@@ -181,11 +195,12 @@ class SiT(ModelMixin, ConfigMixin):
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
-        class_dropout: float = 0.1,
+        null_class: bool = True,
         mixer: str = "attention",
         learn_sigma: bool = True,
         positional_embedding: bool | None = None,
         time_reversed: bool = False,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -199,48 +214,72 @@ class SiT(ModelMixin, ConfigMixin):
         self.projected_block = 0
         self.register_module("projector", None)
 
-        self.x_embedder = PatchEmbed(None, patch_size, in_channels, hidden_size, strict_img_size=False)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class=class_dropout > 0)
-        if positional_embedding:
-            table = sincos_table(hidden_size, *(torch.arange(side) for side in self.grid))
-            self.register_buffer("pos_embed", table)
-        self.blocks = nn.ModuleList(
-            SiTBlock(hidden_size, num_heads, mlp_ratio, specs[index % len(specs)], self.grid) for index in range(depth)
-        )
-        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * self.out_channels)
-        self.initialize_weights()
+        seed = draw_seed() if seed is None else seed
+        mixers = self._make_mixers(seed)
+        with global_generator(seed):  # the layers' own initial values, which ours replace
+            self.x_embedder = PatchEmbed(None, patch_size, in_channels, hidden_size, strict_img_size=False)
+            self.t_embedder = TimestepEmbedder(hidden_size)
+            self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class)
+            if positional_embedding:
+                table = sincos_table(hidden_size, *(torch.arange(side) for side in self.grid))
+                self.register_buffer("pos_embed", table)
+            self.blocks = nn.ModuleList(SiTBlock(hidden_size, mlp_ratio, mixer) for mixer in mixers)
+            self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * self.out_channels)
+        self._initialize_around_mixers(seed)
+        if (device := torch.get_default_device()).type not in ("cpu", "meta"):
+            nn.Module.to(self, device)
 
-    def initialize_weights(self) -> None:
-        """The published initial values: Xavier-uniform linear layers, zero biases, adaLN and output zero."""
+    def _make_mixers(self, seed: int) -> Iterator[nn.Module]:
+        """The mixers of the blocks, each made while torch's global generator is at a state of its own."""
+        specs = parse_mixers(self.config.mixer)
+        for number in range(self.config.depth):
+            with global_generator(key(seed, "initial weights", f"blocks.{number}.attn")):
+                mixer = build_mixer(
+                    specs[number % len(specs)], self.config.hidden_size, self.config.num_heads, grid=self.grid
+                )
+            yield mixer
 
-        def xavier(module: nn.Module) -> None:
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+    def initialize_weights(self, seed: int) -> None:
+        """Give every parameter its initial value under ``seed``, as a network made with this seed has it.
 
-        self.apply(xavier)
-        projection = self.x_embedder.proj
-        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-        nn.init.zeros_(projection.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for block in self.blocks:
-            nn.init.zeros_(block.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        The published ones outside the mixers: Xavier-uniform linear layers, zero biases, adaLN and output zero, and
+        embeddings of standard deviation 0.02. A mixer gets those of a fresh one of its kind. A projector
+        (:func:`sit.training.repa.attach_projector`) is left as it is.
+        """
+        self._initialize_around_mixers(seed)
+        for block, fresh in zip(self.blocks, self._make_mixers(seed), strict=True):
+            block.attn.load_state_dict(fresh.state_dict())
+
+    @torch.no_grad()
+    def _initialize_around_mixers(self, seed: int) -> None:
+        others = (self.PROJECTOR, *(f"blocks.{number}.attn." for number in range(len(self.blocks))))
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta or name.startswith(others):
+                continue
+            source = generator(seed, "initial weights", name)
+            value = torch.zeros(parameter.shape, dtype=parameter.dtype, device="cpu")  # the same numbers on any device
+            if name.endswith(NORMAL):
+                value.normal_(std=0.02, generator=source)
+            elif not name.endswith(ZERO):
+                nn.init.xavier_uniform_(value.flatten(1), generator=source)
+            parameter.copy_(value)
+
+    @classmethod
+    def extract_init_dict(
+        cls, config_dict: Mapping[str, Any], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """diffusers' way from a stored configuration to the arguments; older configurations are read too."""
+        return super().extract_init_dict(current_config(config_dict), **kwargs)
 
     @property
-    def null_class(self) -> int:
+    def null_label(self) -> int:
         """The label that means "no class".
 
         Raises:
-            UserError: the network was built without one (class_dropout 0).
+            UserError: the network was built without one.
         """
-        if self.config.class_dropout <= 0:
-            raise UserError("this network was trained without class dropout and has no null class: use --cfg-scale 1")
+        if not self.config.null_class:
+            raise UserError("this network was trained without class dropout and has no null class: use `cfg_scale=1`")
         return self.config.num_classes
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
@@ -258,7 +297,8 @@ class SiT(ModelMixin, ConfigMixin):
         """
         if grid == self.grid:
             return self.pos_embed
-        return _stretched_table(self.config.hidden_size, self.grid, grid, self.pos_embed.device)
+        table = _stretched_table(self.config.hidden_size, self.grid, grid, self.pos_embed.device)
+        return table.to(self.pos_embed.dtype)
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, project: bool = False
@@ -268,27 +308,29 @@ class SiT(ModelMixin, ConfigMixin):
         Args:
             x: (B, in_channels, h, w) latents.
             t: (B,) times in [0, 1], 0 noise and 1 data.
-            y: (B,) int64 labels; ``num_classes`` is the null class.
+            y: (B,) int64 labels; :attr:`null_label` is the null class.
             project: answer also with the projected tokens (:func:`sit.training.repa.attach_projector`).
 
         Returns:
-            (B, in_channels, h, w), of the network's dtype; with ``project``, that and (B, N, features).
+            (B, in_channels, h, w), of the network's dtype, or autocast's; with ``project``, that and (B, N, features).
         """
         height, width = x.shape[-2:]
         grid = self._grid(height, width)
         x = self.x_embedder(x).contiguous()  # the convolution leaves channels first, which each block would put right
+        if is_autocast(x.device.type):  # the residual stream is wide, as the published positional table makes it
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.config.positional_embedding:
-            x = x + self.positional_table(grid).to(x.dtype)
-        condition = self.t_embedder(1 - t if self.config.time_reversed else t) + self.y_embedder(y)
+            x = x + self.positional_table(grid)
+        c = self.t_embedder(1 - t if self.config.time_reversed else t) + self.y_embedder(y)
         projected = None
         for number, block in enumerate(self.blocks, start=1):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, condition, grid)
+                x = self._gradient_checkpointing_func(block, x, c, grid)
             else:
-                x = block(x, condition, grid)
+                x = block(x, c, grid)
             if project and number == self.projected_block:
                 projected = self.projector(x)
-        x = self.final_layer(x, condition)
+        x = self.final_layer(x, c)
         x = self._unpatchify(x, grid)[:, : self.config.in_channels]
         x = -x if self.config.time_reversed else x
         return (x, projected) if project else x
@@ -302,21 +344,30 @@ class SiT(ModelMixin, ConfigMixin):
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a name that the size table lacks.
-
-    Raises:
-        UserError: it lacks it.
-    """
+    """Raise UserError unless the size table has the name."""
     if name not in MODELS:
         sizes, patches = ", ".join(SIZES), ", ".join(map(str, PATCHES))
         raise UserError(f"unknown model {name!r}; models are SiT-SIZE/PATCH with sizes {sizes} and patches {patches}")
 
 
-def create_model(name: str, **options) -> SiT:
+def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration with today's names: version 0.1.0 wrote ``class_dropout``, of training, for null_class."""
+    config = dict(config)
+    if "class_dropout" in config:
+        config.setdefault("null_class", bool(config.pop("class_dropout")))
+    return config
+
+
+def create_model(name: str, seed: int | None = None, **options: Any) -> SiT:
     """Make a network of the size table, e.g. ``create_model("SiT-XL/2", mixer="atconv", input_size=32)``.
+
+    Args:
+        name: SiT-SIZE/PATCH.
+        seed: of the initial values; None draws it from torch's global generator.
+        **options: further arguments of :class:`SiT`.
 
     Raises:
         UserError: a name that the table lacks.
     """
     check_model_name(name)
-    return SiT(**{**MODELS[name], **options})
+    return SiT(**{**MODELS[name], **options}, seed=seed)

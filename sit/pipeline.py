@@ -101,6 +101,7 @@ class SiTPipeline(DiffusionPipeline):
         guidance_scale: float = 4.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 250,
+        *,
         height: int | None = None,
         width: int | None = None,
         latents: torch.Tensor | None = None,
@@ -116,8 +117,7 @@ class SiTPipeline(DiffusionPipeline):
             class_labels: labels, or class names of :attr:`labels`; one or several.
             guidance_scale: classifier-free guidance; 1 means none. A network without a null class needs 1.
             generator: one for all images, or one for each (then image i depends on its own alone).
-            num_inference_steps: steps of the sampler, as ``--steps`` of ``sample.py`` counts them; adaptive ODE
-                solvers don't heed it.
+            num_inference_steps: steps of the sampler, as ``sample.py`` counts them; adaptive ODE solvers choose theirs.
             height, width: of the images in pixels; default those of the training.
             latents: (B, C, h, w) noise to start from, instead of drawing it.
             output_type: ``pil`` images; ``np`` (B, H, W, 3) or ``pt`` (B, 3, H, W) float32 in [0, 1]; or ``latent``,
@@ -135,7 +135,7 @@ class SiTPipeline(DiffusionPipeline):
         labels = self._label_tensor(class_labels)
         config = self._sampler_config(num_inference_steps, guidance_scale, sampler_options)
         if output_type not in OUTPUT_TYPES:
-            raise UserError(f"output_type {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+            raise UserError(f"`output_type={output_type}` is none of {', '.join(OUTPUT_TYPES)}")
         if unknown := sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)):
             raise UserError(f"callbacks can be given latents, not {', '.join(unknown)}")
         if isinstance(generator, list) and len(generator) != len(labels):

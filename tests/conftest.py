@@ -41,10 +41,10 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def judge_of_three(tmp_path_factory) -> str:
+def classifier_of_three(tmp_path_factory) -> str:
     """The folder of a classifier with random weights that knows three classes."""
     from sit.metrics.classifier import Classifier, ClassifierConfig, save_classifier
 
-    folder = tmp_path_factory.mktemp("judge")
+    folder = tmp_path_factory.mktemp("classifier")
     save_classifier(Classifier(ClassifierConfig("test_resnet", {}, 32, ["a", "b", "c"])), folder)
     return str(folder)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from sit.mixers import known_mixers, register_mixer, registry
 from sit.model import MODELS, SiT, create_model, sincos_table
 from sit.utils.errors import UserError
 
@@ -70,16 +73,136 @@ def test_keys_and_shapes_are_the_published_ones():
     assert atconv["blocks.0.attn.difference_control"].shape == (1152,)
 
 
-def test_initial_values():
-    model = small(mixer="attention,atconv")
-    for block in model.blocks:
-        assert not block.adaLN_modulation[1].weight.any()
-    assert not model.final_layer.linear.weight.any()
-    weight = model.blocks[0].mlp.fc1.weight
+def is_xavier(weight: torch.Tensor) -> bool:
+    """Whether a matrix looks uniform over ±√(6 / (in + out))."""
     bound = (6 / sum(weight.shape)) ** 0.5
-    assert weight.abs().max() <= bound and weight.abs().max() > 0.95 * bound
-    assert abs(model.y_embedder.embedding_table.weight.std() - 0.02) < 0.003
-    assert all(not p.any() for n, p in model.named_parameters() if n.endswith("bias"))
+    reaches = bound * (1 - 20 / weight.numel()) < weight.abs().max() <= bound
+    return bool(reaches) and abs(weight.std().item() * 3**0.5 / bound - 1) < 0.15
+
+
+def test_initial_values_are_the_published_ones():
+    model = small(mixer="attention,atconv,depthwise,dico,linear_attention,neighborhood", depth=6)
+    zero = [block.adaLN_modulation[1] for block in model.blocks]
+    zero += [model.final_layer.adaLN_modulation[1], model.final_layer.linear]
+    normal = [model.y_embedder.embedding_table, model.t_embedder.mlp[0], model.t_embedder.mlp[2]]
+    for layer in zero:
+        assert not layer.weight.any()
+    for layer in normal:
+        assert abs(layer.weight.std() - 0.02) < 0.003
+    assert is_xavier(model.x_embedder.proj.weight.flatten(1))
+    others = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m not in zero + normal]
+    assert len(others) == 6 * 2 + 2 + 4 + 2 + 3 + 2 + 2  # the MLPs, and each mixer's
+    assert all(is_xavier(layer.weight) for layer in others)
+    convolutions = ("conv.bias",)  # which the mixers leave as PyTorch has them
+    assert all(not p.any() for n, p in model.named_parameters() if n.endswith("bias") and not n.endswith(convolutions))
+
+
+PATTERNS = ["attention", "atconv", "attention,atconv", "depthwise"]
+
+
+def around_mixers(model: SiT) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.named_parameters() if ".attn." not in name}
+
+
+def same(ones: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return ones.keys() == others.keys() and all(torch.equal(value, others[name]) for name, value in ones.items())
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_networks_that_differ_in_the_mixer_alone_begin_alike_elsewhere(told):
+    """To the bit and in whatever order they are made; by a seed of theirs, or by torch's."""
+
+    def make(mixer: str) -> SiT:
+        torch.manual_seed(4)
+        return small(mixer=mixer, seed=3) if told else SiT(8, 2, 4, 32, 2, 2, mixer=mixer)
+
+    forwards = {mixer: make(mixer) for mixer in PATTERNS}
+    backwards = {mixer: make(mixer) for mixer in reversed(PATTERNS)}
+    for mixer in PATTERNS:
+        assert same(forwards[mixer].state_dict(), backwards[mixer].state_dict())
+        assert same(around_mixers(forwards[mixer]), around_mixers(forwards["attention"]))
+    hybrid = forwards["attention,atconv"].blocks
+    for number, mixer in enumerate(["attention", "atconv"]):
+        assert same(hybrid[number].attn.state_dict(), forwards[mixer].blocks[number].attn.state_dict())
+
+
+def test_initial_values_differ_by_seed_and_by_name():
+    one, other = (around_mixers(small(seed=seed)) for seed in (1, 2))
+    drawn = [name for name, value in one.items() if value.any()]
+    assert len(drawn) == 4 + 2 * 2
+    assert not any(torch.equal(one[name], other[name]) for name in drawn)
+    model = small(mixer="depthwise", seed=1)
+    first, second = model.blocks
+    assert not torch.equal(first.mlp.fc1.weight, second.mlp.fc1.weight)
+    for name, value in first.attn.named_parameters():
+        assert not value.any() or not torch.equal(value, second.attn.get_parameter(name))
+    assert not torch.equal(first.attn.conv.weight, small(mixer="depthwise", seed=2).blocks[0].attn.conv.weight)
+
+
+def test_a_network_takes_one_draw_from_torchs_generator_and_none_with_a_seed():
+    torch.manual_seed(7)
+    torch.empty((), dtype=torch.int64).random_()
+    after_one = torch.rand(3)
+    torch.manual_seed(7)
+    SiT(8, 2, 4, 32, 2, 2, mixer="depthwise")
+    assert torch.equal(torch.rand(3), after_one)
+    before = torch.get_rng_state()
+    create_model("SiT-XS/2", seed=1, mixer="atconv", depth=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_initial_values_can_be_given_anew():
+    model = awake(small(mixer="attention,depthwise", seed=1))
+    model.initialize_weights(2)
+    assert same(model.state_dict(), small(mixer="attention,depthwise", seed=2).state_dict())
+
+
+def test_the_seed_of_a_named_model():
+    options = dict(depth=1, input_size=8, mixer="atconv")
+    one, same_one, other = (create_model("SiT-XS/2", seed=seed, **options) for seed in (1, 1, 2))
+    assert same(one.state_dict(), same_one.state_dict()) and not same(one.state_dict(), other.state_dict())
+    assert "seed" not in one.config
+
+
+def test_a_mixers_initial_values_are_its_own(monkeypatch):
+    """A layer that a mixer sets to zero stays zero, and what it draws from torch's generator is keyed."""
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+
+    @register_mixer("quiet")
+    class Quiet(torch.nn.Module):
+        positional_embedding = False
+
+        def __init__(self, dim, num_heads):
+            super().__init__()
+            self.proj = torch.nn.Linear(dim, dim)
+            torch.nn.init.zeros_(self.proj.weight)
+            torch.nn.init.ones_(self.proj.bias)
+            self.scale = torch.nn.Parameter(torch.randn(dim))
+
+        def forward(self, x, grid):
+            return self.proj(x) * self.scale
+
+    one, other = small(mixer="quiet", seed=1), small(mixer="attention,quiet", seed=1)
+    for block in (*one.blocks, other.blocks[1]):
+        assert not block.attn.proj.weight.any() and bool((block.attn.proj.bias == 1).all())
+    assert torch.equal(one.blocks[1].attn.scale, other.blocks[1].attn.scale)
+    assert not torch.equal(one.blocks[0].attn.scale, one.blocks[1].attn.scale)
+
+
+@pytest.mark.parametrize("dropout, has", [(0.1, True), (0.5, True), (0.0, False), (0, False)])
+def test_the_configuration_of_an_earlier_version(dropout, has, tmp_path):
+    """It had class_dropout, a probability that only training uses."""
+    model = awake(small(null_class=has))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("null_class") is has
+    path.write_text(json.dumps(config | {"class_dropout": dropout}))
+    read = [SiT.from_pretrained(tmp_path), SiT.from_config(SiT.load_config(tmp_path))]
+    for network in read:
+        assert network.config.null_class is has and "class_dropout" not in network.config
+        assert len(network.y_embedder.embedding_table.weight) == 5 + has
+    assert same(model.state_dict(), read[0].state_dict())
 
 
 def small(**options) -> SiT:
@@ -192,8 +315,8 @@ def test_mistakes_are_named():
         small(mixer="atconv:kernel_size=4")
     with pytest.raises(UserError, match="mixer 'atconv' .* 4 tokens of a 2 x 2 grid"):
         small(mixer="atconv", input_size=4)
-    with pytest.raises(UserError, match="--cfg-scale"):
-        _ = small(class_dropout=0.0).null_class
+    with pytest.raises(UserError, match="`cfg_scale=1`"):
+        _ = small(null_class=False).null_label
 
 
 def test_the_table_of_models_is_complete():
@@ -252,3 +375,51 @@ def test_stretching_a_grid_by_two_keeps_what_the_network_sees():
         model.positional_table = lambda grid: sincos_table(64, torch.arange(8), torch.arange(8))
         continued = model(torch.ones(1, 4, 16, 16), t, y).mean((0, 2, 3))
     assert (stretched - trained).norm() < 0.3 * (continued - trained).norm()
+
+
+def step_by_step(model: SiT, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The forward pass of a network with a table on its trained grid, the residual stream float32 at each sum."""
+    stream = model.x_embedder(x).float() + model.pos_embed.float()
+    c = model.t_embedder(t) + model.y_embedder(y)
+    modulated = lambda norm, shift, scale: norm(stream) * (1 + scale[:, None]) + shift[:, None]  # noqa: E731
+    for block in model.blocks:
+        shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, dim=1)
+        branch = block.attn(modulated(block.norm1, shift1, scale1), model.grid)
+        stream = stream + (gate1[:, None] * branch).float()
+        branch = block.mlp(modulated(block.norm2, shift2, scale2))
+        stream = stream + (gate2[:, None] * branch).float()
+    shift, scale = model.final_layer.adaLN_modulation(c).chunk(2, dim=1)
+    out = model.final_layer.linear(modulated(model.final_layer.norm_final, shift, scale))
+    out = out.unflatten(1, model.grid).unflatten(3, (2, 2, 8)).permute(0, 5, 1, 3, 2, 4)
+    return out.reshape(len(x), 8, *x.shape[2:])[:, :4]
+
+
+def test_autocast_costs_no_more_than_its_products():
+    """The stream of 28 blocks stays in float32, so the error is that of the products in bfloat16."""
+    model = awake(small(mixer="attention", hidden_size=64, num_heads=4, depth=28))
+    x, t, y = torch.randn(4, 4, 8, 8), torch.rand(4), torch.tensor([0, 5, 3, 1])
+    with torch.no_grad():
+        exact = model(x, t, y)
+        torch.testing.assert_close(step_by_step(model, x, t, y), exact, rtol=1e-3, atol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, wide = (out.float() for out in (model(x, t, y), step_by_step(model, x, t, y)))
+    assert (ours - exact).norm() <= 1.05 * (wide - exact).norm()
+
+
+@pytest.mark.parametrize("latent", [(8, 8), (16, 12)])
+@pytest.mark.parametrize("mixer", [name for name in known_mixers() if name != "shift"])
+def test_dtypes_of_the_residual_stream(mixer, latent):
+    """float32 under autocast, whether or not there is a table; the weights' own without it, on any grid."""
+    model, streams = awake(small(mixer=mixer)), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: streams.extend([inputs[0].dtype, output.dtype]))
+    x, t, y = torch.randn(2, 4, *latent), torch.rand(2), torch.tensor([0, 5])
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x, t, y)
+        assert streams == [torch.float32] * 4
+        for dtype in (torch.bfloat16, torch.float64):
+            streams.clear()
+            model = model.to(dtype)
+            assert model(x.to(dtype), t, y).dtype == dtype
+            assert streams == [dtype] * 4

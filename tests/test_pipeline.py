@@ -289,7 +289,7 @@ def test_mistakes_are_named(pipe):
         ("out of range", [[-1]], {}),
         ("'dog'", ["dog"], {}),
         ("is empty", [[]], {}),
-        ("output_type 'jpg'", [[1]], dict(output_type="jpg")),
+        ("`output_type=jpg`", [[1]], dict(output_type="jpg")),
         ("2 generators for 1 labels", [[1]], dict(generator=seeded(1, 2))),
         ("shape", [[1]], dict(latents=torch.zeros(1, 4, 4, 4))),
         ("no option guidance", [[1]], dict(guidance=3)),
@@ -300,7 +300,7 @@ def test_mistakes_are_named(pipe):
 
 
 def test_guidance_needs_a_null_class(tmp_path):
-    pipe = SiTPipeline.from_pretrained(make_checkpoint(tmp_path / "c", class_dropout=0.0))
+    pipe = SiTPipeline.from_pretrained(make_checkpoint(tmp_path / "c", null_class=False))
     pipe.set_progress_bar_config(disable=True)
     with pytest.raises(UserError, match="null class"):
         pipe([1], num_inference_steps=2)

@@ -18,10 +18,14 @@ from sit.checkpoint.info import WEIGHTS, CheckpointInfo, read_info, read_json
 from sit.checkpoint.integrity import INDEX, flaw
 from sit.checkpoint.published import Hints, read_published
 from sit.checkpoint.save import save_checkpoint
-from sit.model import MODELS
+from sit.model import MODELS, current_config
 from sit.utils.cli import one_line_errors
-from sit.utils.errors import UserError, entry_point
+from sit.utils.errors import UserError, entry_point, with_flags
 from sit.utils.files import atomic_write
+from sit.utils.tables import text_table
+
+PUBLISHED_CLASS_DROPOUT = 0.1
+"""What the published training script has for a network with a null class; a network doesn't say what it was."""
 
 
 @dataclass
@@ -31,13 +35,13 @@ class Convert:
     source: tyro.conf.Positional[Path]
     """a published .pt or .safetensors file, or a run or checkpoint folder of ours"""
     target: tyro.conf.Positional[Path]
-    """what to write: a folder for --layout ours, else a .pt or .safetensors file; must not exist"""
+    """what to write: a folder in our layout, else a .pt or .safetensors file; must not exist"""
     layout: Literal["ours", "published", "training", "repa"] = "ours"
     """ours: a diffusers folder. published: the bare state dict of SiT, of ATConv's SiT variant and of the hybrid.
     training: the same inside a training checkpoint (model, ema, args). repa: the bare state dict of ATConv's REPA
     variant"""
     vae: str | None = None
-    """with --layout ours: the VAE to name, a Hub name, or a folder to take in"""
+    """in our layout: the VAE to name, a Hub name, or a folder to take in"""
     hints: Annotated[Hints, tyro.conf.arg(name="")] = field(default_factory=Hints)
 
 
@@ -60,17 +64,17 @@ def convert(options: Convert) -> Path:
         raise UserError(f"{options.target} exists already; it is not overwritten")
     suffix = options.target.suffix
     if options.layout == "ours" and suffix in (".pt", ".safetensors"):
-        raise UserError(f"--layout ours writes a folder, and {options.target} is a file's name; change --layout")
+        raise UserError(f"`layout=ours` writes a folder, and {options.target} is a file's name; change `layout`")
     kinds = (".pt",) if options.layout == "training" else (".pt", ".safetensors")
     if options.layout != "ours" and suffix not in kinds:
-        raise UserError(f"--layout {options.layout} writes a file: {options.target} must end in {' or '.join(kinds)}")
+        raise UserError(f"`layout={options.layout}` writes a file: {options.target} must end in {' or '.join(kinds)}")
     source = resolve(options.source)
     return _to_ours(source, options) if options.layout == "ours" else _to_file(source, options)
 
 
 def _to_ours(source: Path, options: Convert) -> Path:
     if source.is_dir():
-        raise UserError(f"{source} is in our layout already; choose --layout published, training or repa")
+        raise UserError(f"{source} is in our layout already; choose `layout=published`, training or repa")
     published = read_published(source, options.hints)
     return save_checkpoint(
         options.target,
@@ -84,7 +88,7 @@ def _to_ours(source: Path, options: Convert) -> Path:
 def _to_file(source: Path, options: Convert) -> Path:
     if source.is_dir():
         network = source / "transformer" if (source / "transformer").is_dir() else source
-        config, info = read_json(network / "config.json"), read_info(source)
+        config, info = current_config(read_json(network / "config.json")), read_info(source)
         state = load_file(network / WEIGHTS)
         transport = network.parent / "transport" / "transport_config.json"
         transport = read_json(transport) if transport.is_file() else {}
@@ -113,7 +117,7 @@ def _arguments(config: dict[str, Any], info: CheckpointInfo, transport: dict[str
         model=model_name(config),
         image_size=size[0] if size[0] == size[1] else list(size),
         num_classes=config["num_classes"],
-        class_dropout_prob=config["class_dropout"],
+        class_dropout_prob=PUBLISHED_CLASS_DROPOUT if config["null_class"] else 0.0,
         path_type=interpolants[transport.get("interpolant", "linear")],
         prediction=transport.get("prediction", "velocity"),
         loss_weight=None if loss_weight == "none" else loss_weight,
@@ -141,7 +145,7 @@ def inspect(options: Inspect) -> str:
         lines = [f"{path}: a run"]
         for step, folder in find_checkpoints(path):
             reason = flaw(folder)
-            lines.append(f"  step {step}: {folder}, {'whole' if reason is None else f'not usable: {reason}'}")
+            lines.append(f"  step {step}: {folder}, {'complete' if reason is None else f'not usable: {reason}'}")
         if not find_checkpoints(path):
             return "\n".join([*lines, "  no checkpoint yet"])
         path = resolve(path)
@@ -152,19 +156,19 @@ def inspect(options: Inspect) -> str:
 
 def _describe_folder(place: Path) -> str:
     network = place / "transformer" if (place / "transformer").is_dir() else place
-    config = read_json(network / "config.json")
+    config = current_config(read_json(network / "config.json"))
     if config.get("_class_name") != "SiT":
         return f"{place}: a diffusers folder of {config.get('_class_name')}, not of SiT"
     transport_file = place / "transport" / "transport_config.json"
     transport = read_json(transport_file) if transport_file.is_file() else {}
-    kind = "a checkpoint of ours, whole" if (place / INDEX).is_file() else "a diffusers folder"
+    kind = "a checkpoint of ours, complete" if (place / INDEX).is_file() else "a diffusers folder"
     tensors = {}
     for file in sorted(network.glob("*.safetensors")):
         tensors |= load_file(file)
     info = read_info(place)
     vae = "in the folder" if (place / "vae").is_dir() else _vae_name(place)
     resumes = "yes" if (place / "training").is_dir() else "no (no training/)"
-    return "\n".join([f"{place}: {kind}", *_table(config, tensors, transport, info, vae), f"  resumable: {resumes}"])
+    return "\n".join([f"{place}: {kind}", _table(config, tensors, transport, info, vae), f"  resumable: {resumes}"])
 
 
 def _vae_name(place: Path) -> str | None:
@@ -175,13 +179,15 @@ def _vae_name(place: Path) -> str | None:
 def _describe_file(path: Path, hints: Hints) -> str:
     published = read_published(path, hints)
     is_bare = published.container == "bare"
-    container = "a bare state dict" if is_bare else f"a training checkpoint, `{published.container}`"
+    container = "a bare state dict" if is_bare else f"a training checkpoint, {published.container!r}"
     layout = {"published": "the published SiT layout", "repa": "the REPA layout"}[published.layout]
     config = {"input_size": None, **published.config}
-    lines = [f"{path}: {container} in {layout}"]
-    lines += _table(config, published.state, published.transport_config, published.info, published.vae_name)
+    lines = [
+        f"{path}: {container} in {layout}",
+        _table(config, published.state, published.transport_config, published.info, published.vae_name),
+    ]
     lines += [f"  note: {notice}" for notice in published.notices]
-    lines += [f"  open: {question}" for question in published.questions]
+    lines += [f"  open: {with_flags(question)}" for question in published.questions]
     if not published.questions:
         published.network()  # says so if the shapes do not fit together
     return "\n".join(lines)
@@ -193,7 +199,7 @@ def _table(
     transport: dict[str, Any],
     info: CheckpointInfo,
     vae: str | None,
-) -> list[str]:
+) -> str:
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "pos_embed")
     latent = " x ".join(map(str, config["input_size"])) if config["input_size"] else "unknown"
@@ -205,14 +211,14 @@ def _table(
         "positional table": "yes" if config["positional_embedding"] else "no",
         "latent": f"{config['in_channels']} x {latent}" + (", learn_sigma" if config["learn_sigma"] else ""),
         "images": " x ".join(map(str, info.image_size)) if info.image_size else "of unknown size",
-        "classes": f"{config['num_classes']}, {'with' if config['class_dropout'] > 0 else 'without'} a null class",
+        "classes": f"{config['num_classes']}, {'with' if config['null_class'] else 'without'} a null class",
         "time": "from data to noise (reversed when read)" if config.get("time_reversed") else "from noise to data",
         "transport": ", ".join(f"{k} {v}" for k, v in transport.items() if not k.startswith("_") and v is not None)
         or "not stored; linear interpolant and velocity are assumed",
         "VAE": vae or "unknown",
         "training": f"step {info.step:,}, {info.images_seen:,} images seen{f', on {info.data}' if info.data else ''}",
     }
-    return [f"  {name}: {value}" for name, value in rows.items()]
+    return text_table([(f"{name}:", value) for name, value in rows.items()], indent="  ")
 
 
 @entry_point

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from sit.checkpoint.published import _ACTIVATIONS, _CONVOLUTIONS
+from sit.checkpoint.published import ACTIVATIONS, CONVOLUTIONS
 from sit.mixers import parse_mixers
 from sit.model import SiT
 from sit.utils.errors import UserError
@@ -29,7 +29,7 @@ def to_layout(
     reverse = bool(config.get("time_reversed", False))
     if reverse != (layout == "repa"):
         other = "repa" if reverse else "published"
-        raise UserError(f"this network has the time direction of --layout {other}; {layout} code would misread it")
+        raise UserError(f"this network has the time direction of `layout={other}`; {layout} code would misread it")
     _refuse_other_mixers(config["mixer"], layout)
     with torch.device("meta"):
         order = list(SiT.from_config(dict(config)).state_dict())
@@ -38,7 +38,7 @@ def to_layout(
         head, is_mixer, tail = name.partition(".attn.")
         module, _, kind = tail.partition(".")
         convolutional = is_mixer and f"{head}.attn.x_proj.weight" in state
-        if layout == "repa" and convolutional and module in _CONVOLUTIONS and kind == "weight":
+        if layout == "repa" and convolutional and module in CONVOLUTIONS and kind == "weight":
             converted[name] = state[name][:, :, None, None].contiguous()
         else:
             converted[name] = state[name].contiguous()
@@ -46,18 +46,16 @@ def to_layout(
 
 
 def _refuse_other_mixers(pattern: str, layout: Literal["published", "repa"]) -> None:
-    """Whether the layout's code has the pattern's mixers, and :func:`_mixer` tells them from their keys and shapes.
+    """Raise UserError unless the layout's code has all mixers of the pattern.
 
-    The other options of the two change keys or shapes, except ATConv's ``backend``, which changes no result.
-
-    Raises:
-        UserError: a mixer that it does not have.
+    What it has are attention and ATConv with one activation. Reading tells their other options from keys and shapes,
+    except ATConv's ``backend``, which changes no result.
     """
-    activation = _ACTIVATIONS[layout]
+    activation = ACTIVATIONS[layout]
     for spec in parse_mixers(pattern):
         made = spec.options.get("activation", "gelu_tanh")  # the default of ATConv
         if spec.name != "attention" and (spec.name, made) != ("atconv", activation):
             raise UserError(
-                f"--layout {layout} has only attention and atconv with activation {activation}, and its code would "
+                f"`layout={layout}` has only attention and atconv with activation {activation}, and its code would "
                 f"misread this network's mixer {spec}; keep it in our layout"
             )

@@ -1,4 +1,4 @@
-"""Which checkpoint a path means: a run's newest whole one, a folder, or a file."""
+"""Which checkpoint a path means: a run's newest complete one, a folder, or a file."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoints(run: str | Path) -> list[tuple[int, Path]]:
-    """The checkpoints of a run folder, whole or not, as (step, folder), by step."""
+    """The checkpoints of a run folder, complete or not, as (step, folder), by step."""
     folders = (Path(run) / "checkpoints").glob("step-*")
     found = [(int(match[1]), folder) for folder in folders if (match := _STEP.match(folder.name)) and folder.is_dir()]
     return sorted(found)
 
 
 def newest_checkpoint(run: str | Path, resumable: bool = False) -> Path | None:
-    """The newest whole checkpoint of a run folder; None if there is none at all yet.
+    """The newest complete checkpoint of a run folder; None if there is none at all yet.
 
     Damaged ones are skipped with a notice; with ``resumable``, so are those without ``training/``.
 
@@ -50,7 +50,7 @@ def is_run(path: Path) -> bool:
 
 
 def resolve(path: str | Path) -> Path:
-    """The checkpoint that a path means: a run's newest whole one, a checkpoint folder, or a single weights file.
+    """The checkpoint that a path means: a run's newest complete one, a checkpoint folder, or a single weights file.
 
     Raises:
         UserError: nothing is there, nothing usable is there, or it is something else.
@@ -73,7 +73,7 @@ def resolve(path: str | Path) -> Path:
         return newest
     if (path / INDEX).exists():
         if reason := flaw(path):
-            raise UserError(f"the checkpoint {path} is not whole: {reason}; use another one")
+            raise UserError(f"the checkpoint {path} is not complete: {reason}; use another one")
         return path
     if (path / "model_index.json").is_file() or (path / "config.json").is_file():
         return path

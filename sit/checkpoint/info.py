@@ -24,7 +24,7 @@ class CheckpointInfo:
         image_size: height and width of the images in pixels; None if unknown.
         classes: number of classes.
         label_names: their names by label; empty if unknown.
-        data: the data set it was trained on, as ``--data`` takes it.
+        data: the data set it was trained on, as :func:`sit.data.factory.open_images` takes it.
         mixer: the mixer pattern.
     """
 
@@ -59,6 +59,11 @@ def read_info(place: Path) -> CheckpointInfo:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: the file can't be read, or holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

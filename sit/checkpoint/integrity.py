@@ -1,7 +1,4 @@
-"""Whether a checkpoint folder is as it was written: an index of its files with sizes and checksums, written last.
-
-And :func:`stamp`, which tells whether any files are still those that something was made from.
-"""
+"""Whether a checkpoint folder is as it was written: an index of its files with sizes and checksums, written last."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def fingerprint(path: Path) -> dict[str, int]:
     """A file's size in bytes and a CRC-32 of at most 64 blocks of 64 KiB spread evenly over it, ends included.
 
-    Files up to 4 MiB are read whole. Reading a multi-gigabyte file costs milliseconds; what it can miss is a change
+    Files up to 4 MiB are read in full. Reading a multi-gigabyte file costs milliseconds; what it can miss is a change
     of a few bytes between the blocks, which neither a crash nor a full disk makes.
     """
     size = path.stat().st_size
@@ -52,9 +49,9 @@ def fingerprints(folder: Path) -> dict[str, dict[str, int]]:
 
 
 def flaw(folder: str | Path) -> str | None:
-    """Why a checkpoint folder of ours is not whole, as one phrase; None if it is whole.
+    """Why a checkpoint folder of ours is not complete, as one phrase; None if it is.
 
-    One whose ``training/`` was removed as a whole, to make it small, is whole: it samples, and does not resume.
+    One whose ``training/`` was removed, to make it small, is complete: it samples, and does not resume.
     """
     folder = Path(folder)
     slim = not (folder / "training").exists()

@@ -17,7 +17,7 @@ from sit.checkpoint.published import Hints, read_published
 from sit.latents.vae import load_vae
 from sit.model import SiT
 from sit.transport.transport import Transport
-from sit.utils.errors import UserError
+from sit.utils.errors import UserError, first_line
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Loaded:
             UserError: the checkpoint names none, or it can't be had.
         """
         if self.vae_source is None:
-            raise UserError(f"{self.path} does not say which VAE it belongs to: pass --vae NAME_OR_FOLDER")
+            raise UserError(f"{self.path} does not say which VAE it belongs to: give `vae`, a name or a folder")
         return load_vae(self.vae_source, self.device)
 
 
@@ -57,7 +57,7 @@ def load_for_sampling(
     """Read a checkpoint, of ours or a published one, with everything that sampling needs.
 
     Args:
-        path: a run folder (its newest whole checkpoint is taken), a checkpoint or diffusers folder, or a published
+        path: a run folder (its newest complete checkpoint is taken), a checkpoint or diffusers folder, or a published
             ``.pt`` or ``.safetensors`` file (see :mod:`sit.checkpoint.published`).
         vae: a folder or a name on the Hub, instead of the VAE that the checkpoint names.
         device: where the network goes.
@@ -78,8 +78,8 @@ def load_for_sampling(
         model, transport, info, vae_source = _read_folder(place)
         told = {name for name, value in overrides.items() if value != getattr(Hints(), name)}
         if unused := sorted(told - {"image_size"}):  # which may be meant for the images to come
-            flags = ", ".join("--" + name.replace("_", "-") for name in unused)
-            raise UserError(f"{place} says itself what it is; {flags} only serve for published weights files")
+            names = ", ".join(f"`{name}`" for name in unused)
+            raise UserError(f"{place} says itself what it is; {names} only serve for published weights files")
     model = model.to(device).eval().requires_grad_(False)
     if dtype is not None:
         # not model.to: diffusers warns there of layers kept in float32, even if there are none
@@ -89,11 +89,11 @@ def load_for_sampling(
 
 
 def _read_folder(place: Path) -> tuple[SiT, Transport, CheckpointInfo, str | None]:
-    whole_pipeline = (place / "model_index.json").is_file()
-    model = read_network(place / "transformer" if whole_pipeline else place)
+    is_pipeline = (place / "model_index.json").is_file()
+    model = read_network(place / "transformer" if is_pipeline else place)
     has_transport = (place / "transport" / Transport.config_name).is_file()
     transport = Transport.from_pretrained(place / "transport") if has_transport else Transport()
-    model_index = read_json(place / "model_index.json") if whole_pipeline else {}
+    model_index = read_json(place / "model_index.json") if is_pipeline else {}
     vae = str(place / "vae") if (place / "vae").is_dir() else model_index.get("vae_name")
     return model, transport, read_info(place), vae
 
@@ -112,7 +112,7 @@ def read_network(folder: Path) -> SiT:
     try:
         model, report = SiT.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the network in {folder} can't be read: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"the network in {folder} can't be read: {first_line(error)}") from error
     if wrong := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
         raise UserError(f"the weights in {folder} do not fit its config.json: {len(wrong)} keys, such as {wrong[0]}")
     return model

@@ -29,16 +29,13 @@ DOWNSAMPLING = 8  # pixels per latent of the VAE that all published networks use
 VAE_NAMES = {name: f"stabilityai/sd-vae-ft-{name}" for name in ("ema", "mse")}
 
 
-NULL_CLASS_DROPOUT = 0.1
-
-
 _FREQUENCIES = 256
 
 
-_CONVOLUTIONS = ("kernel_proj", "x_proj", "proj")  # of ATConv, which its REPA variant has as 1×1 convolutions
+CONVOLUTIONS = ("kernel_proj", "x_proj", "proj")  # of ATConv, which its REPA variant has as 1×1 convolutions
 
 
-_ACTIVATIONS = {"published": "gelu_tanh", "repa": "silu"}  # of ATConv's kernel branch, which no file tells
+ACTIVATIONS = {"published": "gelu_tanh", "repa": "silu"}  # of ATConv's kernel branch, which no file tells
 
 
 _INTERPOLANTS = {"linear": "linear", "gvp": "gvp", "cosine": "gvp", "vp": "vp"}
@@ -73,7 +70,7 @@ class FileHints:
 
 @dataclass(frozen=True)
 class Hints(FileHints):
-    """:class:`FileHints` and the image size, for commands that have no other use of that flag."""
+    """:class:`FileHints` and the image size, for commands that have no other use for it."""
 
     image_size: int | tuple[int, int] | None = None
     """image size of the training in pixels, for networks without a positional table"""
@@ -92,7 +89,7 @@ class Published:
         transport_config: arguments of the transport.
         info: what sampling wants to know.
         vae_name: the VAE it was trained with, as the file says or as all published ones were.
-        questions: what the file leaves open, each naming the flag that answers it.
+        questions: what the file leaves open, each naming the argument that answers it.
         notices: what the user should know about the reading.
     """
 
@@ -186,7 +183,7 @@ def infer(file: WeightsFile, path: Path, hints: Hints) -> Published:
         in_channels=channels,
         hidden_size=hidden,
         depth=depth,
-        num_heads=_num_heads(state, hidden, mixers, arguments, hints, result.questions),
+        num_heads=_num_heads(state, hidden, mixers, arguments=arguments, hints=hints, questions=result.questions),
         mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / hidden,
         mixer=mixer,
         learn_sigma=out_channels == 2 * channels,
@@ -196,13 +193,13 @@ def infer(file: WeightsFile, path: Path, hints: Hints) -> Published:
     )
     if "pos_embed" not in state and any(mixer.startswith("attention") for mixer in mixers):
         result.notices.append("attention without a positional table: it sees no order among its tokens")
-    if grid := _grid(state, hidden, patch, arguments, hints, result):
+    if grid := _grid(state, hidden, patch, arguments=arguments, hints=hints, result=result):
         result.config["input_size"] = tuple(side * patch for side in grid)
         result.info.image_size = tuple(side * DOWNSAMPLING for side in result.config["input_size"])
 
     result.transport_config = _transport(arguments, hints, path)
     if result.config["time_reversed"] and result.transport_config.get("prediction", "velocity") != "velocity":
-        raise UserError(f"{path}: a network with reversed time must predict the velocity (--prediction velocity)")
+        raise UserError(f"{path}: a network with reversed time must predict the velocity (`prediction=velocity`)")
     if channels == 4:
         result.vae_name = VAE_NAMES.get(arguments.get("vae"), VAE_NAMES["ema"])
     result.info.classes, result.info.mixer = result.config["num_classes"], mixer
@@ -261,10 +258,12 @@ def _num_heads(
     state: Mapping[str, torch.Tensor],
     hidden: int,
     mixers: list[str],
+    *,
     arguments: Mapping[str, Any],
     hints: Hints,
     questions: list[str],
 ) -> int:
+    """The attention heads, as the user, the file's args, its weights or the published sizes say; 1 if none does."""
     if hints.num_heads is not None:
         return hints.num_heads
     named = MODELS.get(str(arguments.get("model", "")))
@@ -275,25 +274,25 @@ def _num_heads(
             return hidden // weight.shape[0]
     heads = {width: number for _, width, number in SIZES.values()}
     if hidden not in heads and any(mixer.startswith("attention") for mixer in mixers):
-        questions.append(f"no published size is {hidden} wide, so the attention heads must be told: --num-heads N")
+        questions.append(f"no published size is {hidden} wide, so the attention heads must be told: `num_heads`")
     return heads.get(hidden, 1)
 
 
 def _classes(rows: int, arguments: Mapping[str, Any], hints: Hints, path: Path) -> dict[str, Any]:
-    """The number of classes, and the class dropout that says whether the label table has a null class."""
+    """The number of classes, and whether the label table has a null class."""
     classes = hints.num_classes if hints.num_classes is not None else arguments.get("num_classes")
     if classes is None:
         classes = rows if rows == 1000 else rows - 1  # the full ImageNet table without a null class is a known case
     if classes not in (rows, rows - 1) or classes < 1:
-        raise UserError(f"{path}: {classes} classes do not fit its label table of {rows} rows; correct --num-classes")
-    dropout = arguments.get("class_dropout_prob", arguments.get("cfg_prob", NULL_CLASS_DROPOUT)) or NULL_CLASS_DROPOUT
-    return dict(num_classes=classes, class_dropout=dropout if classes == rows - 1 else 0.0)
+        raise UserError(f"{path}: {classes} classes do not fit its label table of {rows} rows; correct `num_classes`")
+    return dict(num_classes=classes, null_class=classes == rows - 1)
 
 
 def _grid(
     state: Mapping[str, torch.Tensor],
     hidden: int,
     patch: int,
+    *,
     arguments: Mapping[str, Any],
     hints: Hints,
     result: Published,
@@ -310,13 +309,13 @@ def _grid(
     size = hints.image_size or arguments.get("image_size") or arguments.get("resolution")
     if size is None:
         result.questions.append(
-            "nothing in it says at which image size it was trained, as it has no positional table: --image-size 256"
+            "nothing in it says at which image size it was trained, as it has no positional table: give `image_size`"
         )
         return None
     height, width = (size, size) if isinstance(size, int) else size
     unit = patch * DOWNSAMPLING
     if height < unit or width < unit or height % unit or width % unit:
-        raise UserError(f"{result.path}: --image-size {height} {width} must be multiples of {unit} (patches × VAE)")
+        raise UserError(f"{result.path}: `image_size={height} {width}` must be multiples of {unit} (patches × VAE)")
     return height // unit, width // unit
 
 
@@ -334,7 +333,7 @@ def grid_of_table(table: torch.Tensor) -> tuple[int, int] | None:
 
 
 def _transport(arguments: Mapping[str, Any], hints: Hints, path: Path) -> dict[str, Any]:
-    """The transport's arguments, from the training's command line in the file and the user's flags."""
+    """The transport's arguments, from the training's command line in the file and the user's hints."""
     config: dict[str, Any] = {}
     for field_name, argument, table in (
         ("interpolant", "path_type", _INTERPOLANTS),

@@ -1,4 +1,4 @@
-"""Writing checkpoints whole.
+"""Writing checkpoints, completely or not at all.
 
 A checkpoint of ours is a diffusers pipeline folder with two additions::
 
@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from sit.model import SiT
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_folder
+from sit.version import __version__
 
 
 def save_checkpoint(
@@ -109,7 +109,7 @@ def _put_vae(place: Path, source: str | Path | None) -> str | None:
         source = DIGITS_VAE
     if not is_local_vae(source):
         if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-            raise UserError(f"--vae {source}: no such folder, and not a Hub name like stabilityai/sd-vae-ft-ema")
+            raise UserError(f"`vae={source}`: no such folder, and not a Hub name like stabilityai/sd-vae-ft-ema")
         return str(source)
     source = Path(source)
     files = [source / "config.json", *sorted(source.glob("diffusion_pytorch_model*.safetensors"))]
@@ -142,16 +142,9 @@ def _model_index(place: Path, vae_name: str | None, info: CheckpointInfo) -> dic
 def _write_index(place: Path, vae_name: str | None, info: CheckpointInfo) -> None:
     index = {
         "format": FORMAT,
-        "written_by": f"sit-atconv {_version()}",
+        "written_by": f"sit-atconv {__version__}",
         **dataclasses.asdict(info),
         "vae": vae_name,
         "files": fingerprints(place),
     }
     write_json(place / INDEX, index)
-
-
-def _version() -> str:
-    try:
-        return version("sit-atconv")
-    except PackageNotFoundError:
-        return "unknown"

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sit.utils.errors import UserError
+from sit.utils.errors import UserError, first_line
 
 # what a training checkpoint calls its weights; the first one found is taken
 CONTAINERS = {"ema": ("ema", "model_ema"), "model": ("model", "state_dict", "module")}
@@ -84,7 +84,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} is cut off or not a safetensors file ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path} is cut off or not a safetensors file ({first_line(error)})") from error
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror or error})") from error
 

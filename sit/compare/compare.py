@@ -27,11 +27,11 @@ from sit.checkpoint.info import read_info
 from sit.checkpoint.integrity import is_complete
 from sit.checkpoint.load import Loaded, load_for_sampling
 from sit.compare.report import markdown, plot_losses, plot_metrics
-from sit.compare.speed import machine, measure_speed
-from sit.metrics.classifier import Judge
+from sit.compare.speed import measure_speed
+from sit.metrics.classifier import LabelClassifier
 from sit.metrics.evaluate import evaluate
 from sit.metrics.extraction import WorkDirectory, extract
-from sit.metrics.features import Extractor, FeatureWeights, get_extractor
+from sit.metrics.features import Extractor, FeatureWeights, default_features, get_extractor
 from sit.metrics.image_sets import GeneratedImages, Images, Statistics, open_reference
 from sit.metrics.report import Number, Report
 from sit.model import SiT
@@ -47,6 +47,7 @@ from sit.utils.errors import UserError, entry_point
 from sit.utils.files import atomic_folder, atomic_write
 from sit.utils.image_grid import labeled_grid, save_png
 from sit.utils.precision import allow_tf32
+from sit.utils.record import machine
 
 
 @dataclass
@@ -61,8 +62,8 @@ class Arguments:
     """as eval_fid.py takes it; None takes digits for runs on digits"""
     features: str | None = None
     """as eval_fid.py takes it; None takes digits for runs on digits, else inception"""
-    judge: str | None = None
-    """a folder of sit.train_classifier, whose word is taken for the samples' classes: class accuracy"""
+    classifier: str | None = None
+    """a folder of sit.train_classifier, which predicts the samples' classes: class accuracy"""
     at_steps: tuple[int, ...] = ()
     """checkpoints to evaluate, by their step; none given means all"""
     num_samples: int = 1000
@@ -70,7 +71,7 @@ class Arguments:
     seed: int = 0
     """of the samples; the same for all runs"""
     batch_size: int = 64
-    """images made and judged at a time, also in the measurement of speed"""
+    """images made and evaluated at a time, also in the measurement of speed"""
     speed_repeats: int = 5
     """rounds of the measurement of speed; 0 leaves it out"""
     work_dir: str | None = None
@@ -83,13 +84,19 @@ class Arguments:
 
 @dataclass(frozen=True, eq=False)
 class Tools:
-    """What samples are judged by."""
+    """What samples are evaluated with."""
 
     extractor: Extractor
     reference: Images | Statistics
-    judge: Judge | None
+    classifier: LabelClassifier | None
     device: torch.device
     batch_size: int
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What tells their numbers from those of other tools."""
+        classifier = self.classifier.identity if self.classifier else ""
+        return self.reference.identity or self.reference.name, self.extractor.identity, classifier
 
     @functools.cache  # noqa: B019  (there is one, for the whole program)
     def reference_features(self) -> dict[str, np.ndarray] | None:
@@ -98,12 +105,13 @@ class Tools:
         if images is None:
             return None
         with WorkDirectory(None) as work:
-            return extract(images, self.extractor, work, self.device, self.batch_size, "reference")
+            making = dict(device=self.device, batch_size=self.batch_size, description="reference")
+            return extract(images, self.extractor, work, **making)
 
 
 @dataclass
 class Run:
-    """A run's folder, its config, and its whole checkpoints as (step, folder)."""
+    """A run's folder, its config, and its complete checkpoints as (step, folder)."""
 
     folder: Path
     config: TrainConfig
@@ -115,16 +123,16 @@ def open_run(path: str, at_steps: tuple[int, ...]) -> Run:
     """Open a run's folder.
 
     Raises:
-        UserError: it is none, or has no whole checkpoint at the steps that were asked for.
+        UserError: it is none, or has no complete checkpoint at the steps that were asked for.
     """
     folder = Path(path)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run's folder: it has no config.yaml")
-    whole = [(step, place) for step, place in find_checkpoints(folder) if is_complete(place)]
-    chosen = [(step, place) for step, place in whole if not at_steps or step in at_steps]
+    complete = [(step, place) for step, place in find_checkpoints(folder) if is_complete(place)]
+    chosen = [(step, place) for step, place in complete if not at_steps or step in at_steps]
     if not chosen:
-        have = ", ".join(str(step) for step, _ in whole) or "none"
-        raise UserError(f"{folder} has no whole checkpoint to compare; its steps are: {have}")
+        have = ", ".join(str(step) for step, _ in complete) or "none"
+        raise UserError(f"{folder} has no complete checkpoint to compare; its steps are: {have}")
     return Run(folder, load_recipe(str(folder / "config.yaml")), chosen)
 
 
@@ -179,20 +187,17 @@ def sample_grid(run: Run, loaded: Loaded, arguments: Arguments, path: Path) -> N
     save_png(labeled_grid(images, [names[label] for label in labels.tolist()], classes), path)
 
 
-def judged(loaded: Loaded, tools: Tools, arguments: Arguments) -> Report:
-    """The evaluation of one checkpoint: kept in ``--work-dir``, and read from there if it has been made."""
-    options = (arguments.num_samples, arguments.seed, "balanced", arguments.sampler)
-    samples = GeneratedImages(loaded, *options)
+def evaluate_checkpoint(loaded: Loaded, tools: Tools, arguments: Arguments) -> Report:
+    """The evaluation of one checkpoint: kept in the work folder, and read from there if it has been made."""
+    samples = GeneratedImages(loaded, arguments.num_samples, seed=arguments.seed, config=arguments.sampler)
     kept = None
     if arguments.work_dir is not None:
-        judge = tools.judge.identity if tools.judge else ""
-        judged_by = (tools.reference.identity or tools.reference.name, tools.extractor.identity, judge)
-        what = (samples.identity, arguments.num_samples, *judged_by)
+        what = (samples.identity, arguments.num_samples, *tools.identity)
         kept = Path(arguments.work_dir) / f"{hashlib.blake2b(repr(what).encode(), digest_size=12).hexdigest()}.json"
         if kept.is_file():
             report = json.loads(kept.read_text())
             return Report(**report | {"numbers": [Number(**number) for number in report["numbers"]]})
-    options = dict(batch_size=arguments.batch_size, judge=tools.judge, real=tools.reference_features())
+    options = dict(batch_size=arguments.batch_size, classifier=tools.classifier, real=tools.reference_features())
     report = evaluate(samples, tools.reference, tools.extractor, device=loaded.device, **options)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -250,15 +255,15 @@ def compare(arguments: Arguments) -> Path:
     runs = open_runs(arguments.runs, arguments.at_steps)
     device = pick_device(arguments.device)
     allow_tf32(device)
-    on_digits = runs[0].config.data.split(":")[0] == "digits"
-    if arguments.reference is None and not on_digits:
-        raise UserError("give --reference: only runs on the digits have one by themselves")
-    features = arguments.features or ("digits" if on_digits else "inception")
+    usual = default_features(runs[0].config.data)
+    if arguments.reference is None and usual != "digits":
+        raise UserError("give `reference`: only runs on the digits have one by themselves")
+    features = arguments.features or usual
     classes = read_info(runs[0].checkpoints[-1][1]).classes or None  # of all runs: their data are the same
     tools = Tools(
         get_extractor(features, device, arguments.weights_files.of(features)),
         open_reference(arguments.reference or "digits", runs[0].config.image_size, device=device),
-        Judge.load(arguments.judge, device, classes) if arguments.judge else None,
+        LabelClassifier.load(arguments.classifier, device, classes) if arguments.classifier else None,
         device,
         arguments.batch_size,
     )
@@ -275,7 +280,7 @@ def compare(arguments: Arguments) -> Path:
                 reports[run.config.seed] = {}
                 for step, checkpoint in run.checkpoints:
                     loaded = load_for_sampling(checkpoint, device=device)
-                    reports[run.config.seed][step] = judged(loaded, tools, arguments)
+                    reports[run.config.seed][step] = evaluate_checkpoint(loaded, tools, arguments)
                 if run is members[0]:
                     newest[name] = loaded
                     sample_grid(run, loaded, arguments, place / f"samples-{len(newest)}.png")
@@ -317,14 +322,14 @@ def command(arguments: Arguments) -> str:
 
 
 def setting(arguments: Arguments, tools: Tools) -> str:
-    """How the samples were made and judged, in a sentence or two."""
+    """How the samples were made and evaluated, in a sentence or two."""
     sampler = arguments.sampler
     guidance = f"guidance {sampler.cfg_scale:g}" if sampler.cfg_scale != 1 else "no guidance"
-    judge = f" Class accuracy by {tools.judge.description}." if tools.judge else ""
+    accuracy = f" Class accuracy by {tools.classifier.description}." if tools.classifier else ""
     return (
         f"{arguments.num_samples} samples a checkpoint, seed {arguments.seed}, {sampler.sampler.upper()} "
         f"{sampler.resolved_method}, {sampler.steps} steps, {guidance}. Reference: {tools.reference.name}; "
-        f"{tools.extractor.label}.{judge}"
+        f"{tools.extractor.label}.{accuracy}"
     )
 
 

@@ -6,16 +6,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
+from sit.utils.tables import markdown_table
 
 
 def plot_losses(curves: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
     """Loss curves, a color a group and a line a run, each smoothed by an exponential average over its rows."""
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))  # not pyplot's, which would choose a backend for the whole program
+    axes = figure.subplots()
     for index, (name, runs) in enumerate(curves.items()):
         color = f"C{index}"
         for number, rows in enumerate(runs):
@@ -34,7 +34,8 @@ def plot_losses(curves: dict[str, list[list[dict[str, float]]]], path: Path) -> 
 
 def plot_metric(name: str, curves: dict[str, list[tuple[int, float, float | None]]], path: Path) -> None:
     """One metric against steps with its errors, a curve a group."""
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
     for group, points in curves.items():
         steps, values, errors = zip(*points, strict=True)
         axes.errorbar(steps, values, yerr=[error or 0 for error in errors], label=group, marker="o", capsize=3)
@@ -43,10 +44,9 @@ def plot_metric(name: str, curves: dict[str, list[tuple[int, float, float | None
     _save(figure, path)
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def plot_metrics(groups: dict[str, Any], place: Path) -> list[tuple[str, str]]:
@@ -76,7 +76,7 @@ def markdown(found: dict[str, Any], plots: list[tuple[str, str]], command: str, 
         found: what ``numbers.json`` has.
         plots: (metric, file name).
         command: what made it.
-        setting: how the samples were made and judged.
+        setting: how the samples were made and evaluated.
     """
     groups = found["groups"]
     lines = [
@@ -88,24 +88,9 @@ def markdown(found: dict[str, Any], plots: list[tuple[str, str]], command: str, 
         "",
         f"{setting} All numbers: [numbers.json](numbers.json).",
         "",
-        "| | " + " | ".join(groups) + " |",
-        "|---" * (len(groups) + 1) + "|",
-        _row("parameters", [f"{group['parameters']:,}" for group in groups.values()]),
-        _row("multiply-accumulates an image", [f"{g['multiply_accumulates'] / 1e9:.4g} G" for g in groups.values()]),
-        _row("steps; images seen", [f"{group['steps']:,}; {group['images_seen']:,}" for group in groups.values()]),
+        _last_step(groups),
     ]
-    seeded = any(len(group["seeds"]) > 1 for group in groups.values())
-    if seeded:
-        lines.append(_row("seeds", [", ".join(map(str, group["seeds"])) for group in groups.values()]))
-    if all("images_per_second" in group for group in groups.values()):
-        for kind in ("training", "sampling"):
-            speeds = [group["images_per_second"][kind] for group in groups.values()]
-            cells = [f"{speed:.4g} ({speed / speeds[0]:.2f}x)" for speed in speeds]
-            lines.append(_row(f"images/s, {kind}", cells))
-    last = {name: group["metrics"][max(group["metrics"])] for name, group in groups.items()}
-    for name in next(iter(last.values())):
-        lines.append(_row(name, [_cell(numbers.get(name)) for numbers in last.values()]))
-    if seeded:
+    if _seeded(groups):
         lines += [
             "",
             "± after several seeds is the half-width of the 95 % interval of the mean over seeds (Student's t); after "
@@ -129,6 +114,29 @@ def markdown(found: dict[str, Any], plots: list[tuple[str, str]], command: str, 
     return "\n".join(lines)
 
 
+def _seeded(groups: dict[str, Any]) -> bool:
+    return any(len(group["seeds"]) > 1 for group in groups.values())
+
+
+def _last_step(groups: dict[str, Any]) -> str:
+    """The table of what the groups are, their speed, and their metrics at the last step."""
+    every = groups.values()
+    rows = [
+        ("parameters", *(f"{group['parameters']:,}" for group in every)),
+        ("multiply-accumulates an image", *(f"{group['multiply_accumulates'] / 1e9:.4g} G" for group in every)),
+        ("steps; images seen", *(f"{group['steps']:,}; {group['images_seen']:,}" for group in every)),
+    ]
+    if _seeded(groups):
+        rows.append(("seeds", *(", ".join(map(str, group["seeds"])) for group in every)))
+    if all("images_per_second" in group for group in every):
+        for kind in ("training", "sampling"):
+            speeds = [group["images_per_second"][kind] for group in every]
+            rows.append((f"images/s, {kind}", *(f"{speed:.4g} ({speed / speeds[0]:.2f}x)" for speed in speeds)))
+    last = [group["metrics"][max(group["metrics"])] for group in every]
+    rows += [(name, *(_cell(numbers.get(name)) for numbers in last)) for name in last[0]]
+    return markdown_table(["", *groups], rows)
+
+
 def _differences(found: dict[str, Any]) -> list[str]:
     """What each group has more than the first, paired by seed."""
     if not found["differences"]:
@@ -139,28 +147,27 @@ def _differences(found: dict[str, Any]) -> list[str]:
         "",
         "Mean and 95 % interval over seeds; runs of one seed saw the same data in the same order with the same noise.",
         "",
-        "| | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 1) + "|",
     ]
+    rows = []
     for metric in next(iter(found["differences"].values())):
         cells = [found["differences"][name].get(metric) for name in names]
-        lines.append(_row(metric, [f"{cell['value']:+.4g} ± {cell['error']:.2g}" if cell else "" for cell in cells]))
-    return [*lines, ""]
+        rows.append((metric, *(f"{cell['value']:+.4g} ± {cell['error']:.2g}" if cell else "" for cell in cells)))
+    return [*lines, markdown_table(["", *names], rows), ""]
 
 
 def _by_step(groups: dict[str, Any]) -> list[str]:
-    """The first metric (FID) and the last (class accuracy, where there is a judge) at every step."""
+    """The first metric (FID) and the last (class accuracy, where a classifier was given) at every step."""
     steps = sorted({step for group in groups.values() for step in group["metrics"]})
     if len(steps) < 2:
         return []
     names = list(next(iter(next(iter(groups.values()))["metrics"].values())))
     lines = ["## At several step counts", ""]
     for metric in dict.fromkeys((names[0], names[-1])):
-        lines += [f"{metric}:", "", "| step | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
-        for step in steps:
-            cells = [_cell(group["metrics"].get(step, {}).get(metric)) for group in groups.values()]
-            lines.append(_row(f"{step:,}", cells))
-        lines.append("")
+        rows = [
+            (f"{step:,}", *(_cell(group["metrics"].get(step, {}).get(metric)) for group in groups.values()))
+            for step in steps
+        ]
+        lines += [f"{metric}:", "", markdown_table(["step", *groups], rows), ""]
     return lines
 
 
@@ -168,7 +175,3 @@ def _cell(number: dict[str, Any] | None) -> str:
     if number is None:
         return ""
     return f"{number['value']:.4g}" + (f" ± {number['error']:.2g}" if number["error"] is not None else "")
-
-
-def _row(name: str, cells: list[str]) -> str:
-    return f"| {name} | " + " | ".join(cells) + " |"

@@ -1,25 +1,25 @@
-"""Images: the embedded digits, folders with one subfolder a class, and the sources of :mod:`sit.data.tar`.
+"""The data set of images that every source is made into, and ADM's crop, which is the same for all of them.
 
-``open_images(spec, image_size)`` answers a map-style dataset of (uint8 tensor (3, H, W), int label), cropped and
-resized as ADM does it (guided-diffusion's evaluation and training images). A source knows where images lie; the
-crop is the same for all of them.
+A source knows where images lie, one module of this package for each kind; :func:`sit.data.factory.open_images` opens
+them by name.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
-from sit.utils.errors import UserError
+from sit.utils.errors import UserError, first_line
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+"""Endings of the files, in folders and tars, that are taken for images."""
 
-
-CROP = "adm-centre"  # written into manifests: another crop gives other latents
+CROP = "adm-center"  # written into manifests: another crop gives other latents
 
 
 class BadImage(UserError):
@@ -30,28 +30,45 @@ class BadImage(UserError):
 
 
 class Source(Protocol):
-    """Where images lie. Sources are picklable, and reading is safe in forked or spawned workers."""
+    """Where images lie. Sources are picklable, and reading is safe in forked or spawned workers.
+
+    Attributes:
+        name: the spec it was opened by.
+        classes: label names, in the order of the labels.
+        labels: (count,) int64.
+        native_size: side in pixels where no image size is asked for.
+    """
 
     name: str
     classes: list[str]
-    labels: np.ndarray  # (count,) int64
-    native_size: int  # the side used when no image size is asked for
+    labels: np.ndarray
+    native_size: int
 
-    def read(self, index: int) -> Image.Image: ...
+    def read(self, index: int) -> Image.Image:
+        """Image ``index``, of any size and mode; what Pillow and the file system raise is not caught here."""
+        ...
 
-    def describe(self, index: int) -> str: ...
+    def describe(self, index: int) -> str:
+        """Where image ``index`` lies, for messages."""
+        ...
 
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Hash of which images these are, in which order and with which labels (not of their pixels)."""
+        ...
 
 
 class ImageData(torch.utils.data.Dataset):
-    """A source's images at one size.
+    """A source's images at one size, map-style: item i is (uint8 tensor (3, H, W), int label).
+
+    Args:
+        source: where the images lie.
+        image_size: side in pixels; None for the source's own.
 
     Attributes:
         name: the spec it was opened by.
         classes: label names, in the order of the labels.
         labels: (count,) int64, known without reading an image.
-        image_size: side of the square images in pixels.
+        image_size: side of the square images, in pixels.
     """
 
     def __init__(self, source: Source, image_size: int | None = None) -> None:
@@ -68,6 +85,7 @@ class ImageData(torch.utils.data.Dataset):
         """Image ``index`` as RGB, cropped to ``image_size``.
 
         Raises:
+            IndexError: there is no image of that number.
             BadImage: the file is missing, cut off or no image; the message names it.
         """
         if not 0 <= index < len(self):
@@ -78,9 +96,9 @@ class ImageData(torch.utils.data.Dataset):
         except UserError:
             raise
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+            reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
             raise BadImage(
-                f"corrupt image {self.source.describe(index)} in --data {self.name} ({reason}); repair or remove it"
+                f"corrupt image {self.source.describe(index)} in `data={self.name}` ({reason}); repair or remove it"
             ) from error
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
@@ -88,15 +106,15 @@ class ImageData(torch.utils.data.Dataset):
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), int(self.labels[index])
 
     def fingerprint(self) -> str:
-        """Hash of which images these are, in which order and with which labels (not of their pixels)."""
+        """The source's: hash of the list of images and labels, not of pixels."""
         return self.source.fingerprint()
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central square of ``image`` at ``size`` × ``size`` pixels, matching ADM's (guided-diffusion).
+    """The central square of ``image`` at ``size`` × ``size`` pixels, as ADM's ``center_crop_arr`` (guided-diffusion).
 
-    The image is halved with a box filter while its shorter side is at least twice ``size``, brought by bicubic
-    interpolation to a shorter side of ``size``, and cut.
+    The image is halved with a box filter while its shorter side is at least twice ``size``, resized by bicubic
+    interpolation to a shorter side of ``size``, and cropped.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -106,8 +124,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def hash_names(names: object, labels: np.ndarray) -> str:
-    """Fingerprint of a list of names (an iterable of bytes) and their labels."""
+def hash_names(names: Iterable[bytes], labels: np.ndarray) -> str:
+    """Fingerprint of a list of names and their labels: blake2b, 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for name in names:
         digest.update(name + b"\0")

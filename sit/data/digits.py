@@ -15,13 +15,21 @@ DIGITS_SIZE = 32
 
 
 class Digits:
-    """scikit-learn's 1,797 handwritten digits (UCI, 8×8 gray) as 32×32 RGB; part ``all``, ``train`` or ``heldout``."""
+    """scikit-learn's 1,797 handwritten digits (UCI, 8×8 gray), enlarged to 32×32 gray.
+
+    Args:
+        part: ``train`` or ``heldout``, those of :func:`digits_split`; ``all``, or nothing, for all of them.
+
+    Raises:
+        UserError: there is no such part.
+    """
 
     native_size = DIGITS_SIZE
 
-    def __init__(self, part: str = "all") -> None:
+    def __init__(self, part: str = "") -> None:
+        part = part or "all"
         if part not in ("all", "train", "heldout"):
-            raise UserError(f"--data digits:{part}: the parts are digits, digits:train and digits:heldout")
+            raise UserError(f"`data=digits:{part}`: the parts are digits, digits:train and digits:heldout")
         self.name = "digits" if part == "all" else f"digits:{part}"
         self.classes = [str(digit) for digit in range(10)]
         images, labels = digits_arrays()
@@ -51,8 +59,8 @@ def enlarge_digits(small: np.ndarray) -> np.ndarray:
     """(n, 8, 8) values 0…16 → (n, 32, 32) uint8.
 
     Bicubic interpolation alone blurs: its 4×4 block means are not the original pixels. The difference is enlarged and
-    added back until they are (iterative back-projection, Irani & Peleg 1991), which leaves the strokes sharp and makes
-    :func:`shrink_digits` give the original back to within 0.06 of 16 (root mean square).
+    added back until they are (iterative back-projection, Irani & Peleg 1991). The strokes stay sharp, and
+    :func:`shrink_digits` gives the original back with a root-mean-square error below 0.06 of 16.
     """
     enlarge = functools.partial(
         torch.nn.functional.interpolate, size=(DIGITS_SIZE, DIGITS_SIZE), mode="bicubic", antialias=True
@@ -68,7 +76,7 @@ def enlarge_digits(small: np.ndarray) -> np.ndarray:
 def shrink_digits(images: np.ndarray) -> np.ndarray:
     """uint8 images (n, 32, 32), (n, 32, 32, 3) or (n, 3, 32, 32) → (n, 64) float64 pixels 0…16, as scikit-learn's.
 
-    The area average over 4×4 blocks of the gray image: what a classifier fitted on the real 8×8 digits is shown.
+    The area average over 4×4 blocks of the gray image: the input of a classifier fitted on the real 8×8 digits.
     """
     images = np.asarray(images, dtype=np.float64)
     if images.ndim == 4:

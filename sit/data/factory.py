@@ -1,45 +1,64 @@
-"""From what ``--data`` says to a data set."""
+"""From the name of a data set to its images.
+
+=============================  ================================================================================
+``data``                       what it is
+=============================  ================================================================================
+``digits``                     the embedded 1,797 handwritten digits; ``digits:train`` and ``digits:heldout`` are
+                               the parts of :func:`~sit.data.digits.digits_split`
+``<folder>``                   a folder with one subfolder a class
+``<file>.tar``                 ImageNet's ``ILSVRC2012_img_train.tar`` as downloaded (a tar of one tar a class), or
+                               a tar with one folder a class; read in place, nothing is unpacked
+``<folder of .tar files>``     one tar a class
+``fashion-mnist:<folder>``     torchvision's FashionMNIST; ``fashion-mnist-test:`` for its test part
+``cifar10:<folder>``           torchvision's CIFAR-10; ``cifar10-test:``
+``imagenet:<folder>``          torchvision's ImageNet, unpacked (``train/`` and the devkit); ``imagenet-val:``
+``datasets:<folder or name>``  a set of the ``datasets`` library, saved to disk or on the Hub; ``@split`` may follow,
+                               ``train`` if not; needs a column of images and one of class labels
+=============================  ================================================================================
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 from sit.data.dataset import ImageData, Source
 from sit.data.digits import Digits
-from sit.data.folder import FolderSource, only_tars
+from sit.data.folder import FolderSource
 from sit.data.hub import HubSource
-from sit.data.tar import TarSource
-from sit.data.torchvision import _TORCHVISION, TorchvisionSource
+from sit.data.tar import TarSource, is_tar
+from sit.data.torchvision import TORCHVISION, TorchvisionSource
 from sit.utils.errors import UserError
+
+KINDS: dict[str, Callable[[str], Source]] = {
+    "digits": Digits,
+    **{kind: functools.partial(TorchvisionSource, kind) for kind in TORCHVISION},
+    "datasets": HubSource,
+}
+"""What stands before the colon → the source of what stands behind it."""
 
 
 def open_images(spec: str, image_size: int | None = None) -> ImageData:
-    """Open the data set that ``--data spec`` names.
+    """Open the data set that ``spec`` names, as the table above says.
+
+    A folder or file that exists is taken as such, whatever its name begins with; only ``digits`` always means the
+    embedded ones.
 
     Args:
-        spec: ``digits`` (all 1,797), ``digits:train`` or ``digits:heldout`` (:func:`digits_split`), a folder with one
-            subfolder a class, or one of the sources listed by ``sit.data.tar``.
-        image_size: side in pixels; None for the source's own (32 for digits, 256 for folders).
+        spec: what the argument ``data`` says.
+        image_size: side in pixels; None for the source's own (32 for digits, 256 for folders and tars).
 
     Raises:
         UserError: no such data, no class subfolders, no images, or they can't be read.
     """
     if image_size is not None and image_size < 1:
-        raise UserError(f"--image-size {image_size} must be positive")
+        raise UserError(f"`image_size={image_size}` must be positive")
+    return ImageData(_source(spec), image_size)
+
+
+def _source(spec: str) -> Source:
     kind, _, rest = spec.partition(":")
-    if kind == "digits":
-        return ImageData(Digits(rest or "all"), image_size)
-    if kind in SOURCES and rest and not Path(spec).exists():
-        return ImageData(SOURCES[kind](rest), image_size)
-    path = Path(spec)
-    if spec.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")) and path.is_file():
-        raise UserError(f"--data {spec} is compressed, which forbids random access; uncompress it to a .tar first")
-    if (spec.lower().endswith(".tar") and path.is_file()) or only_tars(path):
-        return ImageData(TarSource(spec), image_size)
-    return ImageData(FolderSource(spec), image_size)
-
-
-SOURCES: dict[str, Callable[[str], Source]] = {
-    kind: (lambda folder, kind=kind: TorchvisionSource(kind, folder)) for kind in _TORCHVISION
-} | {"datasets": HubSource}
+    if kind == "digits" or (rest and kind in KINDS and not Path(spec).exists()):
+        return KINDS[kind](rest)
+    return TarSource(spec) if is_tar(spec) else FolderSource(spec)

@@ -8,11 +8,18 @@ import numpy as np
 from PIL import Image
 
 from sit.data.dataset import BadImage, hash_names
-from sit.utils.errors import UserError
+from sit.utils.errors import UserError, first_line
 
 
 class HubSource:
-    """A set of the ``datasets`` library, from disk (``save_to_disk``) or the Hub, with image and label columns."""
+    """A set of the ``datasets`` library with one column of images and one of class labels.
+
+    Args:
+        name: a folder that ``save_to_disk`` wrote, or a name on the Hub; ``@split`` may follow, else ``train``.
+
+    Raises:
+        UserError: the library is not installed, or there is no such set, split or pair of columns.
+    """
 
     native_size = 256
 
@@ -22,7 +29,7 @@ class HubSource:
             import datasets
         except ImportError as error:
             raise UserError(
-                f"--data {self.name} needs the datasets library; install it by: pip install datasets"
+                f"`data={self.name}` needs the datasets library; install it by: pip install datasets"
             ) from error
         where, _, split = name.partition("@")
         self._identity = self.name
@@ -34,26 +41,27 @@ class HubSource:
             else:
                 data = datasets.load_dataset(where, split=split or "train")
         except Exception as error:  # the library and the Hub's client raise many kinds
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"--data {self.name} can't be loaded ({reason}); check its name and split") from error
+            raise UserError(
+                f"`data={self.name}` can't be loaded ({first_line(error)}); check its name and split"
+            ) from error
         columns = {
             kind: [column for column, feature in data.features.items() if isinstance(feature, kind)]
             for kind in (datasets.Image, datasets.ClassLabel)
         }
         for kind, found in columns.items():
             if len(found) != 1:
-                raise UserError(f"--data {self.name} must have one {kind.__name__} column and has {found or 'none'}")
+                raise UserError(f"`data={self.name}` must have one {kind.__name__} column and has {found or 'none'}")
         (image_column,), (label_column,) = columns.values()
         self.data, self.column = data.select_columns([image_column]), image_column
         self.classes = list(data.features[label_column].names)
         self.labels = np.asarray(data.with_format("numpy", columns=[label_column])[label_column], dtype=np.int64)
         if len(self.labels) == 0 or self.labels.min() < 0:
-            raise UserError(f"--data {self.name} has no labeled rows in this split; choose another by @split")
+            raise UserError(f"`data={self.name}` has no labeled rows in this split; choose another by @split")
 
     def read(self, index: int) -> Image.Image:
         image = self.data[index][self.column]
         if image is None:
-            raise BadImage(f"row {index} of --data {self.name} has no image; remove it")
+            raise BadImage(f"row {index} of `data={self.name}` has no image; remove it")
         return image
 
     def describe(self, index: int) -> str:

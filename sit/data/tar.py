@@ -1,18 +1,4 @@
-"""Where images may lie besides folders: tar files, torchvision's sets, the ``datasets`` library.
-
-=============================  ================================================================================
-``--data``                     what it is
-=============================  ================================================================================
-``<file>.tar``                 ImageNet's ``ILSVRC2012_img_train.tar`` as downloaded (a tar of one tar a class), or
-                               a tar with one folder a class; read in place, nothing is unpacked
-``<folder of .tar files>``     one tar a class
-``fashion-mnist:<folder>``     torchvision's FashionMNIST; ``fashion-mnist-test:`` for its test part
-``cifar10:<folder>``           torchvision's CIFAR-10; ``cifar10-test:``
-``imagenet:<folder>``          torchvision's ImageNet, unpacked (``train/`` and the devkit); ``imagenet-val:``
-``datasets:<folder or name>``  a set of the ``datasets`` library, saved to disk or on the Hub; ``@split`` may follow,
-                               ``train`` if not; needs a column of images and one of class labels
-=============================  ================================================================================
-"""
+"""Images inside tar files, read in place: ImageNet's training tar as downloaded, or tars of class folders."""
 
 from __future__ import annotations
 
@@ -26,40 +12,54 @@ import numpy as np
 from PIL import Image
 
 from sit.data.dataset import EXTENSIONS, hash_names
+from sit.data.folder import only_tars
 from sit.utils.errors import UserError
+
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+
+def is_tar(path: str) -> bool:
+    """Whether ``path`` is a tar file, or a folder of one tar a class."""
+    return (path.lower().endswith((".tar", *COMPRESSED)) and Path(path).is_file()) or only_tars(Path(path))
 
 
 class TarSource:
     """Images inside uncompressed tar files, found once by their headers and read by offset.
 
     A class is a tar (``n01440764.tar``, inside the tar or the folder given) or a folder inside the tar.
+
+    Raises:
+        UserError: a tar can't be read, is compressed or cut off, or there are no images in classes.
     """
 
     native_size = 256
 
     def __init__(self, path: str) -> None:
         self.name = path
-        self.files = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*.tar"))
+        one = Path(path).is_file()
+        if one and path.lower().endswith(COMPRESSED):
+            raise UserError(f"`data={path}` is compressed, which forbids random access; uncompress it to a .tar first")
+        self.files = [Path(path)] if one else sorted(Path(path).glob("*.tar"))
         found: list[tuple[str, bytes, int, int, int]] = []  # class, name, file, offset, size
         for number, file in enumerate(self.files):
-            outer = None if Path(path).is_file() else file.stem
             try:
-                with open(file, "rb") as stream:
-                    found += [(*entry[:2], number, *entry[2:]) for entry in _images(stream, outer)]
+                with tarfile.open(file, "r:") as archive:
+                    images = _images(archive) if one else _images_of_class(archive, file.stem)
+                    found += [(*image[:2], number, *image[2:]) for image in images]
             except tarfile.TarError as error:
                 raise UserError(
-                    f"--data {path}: {file} can't be read as an uncompressed tar ({error}); unzip or download it again"
+                    f"`data={path}`: {file} can't be read as an uncompressed tar ({error}); unzip or download it again"
                 ) from error
             except OSError as error:
-                raise UserError(f"--data {path}: {file} can't be read: {error.strerror}") from error
+                raise UserError(f"`data={path}`: {file} can't be read: {error.strerror}") from error
         if not found:
-            raise UserError(f"--data {path}: no images in class folders or class tars inside; is it the right file?")
-        found.sort(key=lambda entry: entry[:2])
-        self.classes = sorted({entry[0] for entry in found})
+            raise UserError(f"`data={path}`: no images in class folders or class tars inside; is it the right file?")
+        found.sort(key=lambda image: image[:2])
+        self.classes = sorted({image[0] for image in found})
         number_of = {name: number for number, name in enumerate(self.classes)}
-        self.labels = np.array([number_of[entry[0]] for entry in found], dtype=np.int64)
-        self.names = np.array([entry[1] for entry in found], dtype=np.bytes_)
-        self.places = np.array([entry[2:] for entry in found], dtype=np.int64)
+        self.labels = np.array([number_of[image[0]] for image in found], dtype=np.int64)
+        self.names = np.array([image[1] for image in found], dtype=np.bytes_)
+        self.places = np.array([image[2:] for image in found], dtype=np.int64)
         self._descriptors: dict[tuple[int, int], int] = {}
 
     def __getstate__(self) -> dict[str, object]:
@@ -79,53 +79,34 @@ class TarSource:
         return hash_names((bytes(name) for name in self.names), self.labels)
 
 
-class _Part(io.RawIOBase):
-    """A stretch of a file as a file of its own."""
-
-    def __init__(self, stream: io.BufferedReader, offset: int, size: int) -> None:
-        self.stream, self.offset, self.size, self.position = stream, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        return self.position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self.size - self.position)
-        self.stream.seek(self.offset + self.position)
-        data = self.stream.read(left if size < 0 else min(size, left))
-        self.position += len(data)
-        return data
+def _images(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes, int, int]]:
+    """(class, name, offset, size in bytes) of the images in a tar's class folders and in the class tars inside it."""
+    for member in _files(archive):
+        folder = member.name.rpartition("/")[0]
+        if member.name.lower().endswith(".tar"):
+            class_name = os.path.basename(member.name)[: -len(".tar")]
+            with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+                for image in _files(inner, EXTENSIONS):
+                    name = f"{class_name}/{os.path.basename(image.name)}"
+                    yield class_name, os.fsencode(name), member.offset_data + image.offset_data, image.size
+        elif folder and member.name.lower().endswith(EXTENSIONS):
+            yield folder.split("/")[0], os.fsencode(member.name), member.offset_data, member.size
 
 
-def _images(stream: io.BufferedReader, class_name: str | None) -> Iterator[tuple[str, bytes, int, int]]:
-    """(class, name, offset, size) of a tar's images; ``class_name`` None takes it from folders and inner tars."""
-    end = os.fstat(stream.fileno()).st_size
-    with tarfile.open(fileobj=stream, mode="r:") as archive:
-        for member in archive:
-            if member.offset_data + member.size > end:
-                raise tarfile.ReadError(f"cut off inside {member.name}")
-            path = member.name.removeprefix("./")
-            if not member.isfile() or os.path.basename(path).startswith("."):
-                continue
-            if class_name is None and path.lower().endswith(".tar"):
-                inner_class = os.path.basename(path)[: -len(".tar")]
-                with tarfile.open(fileobj=_Part(stream, member.offset_data, member.size), mode="r:") as inner:
-                    for image in inner:
-                        if image.offset_data + image.size > member.size:
-                            raise tarfile.ReadError(f"cut off inside {member.name}")
-                        if image.isfile() and image.name.lower().endswith(EXTENSIONS):
-                            name = f"{inner_class}/{os.path.basename(image.name)}"
-                            yield inner_class, os.fsencode(name), member.offset_data + image.offset_data, image.size
-            elif path.lower().endswith(EXTENSIONS) and (class_name or "/" in path):
-                inside = class_name or path.split("/")[0]
-                name = f"{class_name}/{path}" if class_name else path
-                yield inside, os.fsencode(name), member.offset_data, member.size
+def _images_of_class(archive: tarfile.TarFile, class_name: str) -> Iterator[tuple[str, bytes, int, int]]:
+    """As :func:`_images`, of a tar that holds one class."""
+    for image in _files(archive, EXTENSIONS):
+        yield class_name, os.fsencode(f"{class_name}/{image.name}"), image.offset_data, image.size
+
+
+def _files(archive: tarfile.TarFile, endings: tuple[str, ...] = ("",)) -> Iterator[tarfile.TarInfo]:
+    """The files of a tar with one of the ``endings``, hidden ones left out, their names without a leading ``./``.
+
+    Raises:
+        tarfile.ReadError: the tar is cut off, which tarfile sees on the way to the next header.
+    """
+    for member in archive:
+        member.name = member.name.removeprefix("./")
+        hidden = os.path.basename(member.name).startswith(".")
+        if member.isfile() and not hidden and member.name.lower().endswith(endings):
+            yield member

@@ -3,38 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from sit.data.dataset import hash_names
-from sit.utils.errors import UserError
+from sit.utils.errors import UserError, first_line
+
+TORCHVISION: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "fashion-mnist": ("FashionMNIST", 28, {"train": True}),
+    "fashion-mnist-test": ("FashionMNIST", 28, {"train": False}),
+    "cifar10": ("CIFAR10", 32, {"train": True}),
+    "cifar10-test": ("CIFAR10", 32, {"train": False}),
+    "imagenet": ("ImageNet", 256, {"split": "train"}),
+    "imagenet-val": ("ImageNet", 256, {"split": "val"}),
+}
+"""Kind → torchvision's class, the side in pixels, and the arguments that choose the part."""
 
 
 class TorchvisionSource:
-    """FashionMNIST, CIFAR-10 or ImageNet as torchvision keeps them in a folder; never downloads."""
+    """One of :data:`TORCHVISION` as torchvision keeps it in a folder; never downloads.
+
+    Raises:
+        UserError: there is no such folder, or the set in it is not whole.
+    """
 
     def __init__(self, kind: str, folder: str) -> None:
         from torchvision import datasets
 
-        base, _, part = kind.partition("-test") if kind != "imagenet-val" else ("imagenet", "", "val")
-        train = kind == base
+        maker, self.native_size, part = TORCHVISION[kind]
         self.name, self.folder = f"{kind}:{folder}", folder
         if not Path(folder).is_dir():
-            raise UserError(f"--data {self.name}: no such folder {folder}")
-        if base == "imagenet" and not (Path(folder) / ("train" if train else "val")).is_dir():
-            raise UserError(f"--data {self.name}: no unpacked images there; give ImageNet's .tar file itself to --data")
-        maker = {"fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "imagenet": "ImageNet"}[base]
-        self.native_size = {"fashion-mnist": 28, "cifar10": 32, "imagenet": 256}[base]
-        choice = {"split": "train" if train else "val"} if base == "imagenet" else {"train": train}
+            raise UserError(f"`data={self.name}`: no such folder {folder}")
+        if "split" in part and not (Path(folder) / part["split"]).is_dir():
+            raise UserError(f"`data={self.name}`: no unpacked images there; give ImageNet's .tar file itself as `data`")
         try:
-            self.data = getattr(datasets, maker)(folder, **choice)
+            self.data = getattr(datasets, maker)(folder, **part)
         except (RuntimeError, OSError, EOFError, ValueError) as error:
             how = f"python -c \"import torchvision; torchvision.datasets.{maker}('{folder}', download=True)\""
-            mend = "put it and the devkit there" if base == "imagenet" else f"fetch it by: {how}"
-            reason = str(error).splitlines()[0]
+            mend = "put it and the devkit there" if maker == "ImageNet" else f"fetch it by: {how}"
             raise UserError(
-                f"--data {self.name}: torchvision's {maker} is not whole there ({reason}); {mend}"
+                f"`data={self.name}`: torchvision's {maker} is not whole there ({first_line(error)}); {mend}"
             ) from error
         self.classes = [name if isinstance(name, str) else name[0] for name in self.data.classes]
         self.labels = np.asarray(self.data.targets, dtype=np.int64)
@@ -47,6 +57,3 @@ class TorchvisionSource:
 
     def fingerprint(self) -> str:
         return hash_names([self.name.partition(":")[0].encode()], self.labels)
-
-
-_TORCHVISION = ("fashion-mnist", "fashion-mnist-test", "cifar10", "cifar10-test", "imagenet", "imagenet-val")

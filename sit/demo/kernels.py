@@ -17,6 +17,7 @@ from PIL import Image
 
 from sit.model import SiT
 from sit.utils.errors import UserError
+from sit.utils.image_grid import enlarge, tile
 
 SIDE = 8
 """channels along a side of the image's tile grid"""
@@ -74,13 +75,8 @@ def tiles(kernels: torch.Tensor, side: int = SIDE, tap: int = 1, gap: int = 1) -
         (rows·(k·tap + gap) − gap, side·(k·tap + gap) − gap) float, channel 0 at the top left, row by row.
     """
     k = math.isqrt(len(kernels))
-    shown, step = min(kernels.shape[1], side**2), k * tap + gap
-    sheet = np.full((math.ceil(shown / side) * step, side * step), np.nan)
-    for channel in range(shown):
-        top, left = (channel // side) * step, (channel % side) * step
-        square = kernels[:, channel].reshape(k, k).numpy()
-        sheet[top : top + k * tap, left : left + k * tap] = square.repeat(tap, axis=0).repeat(tap, axis=1)
-    return sheet[:-gap, :-gap]
+    squares = kernels.T[: side**2].reshape(-1, k, k).double().numpy()
+    return tile(enlarge(squares, tap), side, gap=gap, fill=np.nan)
 
 
 def draw_kernels(raw: torch.Tensor, inhibited: torch.Tensor, title: str) -> Image.Image:

@@ -18,7 +18,7 @@ from sit.demo.session import Player, Trajectory, command, kernel_view, names_of,
 from sit.sampling.config import ODE_METHODS, SDE_METHODS, SamplerConfig
 from sit.utils.cli import one_line_errors
 from sit.utils.device import pick_device
-from sit.utils.errors import UserError, entry_point
+from sit.utils.errors import UserError, entry_point, with_flags
 
 if TYPE_CHECKING:
     import gradio
@@ -48,7 +48,7 @@ class Arguments:
     """Open a page that samples from one run, or from two side by side."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """one or two: a run's folder (its newest whole checkpoint), a checkpoint's folder, or a published .pt file"""
+    """one or two: a run's folder (its newest complete checkpoint), a checkpoint's folder, or a published .pt file"""
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0 lets other machines in"""
     port: int | None = None
@@ -81,14 +81,16 @@ def import_gradio() -> Any:
     return gradio
 
 
-def read_controls(
-    label: int | None, seed: float | None, count: int, sampler: str, method: str, steps: int, scale: float
-) -> tuple[int, int, int, SamplerConfig]:
+def read_controls(*controls: Any) -> tuple[int, int, int, SamplerConfig]:
     """The page's controls as (label, seed, count, config).
+
+    Args:
+        controls: class, seed, number of images, sampler, method, steps and guidance, as Gradio gives them.
 
     Raises:
         UserError: something is left empty, or the sampler refuses it.
     """
+    label, seed, count, sampler, method, steps, scale = controls
     for value, name in ((label, "class"), (seed, "seed"), (steps, "number of steps")):
         if value is None:
             raise UserError(f"choose a {name}")
@@ -109,7 +111,7 @@ def build_page(players: list[Player]) -> gradio.Blocks:
         (f"{label}: {names[label]}" if names.get(label, str(label)) != str(label) else str(label), label)
         for label in range(first.model.config.num_classes)
     ]
-    guidable = all(player.loaded.model.config.class_dropout > 0 for player in players)
+    guidable = all(player.loaded.model.config.null_class for player in players)
     depth = max(len(player.loaded.model.blocks) for player in players)
 
     def generate(*controls, progress=gr.Progress()):  # noqa: B008
@@ -121,7 +123,7 @@ def build_page(players: list[Player]) -> gradio.Blocks:
                 def on_step(step: int, total: int | None, x: torch.Tensor, t: Any, player=player) -> None:
                     progress((step, total), desc=player.loaded.model.config.mixer, unit="steps")
 
-                played = play(player, label, seed, count, config, on_step)
+                played = play(player, label, seed, count, config, on_step=on_step)
                 if not bool(torch.isfinite(played.trajectory.states).all()):
                     gr.Warning(f"Run {number + 1} left the finite numbers: take more steps or another method.")
                 whole = f" ({played.seconds * count:.2f} s for {count})" if count > 1 else ""
@@ -233,7 +235,7 @@ class _told_in_the_page:
         if isinstance(error, torch.OutOfMemoryError):
             raise self.gr.Error("There is not enough memory: make fewer images.", print_exception=False) from None
         if isinstance(error, UserError | AssertionError):  # torchdiffeq asserts that its steps don't vanish
-            raise self.gr.Error(str(error), print_exception=False) from None
+            raise self.gr.Error(with_flags(str(error)), print_exception=False) from None
 
 
 def local_theme(gr: Any) -> gradio.themes.Base:
@@ -243,18 +245,14 @@ def local_theme(gr: Any) -> gradio.themes.Base:
 
 
 def check_address(host: str, port: int | None) -> None:
-    """Whether this machine can listen there, before any work is done for it.
-
-    Raises:
-        UserError: it can't.
-    """
+    """Raise UserError unless this machine can listen there: before any work is done for it."""
     if port is not None and not 1 <= port <= 65535:
-        raise UserError(f"--port must be 1 to 65535, not {port}")
+        raise UserError(f"`port` must be 1 to 65535, not {port}")
     try:
         family = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0][0]
         socket.create_server((host, port or 0), family=family).close()
     except OSError as error:
-        place = f"--host {host}" + (f" --port {port}" if port else "")
+        place = f"`host={host}`" + (f" `port={port}`" if port else "")
         raise UserError(f"{place} can't be listened on: {error.strerror}") from error
 
 
@@ -283,7 +281,7 @@ def main(arguments: Arguments) -> None:
         )
     except OSError as error:
         where = f"port {arguments.port}" if arguments.port else "a port from 7860 on"
-        raise UserError(f"--port: {where} of {arguments.host} is or just was in use; give another one") from error
+        raise UserError(f"`port`: {where} of {arguments.host} is or just was in use; give another one") from error
     print(f"page: {address} (Ctrl-C ends it)" + (f"; public link: {link}" if link else ""), flush=True)
     page.block_thread()
 

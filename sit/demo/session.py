@@ -19,7 +19,7 @@ from sit.sampling.config import OnStep, SamplerConfig
 from sit.sampling.images import check_labels, latent_shape_for, sample_images
 from sit.sampling.sampler import KeyedNoise
 from sit.utils.errors import UserError
-from sit.utils.image_grid import labeled_grid
+from sit.utils.image_grid import enlarge, labeled_grid, tile
 from sit.utils.precision import allow_tf32
 
 CELL = 128
@@ -119,7 +119,7 @@ def names_of(players: Sequence[Player]) -> list[str]:
 
 
 def play(
-    player: Player, label: int, seed: int, count: int, config: SamplerConfig, on_step: OnStep | None = None
+    player: Player, label: int, seed: int, count: int, config: SamplerConfig, *, on_step: OnStep | None = None
 ) -> Played:
     """Sample the images number 0 … count − 1 of one class under a seed, as sample.py does, and time it.
 
@@ -165,16 +165,8 @@ def _now(device: torch.device) -> float:
 
 def sheet(images: np.ndarray) -> Image.Image:
     """Images (n, H, W, 3) uint8 side by side, four a row; small ones are enlarged by a whole factor, not smoothed."""
-    factor = max(1, CELL // min(images.shape[1:3]))
-    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    count, height, width = images.shape[:3]
-    columns = min(count, COLUMNS)
-    rows = -(-count // columns)
-    whole = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, dtype=np.uint8)
-    for number, image in enumerate(images):
-        top, left = number // columns * (height + GAP), number % columns * (width + GAP)
-        whole[top : top + height, left : left + width] = image
-    return Image.fromarray(whole)
+    larger = enlarge(images, max(1, CELL // min(images.shape[1:3])))
+    return Image.fromarray(tile(larger, min(len(images), COLUMNS), gap=GAP, fill=255))
 
 
 def strip(player: Player, trajectory: Trajectory) -> Image.Image:

@@ -1,13 +1,13 @@
-"""The latent cache on disk: posterior moments of every image and its mirror image, memory-mapped.
+"""The latent cache on disk: posterior moments of every image and of the flipped image, memory-mapped.
 
 A folder with::
 
     manifest.json        what was encoded, by which VAE; written last, so a folder without it is not a cache yet
     labels.npy           (count,) int64
-    moments-00000.npy    (at most ``shard_size``, sides, 2, c, h, w) float16: sides are the image and its mirror
+    moments-00000.npy    (at most ``shard_size``, sides, 2, c, h, w) float16: sides are the image and the flipped
                          image, 2 are mean and standard deviation, unscaled
 
-One side of one image lies in one stretch (16 KB at 4×32×32), so random access reads nothing in vain.
+The moments of one side of one image are contiguous (16 KB at 4×32×32), so that random access reads no others.
 :mod:`sit.latents.encode` writes it; :class:`CachedLatents` serves it to :func:`sit.training.loader.training_batches`.
 """
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sit.utils.errors import UserError
+from sit.utils.errors import UserError, first_line
 
 if TYPE_CHECKING:  # opening a cache takes NumPy alone: torch would add half a gigabyte and seconds to looking into one
     import torch
@@ -31,12 +31,11 @@ if TYPE_CHECKING:  # opening a cache takes NumPy alone: torch would add half a g
 
 
 MANIFEST = "manifest.json"
-
-
+PLAN = "encoding.json"
+"""the manifest to be, while the encoding runs"""
 FORMAT = 1
-
-
-SHARD_SIZE = 2**17  # 4 GiB at 4×32×32: ten files for ImageNet
+SHARD_SIZE = 2**17
+"""images in one file: 4 GiB at 4×32×32, ten files for ImageNet"""
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Manifest:
     """What a cache holds. Two encodings with equal manifests hold the same entries."""
 
     data: str
-    """spec of the images, as given by --data"""
+    """what the argument ``data`` said"""
     files: str
     """fingerprint of the list of images and their labels"""
     count: int
@@ -52,10 +51,10 @@ class Manifest:
     image_size: int
     """side of the images in pixels"""
     crop: str
-    mirrored: bool
-    """whether the mirror images are in it"""
+    flipped: bool
+    """whether the flipped images are in it"""
     vae: str
-    """as given by --vae"""
+    """what the argument ``vae`` said"""
     vae_fingerprint: str
     """hash of the VAE's weights and scaling"""
     precision: str
@@ -69,7 +68,7 @@ class Manifest:
 
     @classmethod
     def describe(
-        cls, images: ImageData, vae: AutoencoderKL, vae_name: str, mirrored: bool, shard_size: int = SHARD_SIZE
+        cls, images: ImageData, vae: AutoencoderKL, vae_name: str, flipped: bool, shard_size: int = SHARD_SIZE
     ) -> Manifest:
         """The manifest of what encoding ``images`` by ``vae`` gives."""
         from sit.data.dataset import CROP
@@ -78,7 +77,7 @@ class Manifest:
         shift, scale = scaling(vae.config)
         return cls(
             data=images.name, files=images.fingerprint(), count=len(images), classes=images.classes,
-            image_size=images.image_size, crop=CROP, mirrored=mirrored, vae=vae_name,
+            image_size=images.image_size, crop=CROP, flipped=flipped, vae=vae_name,
             vae_fingerprint=vae_fingerprint(vae), precision=str(vae.dtype).removeprefix("torch."),
             scaling_factor=scale, shift_factor=shift, downsampling=downsampling(vae),
             latent_shape=latent_shape(vae, images.image_size), shard_size=shard_size,
@@ -86,13 +85,18 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Raises UserError: the file is no manifest of this format."""
+        """Read ``manifest.json``.
+
+        Raises:
+            UserError: the file can't be read or is no manifest of this format.
+        """
         try:
             values = json.loads(path.read_text())
             if values["format"] != FORMAT:
                 raise UserError(
                     f"{path} is of format {values['format']}, and this version reads {FORMAT}; encode again"
                 )
+            values = in_todays_words(values)
             values["latent_shape"] = tuple(values["latent_shape"])
             return cls(**{field.name: values[field.name] for field in fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
@@ -105,7 +109,7 @@ class Manifest:
 
     def shards(self) -> list[tuple[str, tuple[int, ...]]]:
         """(file name, shape of its array), in order."""
-        rest = (1 + self.mirrored, 2, *self.latent_shape)
+        rest = (1 + self.flipped, 2, *self.latent_shape)
         starts = range(0, self.count, self.shard_size)
         return [
             (f"moments-{number:05d}.npy", (min(self.shard_size, self.count - start), *rest))
@@ -113,9 +117,16 @@ class Manifest:
         ]
 
 
+def in_todays_words(values: dict[str, Any]) -> dict[str, Any]:
+    """A manifest or plan with today's words where version 0.1.0 wrote others."""
+    if "mirrored" in values:
+        values = {"flipped" if name == "mirrored" else name: value for name, value in values.items()}
+    return values | {"crop": "adm-center"} if values.get("crop") == "adm-centre" else values
+
+
 def is_cache(folder: str | Path) -> bool:
-    """Whether ``--data folder`` names a latent cache, whole or still being encoded."""
-    return (Path(folder) / MANIFEST).is_file() or (Path(folder) / "encoding.json").is_file()
+    """Whether ``folder`` is a latent cache, whole or still being encoded."""
+    return (Path(folder) / MANIFEST).is_file() or (Path(folder) / PLAN).is_file()
 
 
 class CachedLatents:
@@ -125,29 +136,31 @@ class CachedLatents:
 
     Args:
         folder: written by ``python -m sit.latents encode``.
-        flips: mirror at random.
+        flip: flip at random.
 
     Raises:
-        UserError: it is no cache, not finished, damaged, or holds no mirror images for ``flips``.
+        UserError: it is no cache, not finished, damaged, or holds no flipped images for ``flip``.
     """
 
-    def __init__(self, folder: str | Path, flips: bool = False) -> None:
-        self.folder, self.name, self.flips = Path(folder), str(folder), flips
+    def __init__(self, folder: str | Path, flip: bool = False) -> None:
+        self.folder, self.name, self.flip = Path(folder), str(folder), flip
         if not (self.folder / MANIFEST).is_file():
-            if (self.folder / "encoding.json").is_file():
+            if (self.folder / PLAN).is_file():
                 raise UserError(
-                    f"--data {folder} is a latent cache not yet finished; start its encoding again to go on"
+                    f"`data={folder}` is a latent cache not yet finished; start its encoding again to go on"
                 )
-            raise UserError(f"--data {folder} is no latent cache: it has no {MANIFEST}")
+            raise UserError(f"`data={folder}` is no latent cache: it has no {MANIFEST}")
         self.manifest = Manifest.read(self.folder / MANIFEST)
-        if flips and not self.manifest.mirrored:
-            raise UserError(f"--flip needs mirror images, and --data {folder} was encoded with --no-mirror")
+        if flip and not self.manifest.flipped:
+            raise UserError(
+                f"`flip` needs the flipped images, and `data={folder}` was encoded without; encode it again"
+            )
         self.classes, self.latent_shape = self.manifest.classes, self.manifest.latent_shape
         self.scaling = (self.manifest.shift_factor, self.manifest.scaling_factor)
         self.labels = self._map("labels.npy", (self.manifest.count,), np.int64, mmap_mode=None)
         if self.manifest.count < 1 or self.labels.min() < 0 or self.labels.max() >= len(self.classes):
             raise UserError(
-                f"--data {folder}: labels.npy has labels outside its {len(self.classes)} classes; encode again"
+                f"`data={folder}`: labels.npy has labels outside its {len(self.classes)} classes; encode again"
             )
         self._open()
 
@@ -158,12 +171,11 @@ class CachedLatents:
         try:
             array = np.load(self.folder / name, mmap_mode=mmap_mode)
         except (OSError, ValueError, EOFError) as error:  # np.load checks the size that the header promises
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"--data {self.folder}: {name} is missing or damaged ({reason}); encode it again"
+                f"`data={self.folder}`: {name} is missing or damaged ({first_line(error)}); encode it again"
             ) from error
         if array.shape != shape or array.dtype != dtype:
-            raise UserError(f"--data {self.folder}: {name} doesn't match {MANIFEST}; encode it again")
+            raise UserError(f"`data={self.folder}`: {name} doesn't match {MANIFEST}; encode it again")
         return array
 
     def __getstate__(self) -> dict[str, Any]:
@@ -176,47 +188,50 @@ class CachedLatents:
     def __len__(self) -> int:
         return self.manifest.count
 
-    def moments(self, indices: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+    def moments(self, indices: np.ndarray, flipped: np.ndarray) -> np.ndarray:
         """(b,) indices and (b,) bool → (b, 2, c, h, w) float16, mean and standard deviation, unscaled."""
         out = np.empty((len(indices), 2, *self.latent_shape), dtype=np.float16)
         shards, rows = np.divmod(indices, self.manifest.shard_size)
-        for place, (shard, row, side) in enumerate(zip(shards.tolist(), rows.tolist(), mirrored.tolist(), strict=True)):
+        for place, (shard, row, side) in enumerate(zip(shards.tolist(), rows.tolist(), flipped.tolist(), strict=True)):
             out[place] = self.shards[shard][row, int(side)]
         return out
 
-    def fetch(self, indices: np.ndarray, mirrored: np.ndarray, noise: torch.Tensor) -> Batch:
+    def fetch(
+        self, indices: np.ndarray, flipped: np.ndarray, noise: torch.Tensor, out: torch.Tensor | None = None
+    ) -> Batch:
         import torch
 
-        from sit.latents.datasets import scale_posterior
+        from sit.latents.datasets import scaled_sample
 
-        scale_posterior(torch.from_numpy(self.moments(indices, mirrored)), noise, self.scaling)
-        return {}
+        return {"latents": scaled_sample(torch.from_numpy(self.moments(indices, flipped)), noise, self.scaling, out)}
 
     def finish(self, batch: Batch) -> Batch:
         return batch
 
     def check(self, vae: AutoencoderKL, vae_name: str, image_size: int | None = None) -> None:
-        """Refuse to train on these latents with another VAE, or for another image size.
+        """Raise UserError unless these latents are those of ``vae`` and of images of ``image_size`` pixels.
 
-        Raises:
-            UserError: naming what differs and the flag that mends it.
+        Args:
+            vae: its weights and scaling must be those of the cache's, in any precision.
+            vae_name: for messages.
+            image_size: None for the cache's own.
         """
         from sit.latents.vae import scaling, vae_fingerprint
 
         made = self.manifest
         if image_size is not None and image_size != made.image_size:
             raise UserError(
-                f"--data {self.name} holds latents of {made.image_size}-pixel images, not --image-size {image_size}; "
-                f"give --image-size {made.image_size} or encode again"
+                f"`data={self.name}` holds latents of {made.image_size}-pixel images, not `image_size={image_size}`; "
+                f"give `image_size={made.image_size}` or encode again"
             )
         shift, scale = scaling(vae.config)
         if (shift, scale) != (made.shift_factor, made.scaling_factor):
             raise UserError(
-                f"--data {self.name} was made by --vae {made.vae}, scaling {made.scaling_factor:g} and shift "
-                f"{made.shift_factor:g}; --vae {vae_name} has {scale:g} and {shift:g}; give the same or encode again"
+                f"`data={self.name}` was made by `vae={made.vae}`, scaling {made.scaling_factor:g} and shift "
+                f"{made.shift_factor:g}; `vae={vae_name}` has {scale:g} and {shift:g}; give the same or encode again"
             )
         if vae_fingerprint(vae) != made.vae_fingerprint:
             raise UserError(
-                f"--data {self.name} was made by --vae {made.vae}, whose weights are not those of --vae {vae_name}; "
+                f"`data={self.name}` was made by `vae={made.vae}`, whose weights are not those of `vae={vae_name}`; "
                 "give the same VAE or encode again"
             )

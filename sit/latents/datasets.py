@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,29 +17,42 @@ Batch = dict[str, torch.Tensor]
 
 
 class TrainingData(Protocol):
-    """What :func:`training_batches` reads from.
+    """What :func:`sit.training.loader.training_batches` reads from.
 
     Attributes:
-        name: as given by ``--data``.
-        classes: label names.
+        name: what the argument ``data`` said.
+        classes: label names, in the order of the labels.
         labels: (count,) int64.
         latent_shape: (c, h, w).
-        flips: whether images are mirrored at random.
+        flip: whether images are flipped left to right, each with probability 0.5 every time it is read.
     """
 
     name: str
     classes: list[str]
     labels: np.ndarray
     latent_shape: tuple[int, int, int]
-    flips: bool
+    flip: bool
 
-    def fetch(self, indices: np.ndarray, mirrored: np.ndarray, noise: torch.Tensor) -> Batch:
-        """In a worker, for ``indices`` (b,) and ``mirrored`` (b,) bool: turn the posterior's noise (b, c, h, w) in
-        place into scaled latents; or answer with what :meth:`finish` needs to do so."""
+    def fetch(
+        self, indices: np.ndarray, flipped: np.ndarray, noise: torch.Tensor, out: torch.Tensor | None = None
+    ) -> Batch:
+        """One posterior sample of each image, or what :meth:`finish` makes them of. Called in the loader's workers.
+
+        Args:
+            indices: (b,) int64.
+            flipped: (b,) bool, which of them are flipped.
+            noise: (b, c, h, w) float32, the posterior's, standard normal.
+            out: (b, c, h, w) float32 to write the latents into, to save memory; it may be ``noise`` itself.
+
+        Returns:
+            ``latents`` (b, c, h, w) float32, scaled; or ``posterior_noise``, which is ``noise``, and what else
+            :meth:`finish` needs.
+        """
         ...
 
     def finish(self, batch: Batch) -> Batch:
-        """In the main process: whatever is left to do; ``latents`` comes in as :meth:`fetch` left it."""
+        """What :meth:`fetch` returned, with the loader's draws, as a batch with ``latents``. Called in the main
+        process, which has the device."""
         ...
 
 
@@ -46,12 +60,17 @@ class LatentData:
     """Posterior moments in memory, encoded once at the start: for data sets of a few thousand images.
 
     Args:
-        mean, std: (count, c, h, w), unscaled; kept as float16 like the cache's, so both train alike bit by bit.
+        mean, std: (count, c, h, w), unscaled. They are kept in float16 as the cache's, so that both give bitwise the
+            same batches.
         labels: (count,) int64.
         classes: label names.
-        config: the VAE's config (its scaling and shift).
-        mirror: (mean, std) of the mirrored images, or None.
-        flips: mirror at random; needs ``mirror``.
+        config: the VAE's, for its scaling and shift.
+        flipped: (mean, std) of the flipped images, or None.
+        flip: flip at random.
+        name: as in :class:`TrainingData`.
+
+    Raises:
+        ValueError: ``flip`` without ``flipped``.
     """
 
     def __init__(
@@ -60,53 +79,58 @@ class LatentData:
         std: torch.Tensor,
         labels: np.ndarray,
         classes: list[str],
-        config: Any,
-        mirror: tuple[torch.Tensor, torch.Tensor] | None = None,
-        flips: bool = False,
+        config: Mapping[str, Any],
+        *,
+        flipped: tuple[torch.Tensor, torch.Tensor] | None = None,
+        flip: bool = False,
         name: str = "latents",
     ) -> None:
-        if flips and mirror is None:
-            raise ValueError("flips need the mirrored images' moments")
-        sides = [(mean, std)] if mirror is None else [(mean, std), mirror]
+        if flip and flipped is None:
+            raise ValueError("`flip` needs the moments of the flipped images")
+        sides = [(mean, std)] if flipped is None else [(mean, std), flipped]
         self.moments = torch.stack([torch.stack(side, dim=1) for side in sides], dim=1).to(torch.float16)
         self.labels = np.asarray(labels, dtype=np.int64)
-        self.classes, self.name, self.flips = list(classes), name, flips
+        self.classes, self.name, self.flip = list(classes), name, flip
         self.latent_shape = tuple(mean.shape[1:])
         self.scaling = scaling(config)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def fetch(self, indices: np.ndarray, mirrored: np.ndarray, noise: torch.Tensor) -> Batch:
-        chosen = self.moments[torch.from_numpy(indices), torch.from_numpy(mirrored.astype(np.int64))]
-        scale_posterior(chosen, noise, self.scaling)
-        return {}
+    def fetch(
+        self, indices: np.ndarray, flipped: np.ndarray, noise: torch.Tensor, out: torch.Tensor | None = None
+    ) -> Batch:
+        chosen = self.moments[torch.from_numpy(indices), torch.from_numpy(flipped.astype(np.int64))]
+        return {"latents": scaled_sample(chosen, noise, self.scaling, out)}
 
     def finish(self, batch: Batch) -> Batch:
         return batch
 
 
 class PixelData:
-    """Images encoded while training: read, cropped and mirrored in the workers, encoded on the VAE's device.
+    """Images encoded while training: read, cropped and flipped in the workers, encoded on the VAE's device.
 
     Args:
         images: where they come from.
         vae: encodes them.
-        flips: mirror at random.
+        flip: flip at random.
         batch_size: images given to the VAE at once.
         keep_images: leave the images in the batch as ``images`` (b, 3, H, W) uint8 beside their latents, for losses
-            that look at them (REPA).
+            that need them (REPA).
+
+    Raises:
+        UserError: the image size doesn't suit the VAE.
     """
 
     def __init__(
         self,
         images: ImageData,
         vae: AutoencoderKL,
-        flips: bool = False,
+        flip: bool = False,
         batch_size: int = 64,
         keep_images: bool = False,
     ) -> None:
-        self.images, self.flips, self.batch_size, self.keep_images = images, flips, batch_size, keep_images
+        self.images, self.flip, self.batch_size, self.keep_images = images, flip, batch_size, keep_images
         self.name, self.classes, self.labels = images.name, images.classes, images.labels
         self.latent_shape = latent_shape(vae, images.image_size)
         self.vae: AutoencoderKL | None = vae
@@ -117,30 +141,41 @@ class PixelData:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"vae": None}  # the workers need no network
 
-    def fetch(self, indices: np.ndarray, mirrored: np.ndarray, noise: torch.Tensor) -> Batch:
+    def fetch(
+        self, indices: np.ndarray, flipped: np.ndarray, noise: torch.Tensor, out: torch.Tensor | None = None
+    ) -> Batch:
         images = torch.stack([self.images[index][0] for index in indices])
-        mirror = torch.from_numpy(mirrored)
-        images[mirror] = images[mirror].flip(-1)
-        return {"images": images}
+        chosen = torch.from_numpy(flipped)
+        images[chosen] = images[chosen].flip(-1)
+        return {"images": images, "posterior_noise": noise}
 
     def finish(self, batch: Batch) -> Batch:
-        images, noise = batch["images"], batch["latents"].to(self.vae.device)
+        images, noise = batch["images"], batch.pop("posterior_noise").to(self.vae.device)
         mean, std = encode_images(self.vae, images, self.batch_size)
         if not self.keep_images:
             del batch["images"]
         return batch | {"latents": sample_posterior(mean, std, noise, self.vae.config)}
 
 
-def scale_posterior(moments: torch.Tensor, noise: torch.Tensor, shift_scale: tuple[float, float]) -> None:
-    """Make ``noise`` (b, c, h, w) float32 in place into scaled latents, by (b, 2, c, h, w) float16 mean and std."""
+def scaled_sample(
+    moments: torch.Tensor, noise: torch.Tensor, shift_scale: tuple[float, float], out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(mean + std · noise − shift) · scale, as :func:`sit.latents.vae.sample_posterior` with one memory for all steps.
+
+    Args:
+        moments: (b, 2, c, h, w) float16, mean and standard deviation, unscaled.
+        noise: (b, c, h, w) float32.
+        shift_scale: of :func:`sit.latents.vae.scaling`.
+        out: (b, c, h, w) float32 to write the latents into, which may be ``noise``; None makes a new tensor.
+    """
     shift, scale = shift_scale
-    noise.mul_(moments[:, 1]).add_(moments[:, 0]).sub_(shift).mul_(scale)
+    return torch.mul(noise, moments[:, 1], out=out).add_(moments[:, 0]).sub_(shift).mul_(scale)
 
 
 def encode_in_memory(
-    images: ImageData, vae: AutoencoderKL, flips: bool = False, batch_size: int = 64, progress: bool = True
+    images: ImageData, vae: AutoencoderKL, flip: bool = False, batch_size: int = 64, progress: bool = True
 ) -> LatentData:
-    """Encode every image (and its mirror image, for ``flips``) once.
+    """Encode every image once, and flipped as well for ``flip``.
 
     Raises:
         UserError: an image can't be read, or the image size doesn't suit the VAE.
@@ -150,9 +185,15 @@ def encode_in_memory(
     starts = range(0, len(images), batch_size)
     for start in tqdm(starts, desc=f"encoding {images.name}", disable=not progress, leave=False):
         pixels = torch.stack([images[index][0] for index in range(start, min(start + batch_size, len(images)))])
-        for side, shown in zip(sides, [pixels, pixels.flip(-1)] if flips else [pixels], strict=False):
-            side.append(tuple(part.cpu() for part in encode_images(vae, shown, batch_size)))
+        for side, version in zip(sides, [pixels, pixels.flip(-1)] if flip else [pixels], strict=False):
+            side.append(tuple(part.cpu() for part in encode_images(vae, version, batch_size)))
     moments = [tuple(torch.cat(part) for part in zip(*side, strict=True)) for side in sides if side]
     return LatentData(
-        *moments[0], images.labels, images.classes, vae.config, moments[1] if flips else None, flips, images.name
+        *moments[0],
+        images.labels,
+        images.classes,
+        vae.config,
+        flipped=moments[1] if flip else None,
+        flip=flip,
+        name=images.name,
     )

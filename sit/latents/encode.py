@@ -1,8 +1,8 @@
 """Writing and verifying latent caches: ``python -m sit.latents encode`` and ``verify``.
 
-The images are cut into chunks; every process takes each n-th one that is left, and notes it in its own journal once
-it lies on the disk. An encoding that died goes on from the journals, on any number of processes, and ends in the same
-bytes; only then is the manifest written.
+The images are cut into chunks. Of those that are left, each of n processes takes every n-th, and notes it in its own
+journal once it is on the disk. An encoding that died continues from the journals, on any number of processes; on the
+same kind of device it ends in the same bytes. The manifest is written last.
 """
 
 from __future__ import annotations
@@ -21,47 +21,40 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from accelerate import PartialState
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from sit.data.dataset import ImageData
 from sit.data.factory import open_images
-from sit.latents.cache import MANIFEST, SHARD_SIZE, CachedLatents, Manifest
+from sit.latents.cache import MANIFEST, PLAN, SHARD_SIZE, CachedLatents, Manifest, in_todays_words
 from sit.latents.vae import encode_images, load_vae
 from sit.utils.cli import one_line_errors
 from sit.utils.device import leave_processes, process_state
 from sit.utils.errors import UserError, entry_point
 from sit.utils.files import atomic_write, explain_os_errors
 
-PLAN = "encoding.json"  # the manifest to be, while the encoding runs
-
-
 NOTE = re.compile(r"chunk (\d+) of (\d+) done")
-
-
-Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass
 class Encode:
-    """Encode a data set into a latent cache; started again after a crash, it goes on where it stopped."""
+    """Encode a data set into a latent cache; started again after a crash, it continues where it stopped."""
 
     out: Path
     """folder of the cache"""
     data: str = "digits"
-    """digits, a folder with one subfolder a class, ImageNet's tar, or another source (see sit.data.tar)"""
+    """digits, a folder with one subfolder a class, ImageNet's tar, or another source (see sit.data.factory)"""
     vae: str = "digits"
     """digits, a VAE's folder, or a Hub name such as stabilityai/sd-vae-ft-ema"""
     image_size: int | None = None
     """side in pixels; the source's own if not given (folders and tars 256, digits 32)"""
-    mirror: bool = True
-    """also encode every image's mirror image, for training with flips"""
+    flip: bool = True
+    """also encode every image flipped left to right, for training with flips"""
     batch_size: int = 32
     """images given to the VAE at once"""
     workers: int = 2
     """processes, for each encoding one, that read and crop images"""
-    precision: Precision = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """what the VAE computes in"""
     chunk: int = 512
     """images between two notes in the journal: the most that a crash costs each process"""
@@ -86,8 +79,14 @@ class Verify:
 
 
 def encode(config: Encode, stop_after: int | None = None) -> Path:
-    """Write the cache ``config`` asks for; every process of the launch calls this. ``stop_after`` ends a process
-    after so many chunks, unfinished (for tests).
+    """Write the cache that ``config`` asks for; every process of the launch calls this.
+
+    Args:
+        config: what to encode, by which VAE, and where to.
+        stop_after: end each process after so many chunks, unfinished (for tests).
+
+    Returns:
+        The folder of the cache.
 
     Raises:
         UserError: a source, VAE or image can't be read, the disk is (or would be) full, or ``out`` holds another.
@@ -95,12 +94,12 @@ def encode(config: Encode, stop_after: int | None = None) -> Path:
     state = process_state()
     for name in ("batch_size", "chunk", "shard_size"):
         if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be positive")
+            raise UserError(f"`{name}={getattr(config, name)}` must be positive")
     if config.workers < 0:
-        raise UserError(f"--workers {config.workers} must not be negative")
+        raise UserError(f"`workers={config.workers}` must not be negative")
     images = open_images(config.data, config.image_size)
     vae = load_vae(config.vae, state.device, getattr(torch, config.precision))
-    manifest = Manifest.describe(images, vae, config.vae, config.mirror, config.shard_size)
+    manifest = Manifest.describe(images, vae, config.vae, config.flip, config.shard_size)
     plan = asdict(manifest) | {"chunk": config.chunk, "batch_size": config.batch_size}
     finished = _resumable(config.out, manifest, plan)
     state.wait_for_everyone()  # nobody may write before all have looked
@@ -112,7 +111,7 @@ def encode(config: Encode, stop_after: int | None = None) -> Path:
     left = _chunks_left(config.out, len(images), config.chunk)
     mine = left[state.process_index :: state.num_processes]
     state.wait_for_everyone()
-    _encode_chunks(config, manifest, images, vae, mine[:stop_after], state)
+    _encode_chunks(config, manifest, images, vae, mine[:stop_after])
     if state.is_main_process and stop_after is None:
         # looked up in the journals, not waited for at a barrier: those give up after minutes, and nodes differ by more
         while _chunks_left(config.out, len(images), config.chunk):
@@ -122,22 +121,22 @@ def encode(config: Encode, stop_after: int | None = None) -> Path:
 
 
 def _resumable(out: Path, manifest: Manifest, plan: dict[str, object]) -> bool:
-    """Whether ``out`` is finished already; raises UserError if something else is in it."""
+    """Raise UserError unless ``out`` can be begun or gone on with; True where it is finished already."""
     if (out / MANIFEST).is_file():
         there, wanted = asdict(Manifest.read(out / MANIFEST)), asdict(manifest)
     elif (out / PLAN).is_file():
         try:
-            there, wanted = json.loads((out / PLAN).read_text()), json.loads(json.dumps(plan))
-        except ValueError as error:
+            there, wanted = in_todays_words(json.loads((out / PLAN).read_text())), json.loads(json.dumps(plan))
+        except (ValueError, AttributeError) as error:
             raise UserError(f"{out / PLAN} is damaged; remove {out} and start again") from error
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists and holds no latent cache; choose a new folder")
+        raise UserError(f"`out={out}` exists and holds no latent cache; choose a new folder")
     else:
         return False
     for name, value in wanted.items():
         if there.get(name) != value and name not in ("data", "vae"):  # those two may have been moved
             raise UserError(
-                f"--out {out} holds an encoding with another {name.replace('_', ' ')} "
+                f"`out={out}` holds an encoding with another {name.replace('_', ' ')} "
                 f"({_short(there.get(name))} there, {_short(value)} asked for); choose a new folder or remove it"
             )
     return (out / MANIFEST).is_file()
@@ -157,7 +156,7 @@ def _prepare(out: Path, manifest: Manifest, plan: dict[str, object]) -> None:
         free = shutil.disk_usage(out).free
         if need > free:
             raise UserError(
-                f"--out {out}: the cache needs {need / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB free"
+                f"`out={out}`: the cache needs {need / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB free"
             )
         for name, shape in manifest.shards():
             with atomic_write(out / name) as temporary:
@@ -177,9 +176,10 @@ def _chunks_left(out: Path, count: int, chunk: int) -> list[int]:
 
 
 def _encode_chunks(
-    config: Encode, manifest: Manifest, images: ImageData, vae: AutoencoderKL, chunks: list[int], state: PartialState
+    config: Encode, manifest: Manifest, images: ImageData, vae: AutoencoderKL, chunks: list[int]
 ) -> None:
     """Encode this process's chunks in order, noting each once its bytes are on the disk."""
+    state = process_state()
     count, total = len(images), -(-len(images) // config.chunk)
     ranges = {number: range(number * config.chunk, min((number + 1) * config.chunk, count)) for number in chunks}
     batches = {
@@ -187,12 +187,12 @@ def _encode_chunks(
         for number, whole in ranges.items()
     }
     order = [rows for parts in batches.values() for rows in parts]
-    images = torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=config.workers)
+    loader = torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=config.workers)
     bar = tqdm(total=sum(map(len, ranges.values())), desc="encoding", unit="img", disable=not state.is_main_process)
     journal_path = config.out / f"journal-{state.process_index:05d}.txt"
     with contextlib.closing(bar), explain_os_errors(config.out), open(journal_path, "a") as journal:
         journal.write("\n")  # a line that a crash cut off ends here
-        source = iter(images)
+        source = iter(loader)
         for number, parts in batches.items():
             for rows in parts:
                 _write_rows(config.out, manifest, rows, _entries(vae, next(source)[0], config))
@@ -205,11 +205,13 @@ def _encode_chunks(
 
 def _entries(vae: AutoencoderKL, pixels: torch.Tensor, config: Encode) -> np.ndarray:
     """uint8 (b, 3, H, W) → (b, sides, 2, c, h, w) float16."""
-    shown = [pixels, pixels.flip(-1)] if config.mirror else [pixels]
-    sides = [torch.stack(encode_images(vae, side, config.batch_size), dim=1) for side in shown]
+    versions = [pixels, pixels.flip(-1)] if config.flip else [pixels]
+    sides = [torch.stack(encode_images(vae, version, config.batch_size), dim=1) for version in versions]
     entries = torch.stack(sides, dim=1).to(torch.float16).cpu()
     if not entries.isfinite().all():
-        raise UserError(f"--vae {config.vae} gives values that are not finite in {config.precision}; use float32")
+        raise UserError(
+            f"`vae={config.vae}` gives values that are not finite in {config.precision}; use `precision=float32`"
+        )
     return entries.numpy()
 
 
@@ -259,12 +261,12 @@ def verify(config: Verify) -> dict[str, float]:
         UserError: the cache is damaged, its images or its VAE are others now, or an entry differs.
     """
     if config.samples < 1:
-        raise UserError(f"--samples {config.samples} must be positive")
+        raise UserError(f"`samples={config.samples}` must be positive")
     cache = CachedLatents(config.cache)
     made = cache.manifest
     images = open_images(config.data or made.data, made.image_size)
     if images.fingerprint() != made.files:
-        raise UserError(f"--data {images.name} is not the list of images that {config.cache} was made from")
+        raise UserError(f"`data={images.name}` is not the list of images that {config.cache} was made from")
     if not np.array_equal(cache.labels, images.labels):
         raise UserError(f"{config.cache}: labels.npy is damaged; encode it again")
     device = process_state().device
@@ -274,14 +276,14 @@ def verify(config: Verify) -> dict[str, float]:
     worst = 0.0
     for index in tqdm(np.sort(chosen).tolist(), desc="verifying", leave=False):
         pixels = images[index][0]
-        for mirrored in range(1 + made.mirrored):
-            shown = pixels.flip(-1) if mirrored else pixels
-            again = torch.stack(encode_images(vae, shown[None], 32), dim=1).cpu()[0]
-            there = torch.from_numpy(cache.moments(np.array([index]), np.array([mirrored]))[0]).float()
+        for flipped in (False, True)[: 1 + made.flipped]:
+            version = pixels.flip(-1) if flipped else pixels
+            again = torch.stack(encode_images(vae, version[None], 32), dim=1).cpu()[0]
+            there = torch.from_numpy(cache.moments(np.array([index]), np.array([flipped]))[0]).float()
             difference = float((again - there).square().mean().sqrt()) * made.scaling_factor
             if not difference <= config.tolerance:
                 raise UserError(
-                    f"{config.cache}: entry {index} ({images.source.describe(index)}{', mirrored' * mirrored}) differs "
+                    f"{config.cache}: entry {index} ({images.source.describe(index)}{', flipped' * flipped}) differs "
                     f"from its image's latent by {difference:.3g} standard deviations; encode the cache again"
                 )
             worst = max(worst, difference)
@@ -303,7 +305,7 @@ def main() -> None:
         out = encode(config)
         if process_state().is_main_process:
             made = CachedLatents(out).manifest
-            flags = f"--data {out} --vae {config.vae} --image-size {made.image_size}" + " --flip" * made.mirrored
+            flags = f"--data {out} --vae {config.vae} --image-size {made.image_size}" + " --flip" * made.flipped
             print(f"latents of {made.count:,} images in {out}; train on them with: {flags}")
     finally:
         leave_processes()

@@ -1,10 +1,10 @@
-"""Train a small VAE where the published ones don't fit, on small images:
+"""Train a small VAE for small images, which the published VAEs don't fit:
 
     python -m sit.train_vae --data fashion-mnist:FOLDER --out vaes/fashion-mnist
 
-Loss: absolute error, the same of the image's finite differences (sharp edges), and a KL term. Noise of a random level
-is added to the latents that the decoder sees in training, so that the small errors a diffusion model makes don't show,
-and the encoder spreads what it says over all channels.
+Loss: the absolute error of the image, that of its finite differences (for sharp edges), and a KL term. In training,
+noise of a random level is added to the decoder's input: the decoder learns to ignore the small errors of a diffusion
+model, and the encoder to use all channels.
 """
 
 from __future__ import annotations
@@ -51,20 +51,21 @@ class VAEConfig:
     batch_size: int = 64
     lr: float = 3e-3
     kl_weight: float = 3e-3
-    """weight of the KL divergence, a mean over latent elements, beside a mean absolute error over pixels"""
+    """weight of the KL divergence (mean over latent elements) against the absolute error (mean over pixels)"""
     edge_weight: float = 1.0
+    """weight of the finite differences' absolute error against the image's"""
     latent_noise: float = 0.5
     """the decoder is trained with noise of up to this many standard deviations of the latents"""
     widths: tuple[int, ...] = (8, 24, 48)
-    """channels at each resolution, the image's first; one more halves the latents' side"""
+    """channels at each resolution, the image's first; each after it halves the side"""
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "lr"):
             if getattr(self, name) <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+                raise UserError(f"`{name}={getattr(self, name)}` must be positive")
         if not self.widths or any(width < 4 or width % 4 for width in self.widths):
-            raise UserError(f"--widths {' '.join(map(str, self.widths))}: they must be multiples of 4")
+            raise UserError(f"`widths={' '.join(map(str, self.widths))}`: they must be multiples of 4")
 
 
 def build(widths: tuple[int, ...], image_size: int) -> AutoencoderKL:
@@ -82,20 +83,20 @@ def build(widths: tuple[int, ...], image_size: int) -> AutoencoderKL:
 
 
 def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Finite differences along both sides."""
+    """Finite differences of images (B, 3, H, W): (B, 3, H, W − 1) along rows, (B, 3, H − 1, W) along columns."""
     return images.diff(dim=-1), images.diff(dim=-2)
 
 
 def fit(
     vae: AutoencoderKL, draw: Callable[[torch.Generator], torch.Tensor], config: VAEConfig, source: torch.Generator
 ) -> None:
-    """Train ``vae``, on its device.
+    """Train ``vae`` in place, on its device.
 
     Args:
-        vae: the network, changed in place.
-        draw: answers a batch (B, 3, H, W) in [−1, 1], drawn by the generator that it gets.
+        vae: the network.
+        draw: returns a batch (B, 3, H, W) in [−1, 1], chosen by the generator that it is given.
         config: the optimization.
-        source: CPU generator of all that is drawn.
+        source: CPU generator of all random numbers.
     """
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps, pct_start=0.1)
@@ -124,8 +125,8 @@ def fit(
 def center_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
     """Fold each latent channel's mean and relative spread into the 1×1 convolutions around the latents.
 
-    After it every channel has mean 0 and the same standard deviation over ``images`` (n, 3, H, W), whose inverse
-    becomes the config's ``scaling_factor``; what the VAE computes from image to image is unchanged.
+    Afterwards every channel has mean 0 and the same standard deviation over ``images`` (n, 3, H, W) float in [−1, 1],
+    whose inverse becomes the config's ``scaling_factor``. Reconstructions stay what they were.
     """
     mean, std = encode_moments(vae, images)
     offset = mean.mean(dim=(0, 2, 3))
@@ -147,10 +148,11 @@ def pixels(data: ImageData, indices: np.ndarray | range | None = None) -> torch.
 
 
 def reconstructions(vae: AutoencoderKL, images: torch.Tensor) -> tuple[dict[float, torch.Tensor], dict[str, float]]:
-    """Posterior samples of images (n, 3, H, W), decoded with each of :data:`NOISE_LEVELS` on the latents.
+    """Posterior samples of images (n, 3, H, W) in [−1, 1], decoded with each of :data:`NOISE_LEVELS` on the latents.
 
     Returns:
-        uint8 images (n, H, W, 3) for each level; and the scaled latents' standard deviation, with the posterior's own.
+        uint8 images (n, H, W, 3) for each level; and ``latent_std``, the standard deviation of the scaled latents, with
+        ``posterior_std``, what the posterior alone has of it.
     """
     mean, std = encode_moments(vae, images)
     source = generator(0, "measure")
@@ -173,9 +175,9 @@ class Arguments(VAEConfig):
     """Train a small VAE on a data set and write it as a diffusers folder, with a README of how well it reconstructs."""
 
     data: str = "digits:train"
-    """images, as train.py's --data takes them"""
+    """images: digits, a folder with one subfolder a class, a tar, or another source (see sit.data.factory)"""
     heldout: str | None = None
-    """images to measure it on; None takes every hundredth one of --data, which are then not trained on"""
+    """images to measure it on; None takes every hundredth one of `data`, which are then not trained on"""
     image_size: int | None = None
     """side in pixels; None for the source's own"""
     out: Path = Path("vaes/new")
@@ -201,14 +203,19 @@ Latents: standard deviation {latent_std:.3f} after scaling, of which the posteri
 
 
 def main(arguments: Arguments) -> None:
-    refuse_used(arguments.out, "--out")
+    """Train a VAE as ``arguments`` say, measure it on held-out images and write it with its README.
+
+    Raises:
+        UserError: the output folder is in use, or an image can't be read.
+    """
+    refuse_used(arguments.out, "out")
     data = open_images(arguments.data, arguments.image_size)
     fitted = np.arange(len(data))
     if arguments.heldout is None:
-        fitted, judged = fitted[fitted % 100 != 0], pixels(data, fitted[::100][:1000])
+        fitted, heldout = fitted[fitted % 100 != 0], pixels(data, fitted[::100][:1000])
     else:
         other = open_images(arguments.heldout, data.image_size)
-        judged = pixels(other, range(0, len(other), max(1, len(other) // 1000)))
+        heldout = pixels(other, range(0, len(other), max(1, len(other) // 1000)))
     device = pick_device(arguments.device)
     torch.manual_seed(arguments.seed)
     vae = build(arguments.widths, data.image_size).to(device, memory_format=torch.channels_last).train()
@@ -223,13 +230,13 @@ def main(arguments: Arguments) -> None:
     center_latents(vae.eval(), pixels(data, some).to(device))
     with atomic_folder(arguments.out) as folder:
         vae.save_pretrained(folder)
-        made, figures = reconstructions(load_vae(folder, device), judged.to(device))
-        real = judged.add(1).mul(127.5).round().permute(0, 2, 3, 1).numpy()
+        made, figures = reconstructions(load_vae(folder, device), heldout.to(device))
+        real = heldout.add(1).mul(127.5).round().permute(0, 2, 3, 1).numpy()
         rows = [f"| {level or 'none'} | {psnr(real, images.numpy()):.1f} dB |" for level, images in made.items()]
         text = README.format(
             data=arguments.data, parameters=sum(p.numel() for p in vae.parameters()), side=data.image_size,
             shape="×".join(map(str, shape)), command="python -m sit.train_vae " + " ".join(sys.argv[1:]),
-            count=len(judged), rows="\n".join(rows), **figures,
+            count=len(heldout), rows="\n".join(rows), **figures,
         )  # fmt: skip
         (folder / "README.md").write_text(text)
     print("\n".join(rows))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from sit.utils.errors import UserError
+from sit.utils.errors import UserError, first_line
 
 DIGITS_VAE = Path(__file__).parents[1] / "assets" / "digits-vae"
 
@@ -39,7 +39,7 @@ def load_vae(
     if folder.is_dir():
         vae = _from_pretrained(str(folder), name, dtype, {"local_files_only": True})
     elif folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", ".."):
-        raise UserError(f"--vae {name}: no such folder, and not a Hub name like stabilityai/sd-vae-ft-ema")
+        raise UserError(f"`vae={name}`: no such folder, and not a Hub name like stabilityai/sd-vae-ft-ema")
     else:
         vae = _from_pretrained(str(name), name, dtype, {})
     return vae.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -65,13 +65,13 @@ def empty_vae(name: str | Path | None) -> AutoencoderKL | None:
 
 
 def _folder(name: str | Path | None) -> Path:
-    """Where the VAE's ``config.json`` lies, if ``name`` is a folder's; else ``name`` as it is."""
+    """The folder with the VAE's ``config.json``, if ``name`` is a folder; else ``name`` as it is."""
     folder = DIGITS_VAE if name is None or str(name) == "digits" else Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         folder = folder / "vae"
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"--vae {name}: neither config.json nor vae/config.json in this folder; give a VAE's folder"
+                f"`vae={name}`: neither config.json nor vae/config.json in this folder; give a VAE's folder"
             )
     return folder
 
@@ -84,14 +84,13 @@ def _explained(name: object, mend: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--vae {name} can't be loaded ({reason}); {mend}") from error
+        raise UserError(f"`vae={name}` can't be loaded ({first_line(error)}); {mend}") from error
 
 
 def _load_config(source: str, name: object, options: dict[str, Any]) -> dict[str, Any]:
     config = AutoencoderKL.load_config(source, **options)
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise UserError(f"--vae {name} is a {config['_class_name']}, not an AutoencoderKL; give a VAE's folder")
+        raise UserError(f"`vae={name}` is a {config['_class_name']}, not an AutoencoderKL; give a VAE's folder")
     return config
 
 
@@ -103,7 +102,7 @@ def _from_pretrained(source: str, name: object, dtype: torch.dtype, options: dic
             source, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=dtype, **options
         )
     if found["missing_keys"]:
-        raise UserError(f"--vae {name}: the weights lack {found['missing_keys'][0]}; is the folder whole?")
+        raise UserError(f"`vae={name}`: the weights lack {found['missing_keys'][0]}; is the folder whole?")
     return vae
 
 
@@ -120,7 +119,7 @@ def latent_shape(vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
     """
     factor = downsampling(vae)
     if image_size < factor or image_size % factor:
-        raise UserError(f"--image-size {image_size} must be a multiple of {factor}, the VAE's downsampling")
+        raise UserError(f"`image_size={image_size}` must be a multiple of {factor}, the VAE's downsampling")
     return vae.config.latent_channels, image_size // factor, image_size // factor
 
 
@@ -139,6 +138,9 @@ def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tens
 
     Returns:
         mean and standard deviation, each (B, c, H/f, W/f) float32 on the VAE's device.
+
+    Raises:
+        ValueError: H or W is no such multiple.
     """
     factor = downsampling(vae)
     if images.shape[-1] % factor or images.shape[-2] % factor:
@@ -164,7 +166,10 @@ def scaling(config: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def encode_images(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 images (B, 3, H, W) → mean and std as :func:`encode_moments`, the same whatever batch they come in."""
+    """uint8 images (B, 3, H, W) → mean and std as :func:`encode_moments`.
+
+    On one device and number of threads, bitwise the same for one image in any batch, given ``batch_size``.
+    """
     size = fixed_batch(images.shape[-1], batch_size, vae.device)
     moments = [encode_moments(vae, to_unit(chunk.to(vae.device))) for chunk in _padded_chunks(images, size)]
     mean, std = (torch.cat(part)[: len(images)] for part in zip(*moments, strict=True))
@@ -175,8 +180,9 @@ def encode_images(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64
 def decode(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
     """Scaled latents (B, c, h, w) → images (B, H, W, 3) uint8 on the CPU, as clamp(127.5·x + 128, 0, 255) (SiT).
 
-    Bitwise the same for one latent whatever batch it comes in, given ``batch_size``: convolutions are computed
-    differently for another batch size, so the last chunk is filled up. Large images go in smaller chunks.
+    On one device and number of threads, bitwise the same for one latent in any batch, given ``batch_size``:
+    convolutions of another batch size may round differently, so the last chunk is filled up. Large images are decoded
+    in smaller chunks.
     """
     shift, scale = scaling(vae.config)
     factor = downsampling(vae)
@@ -190,7 +196,7 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int = 8) -> to
 
 
 def fixed_batch(side: int, most: int, device: torch.device) -> int:
-    """How many images of ``side`` pixels the VAE is given at once: at most ``most``, fewer for large ones."""
+    """How many images of ``side`` pixels the VAE computes at once: at most ``most``, fewer for large ones."""
     return max(1, min(most, 2 ** (19 if device.type == "cpu" else 22) // side**2))
 
 

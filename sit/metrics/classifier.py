@@ -1,4 +1,4 @@
-"""Classifiers that this repository trains (``python -m sit.train_classifier``), as feature extractors and as judges.
+"""Classifiers that this repository trains (``python -m sit.train_classifier``), for features and labels.
 
 A classifier is a folder: ``config.json`` (a timm architecture, its arguments, what it was trained on and how well it
 does) and ``model.safetensors``. Distances on its features compare runs on the same data; they are not comparable with
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sit.utils.errors import UserError
+from sit.utils.errors import UserError, first_line
 from sit.utils.fingerprint import stamp
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -76,44 +76,43 @@ def load_classifier(folder: str) -> Classifier:
         classifier = Classifier(ClassifierConfig(**json.loads((place / CONFIG).read_text())))
         classifier.network.load_state_dict(load_file(place / WEIGHTS))
     except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder} can't be read as a classifier ({reason}); train it again") from error
+        raise UserError(f"{folder} can't be read as a classifier ({first_line(error)}); train it again") from error
     return classifier.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A classifier that says which class each sample shows, independent of the features that distances are on."""
+class LabelClassifier:
+    """A classifier that predicts the classes of samples, independent of the features that distances are on."""
 
     classifier: Classifier
     folder: str
 
     @classmethod
-    def load(cls, folder: str, device: torch.device, classes: int | None = None) -> Judge:
-        """Read the classifier in ``folder``.
+    def load(cls, folder: str, device: torch.device, classes: int | None = None) -> LabelClassifier:
+        """Read the classifier in ``folder``, for samples of ``classes`` classes (None: of unknown ones).
 
         Raises:
-            UserError: it is none, or does not know ``classes`` classes.
+            UserError: there is no classifier, or it knows another number of classes.
         """
         classifier = load_classifier(folder).to(device)
         known = len(classifier.config.classes)
         if classes is not None and known != classes:
-            mend = "train one on their data"
-            raise UserError(f"--judge {folder} knows {known} classes, and the samples have {classes}: {mend}")
+            differ = f"knows {known} classes, and the samples have {classes}"
+            raise UserError(f"`classifier={folder}` {differ}: train one on their data")
         return cls(classifier, folder)
 
     @property
     def identity(self) -> str:
-        """What tells its word from others': its folder, and the state of that on the disk."""
+        """What tells its predictions from others': its folder, and the state of that on the disk."""
         return f"{self.folder}, files {stamp(self.folder)}"
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """The classes (B,) of uint8 images (B, 3, H, W)."""
+        """The predicted classes (B,) int64 of images (B, 3, H, W) uint8."""
         return self.classifier(images)[1].argmax(dim=1)
 
     @property
     def description(self) -> str:
-        return f"{self.classifier.config.architecture} of {self.folder}, " + (
-            f"held-out accuracy {self.classifier.config.accuracy:.1%}"
-        )
+        """What a report says of it: its architecture, its folder and its held-out accuracy."""
+        config = self.classifier.config
+        return f"{config.architecture} of {self.folder}, held-out accuracy {config.accuracy:.1%}"

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
+from accelerate import PartialState
 
 from sit.checkpoint.load import load_for_sampling
 from sit.checkpoint.published import FileHints
-from sit.metrics.classifier import Judge
+from sit.metrics.classifier import LabelClassifier
 from sit.metrics.evaluate import evaluate
-from sit.metrics.features import FeatureWeights, get_extractor
+from sit.metrics.features import FeatureWeights, default_features, get_extractor
 from sit.metrics.image_sets import GeneratedImages, open_reference, open_samples
 from sit.metrics.reference import make_reference
 from sit.sampling.config import SamplerConfig
@@ -49,7 +51,7 @@ class Arguments:
     features: str | None = None
     """digits, inception, dinov2, classifier:FOLDER; None takes digits where the reference is digits, else inception"""
     batch_size: int = 64
-    """images made and judged at a time"""
+    """images made and evaluated at a time"""
     image_size: int | tuple[int, int] | None = None
     """side, or height and width, of a checkpoint's samples, which published files without a positional table don't
     tell, and the side that folders and data sets are cropped to; None: as the network was trained, else as they are"""
@@ -61,8 +63,8 @@ class Arguments:
     """a file for all the numbers"""
     vae: str | None = None
     """a VAE's name on the Hub or folder, instead of the checkpoint's or the latent cache's"""
-    judge: str | None = None
-    """a folder of sit.train_classifier, whose word is taken for the samples' classes: class accuracy"""
+    classifier: str | None = None
+    """a folder of sit.train_classifier, which predicts the samples' classes: class accuracy"""
     precision: Precision | None = None
     """of the network; None is tf32 on GPUs, as published, and float32 elsewhere. Features are made in float32"""
     compile: bool | None = None
@@ -72,6 +74,16 @@ class Arguments:
     weights_files: Annotated[FeatureWeights, tyro.conf.OmitArgPrefixes] = field(default_factory=FeatureWeights)
     published: Annotated[FileHints, tyro.conf.OmitArgPrefixes] = field(default_factory=FileHints)
     sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
+
+    def __post_init__(self) -> None:
+        if (self.ckpt is None) == (self.samples is None):
+            raise UserError("give either `ckpt`, to sample from, or `samples`, a folder or npz")
+        _check_counts(self, "num_samples", "batch_size")
+        if self.save is not None and (Path(self.save).suffix != ".npz" or Path(self.save).exists()):
+            raise UserError(f"`save={self.save}` must be a new file that ends in .npz")
+        size = height_and_width(self.image_size)
+        if self.samples is not None and size is not None and size[0] != size[1]:
+            raise UserError(f"`image_size={size[0]} {size[1]}`: `samples` are cropped to squares; give one side")
 
 
 @dataclass
@@ -91,55 +103,48 @@ class ReferenceArguments:
     vae: str | None = None
     """the VAE of a latent cache; None takes the one that it names"""
     batch_size: int = 64
-    """images judged at a time"""
+    """images whose features are made at a time"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
     weights_files: Annotated[FeatureWeights, tyro.conf.OmitArgPrefixes] = field(default_factory=FeatureWeights)
 
+    def __post_init__(self) -> None:
+        _check_counts(self, "images", "batch_size")
 
-def evaluate_samples(arguments: Arguments) -> None:
-    if (arguments.ckpt is None) == (arguments.samples is None):
-        raise UserError("give either --ckpt, to sample from, or --samples, a folder or npz")
-    for name in ("num_samples", "batch_size"):
+
+def _check_counts(arguments: Arguments | ReferenceArguments, *names: str) -> None:
+    for name in names:
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+            raise UserError(f"`{name}` must be at least 1, not {value}")
+
+
+def evaluate_samples(arguments: Arguments) -> None:
+    """Evaluate what the arguments name; the main process prints the report and writes it as JSON.
+
+    Raises:
+        UserError: something that is named can't be had, or does not fit the rest.
+    """
     state = process_state()
     device = pick_device(arguments.device) if arguments.device else state.device
-    on_digits = arguments.reference.split(":")[0] == "digits"
-    name = arguments.features or ("digits" if on_digits else "inception")
-    save = Path(arguments.save) if arguments.save else None
-    if save is not None and (save.suffix != ".npz" or save.exists()):
-        raise UserError(f"--save {save} must be a new file that ends in .npz")
+    features = arguments.features or default_features(arguments.reference)
 
-    size = height_and_width(arguments.image_size)
-
+    # the samples, and the side of squares that the reference is cropped to
     if arguments.ckpt is not None:
-        loaded = load_for_sampling(
-            arguments.ckpt,
-            vae=arguments.vae,
-            device=device,
-            dtype=for_sampling(arguments.precision, device),
-            image_size=size,
-            **vars(arguments.published),
-        )
-        count = arguments.num_samples or (1_000 if name == "digits" else 50_000)
-        evaluations = math.ceil(count / state.num_processes / arguments.batch_size) * arguments.sampler.steps
-        if should_compile(arguments.compile, loaded.device, state.print, evaluations >= WORTH_IT):
-            compile_for_sampling(loaded.model)
-        which = (arguments.seed, arguments.label_order, arguments.sampler, size, arguments.published)
-        samples = GeneratedImages(loaded, count, *which)
-        height, width = size or loaded.info.image_size or (None, None)
-        side = height if height == width else None  # nothing is cropped to a rectangle
+        count = arguments.num_samples or (1_000 if features == "digits" else 50_000)
+        samples, size = _generated(arguments, count, device, state)
     else:
-        if size is not None and size[0] != size[1]:
-            raise UserError(f"--image-size {size[0]} {size[1]}: --samples are cropped to squares; give one side")
-        side = size[0] if size is not None else None
-        samples = open_samples(arguments.samples, side, arguments.vae, device)
+        size = height_and_width(arguments.image_size)
+        samples = open_samples(arguments.samples, size and size[0], arguments.vae, device)
         samples.limit(arguments.num_samples)
+    side = size[0] if size is not None and size[0] == size[1] else None  # nothing is cropped to a rectangle
+
+    # what they are measured against, and by what
     reference = open_reference(arguments.reference, side, arguments.vae, device)
-    extractor = get_extractor(name, device, arguments.weights_files.of(name))
-    judge = Judge.load(arguments.judge, device, samples.classes) if arguments.judge else None
+    extractor = get_extractor(features, device, arguments.weights_files.of(features))
+    classifier = None
+    if arguments.classifier is not None:
+        classifier = LabelClassifier.load(arguments.classifier, device, samples.classes)
 
     report = evaluate(
         samples,
@@ -148,8 +153,8 @@ def evaluate_samples(arguments: Arguments) -> None:
         device=device,
         batch_size=arguments.batch_size,
         work_dir=arguments.work_dir,
-        save=save,
-        judge=judge,
+        save=Path(arguments.save) if arguments.save else None,
+        classifier=classifier,
     )
     if report is not None:
         print(report)
@@ -158,28 +163,59 @@ def evaluate_samples(arguments: Arguments) -> None:
                 temporary.write_text(report.to_json())
 
 
+def _generated(
+    arguments: Arguments, count: int, device: torch.device, state: PartialState
+) -> tuple[GeneratedImages, tuple[int, int] | None]:
+    """The images that the checkpoint makes when they are asked for, and their height and width, if known."""
+    size = height_and_width(arguments.image_size)
+    loaded = load_for_sampling(
+        arguments.ckpt,
+        vae=arguments.vae,
+        device=device,
+        dtype=for_sampling(arguments.precision, device),
+        image_size=size,
+        **vars(arguments.published),
+    )
+    evaluations = math.ceil(count / state.num_processes / arguments.batch_size) * arguments.sampler.steps
+    if should_compile(arguments.compile, loaded.device, state.print, evaluations >= WORTH_IT):
+        compile_for_sampling(loaded.model)
+    samples = GeneratedImages(
+        loaded,
+        count,
+        seed=arguments.seed,
+        labels=arguments.label_order,
+        config=arguments.sampler,
+        image_size=size,
+        hints=arguments.published,
+    )
+    return samples, size or loaded.info.image_size
+
+
 def write_reference(arguments: ReferenceArguments) -> None:
-    for name in ("images", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
+    """Make the reference that the arguments name, and say where it is.
+
+    Raises:
+        UserError: the images or the features can't be had, or the file can't be written.
+    """
     state = process_state()
     device = pick_device(arguments.device) if arguments.device else state.device
     extractor = get_extractor(arguments.features, device, arguments.weights_files.of(arguments.features))
     images = open_samples(arguments.data, arguments.image_size, arguments.vae, device)
-    make_reference(images, extractor, Path(arguments.out), arguments.images, device, arguments.batch_size)
+    out, making = Path(arguments.out), dict(device=device, batch_size=arguments.batch_size)
+    make_reference(images, extractor, out, keep=arguments.images, **making)
     state.print(f"reference: {arguments.out}")
 
 
 @entry_point
 def main() -> None:
-    try:
-        if sys.argv[1:2] == ["reference"]:
-            with one_line_errors():
-                making = tyro.cli(ReferenceArguments, prog="eval_fid.py reference", args=sys.argv[2:])
-            write_reference(making)
+    """Make a reference if the first word is ``reference``, else evaluate."""
+    making_reference = sys.argv[1:2] == ["reference"]
+    with one_line_errors():
+        if making_reference:
+            arguments = tyro.cli(ReferenceArguments, prog="eval_fid.py reference", args=sys.argv[2:])
         else:
-            with one_line_errors():
-                judging = tyro.cli(Arguments, prog="eval_fid.py", description=__doc__)
-            evaluate_samples(judging)
+            arguments = tyro.cli(Arguments, prog="eval_fid.py", description=__doc__)
+    try:
+        (write_reference if making_reference else evaluate_samples)(arguments)
     finally:
         leave_processes()

@@ -1,4 +1,4 @@
-"""Judges of digits: a small classifier whose features stand in for Inception's, and an independent SVM.
+"""Classifiers of digits: a small one whose features stand in for Inception's, and an independent SVM.
 
 Distances on these features are for comparing runs on the embedded data with each other. They are not comparable
 with Inception's.
@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from sit.data.digits import digits_arrays, digits_split, shrink_digits
@@ -22,7 +21,7 @@ from sit.data.digits import digits_arrays, digits_split, shrink_digits
 WEIGHTS = Path(__file__).parents[1] / "assets" / "digits-classifier" / "model.safetensors"
 FEATURES = 64
 EXTRACTOR = "digits-classifier"
-"""the name under which torch-fidelity knows the features"""
+"""the extractor's name, for torch-fidelity's reports and for registering it there"""
 
 
 class DigitsClassifier(nn.Module):
@@ -82,9 +81,6 @@ class DigitsFeatureExtractor(FeatureExtractorBase):
         return tuple(both[name] for name in self.features_list)
 
 
-register_feature_extractor(EXTRACTOR, DigitsFeatureExtractor)
-
-
 @dataclass(frozen=True)
 class ClassAccuracy:
     """How often an SVM fitted on real digits names the class that a sample was asked to be.
@@ -99,7 +95,7 @@ class ClassAccuracy:
 
 
 def class_accuracy(small: np.ndarray, labels: np.ndarray) -> ClassAccuracy:
-    """Judge labeled samples by scikit-learn's RBF SVM, fitted on the real 8×8 digits of ``digits:train``.
+    """Classify labeled samples by scikit-learn's RBF SVM, fitted on the real 8×8 digits of ``digits:train``.
 
     Args:
         small: (N, 64) the samples' 8×8 area averages, as :func:`sit.data.digits.shrink_digits` makes them.
@@ -110,8 +106,8 @@ def class_accuracy(small: np.ndarray, labels: np.ndarray) -> ClassAccuracy:
     real, classes = digits_arrays()
     real = shrink_digits(real)
     fitted, held_out = digits_split()
-    judge = SVC(C=10, gamma="scale").fit(real[fitted], classes[fitted])
+    svm = SVC(C=10, gamma="scale").fit(real[fitted], classes[fitted])
     return ClassAccuracy(
-        accuracy=float(judge.score(small, labels)),
-        held_out=float(judge.score(real[held_out], classes[held_out])),
+        accuracy=float(svm.score(small, labels)),
+        held_out=float(svm.score(real[held_out], classes[held_out])),
     )

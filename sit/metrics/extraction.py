@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from sit.data.digits import shrink_digits
-from sit.metrics.classifier import Judge
+from sit.metrics.classifier import LabelClassifier
 from sit.metrics.features import Extractor
 from sit.metrics.image_sets import Images
 from sit.utils.device import process_state
@@ -28,20 +28,28 @@ def extract(
     images: Images,
     extractor: Extractor,
     work: Path,
+    *,
     device: torch.device,
     batch_size: int,
-    description: str,
+    description: str = "features",
     keep_images: bool = False,
-    judge: Judge | None = None,
+    classifier: LabelClassifier | None = None,
 ) -> dict[str, np.ndarray] | None:
     """Features of all images, made by all processes together.
 
-    What is done is kept in ``work`` in chunks of :data:`CHUNK`, and is not done again. With ``keep_images`` the
-    images are kept there too, for :func:`pack_samples`.
+    Args:
+        images: which.
+        extractor: what makes the features.
+        work: a folder in which finished chunks of :data:`CHUNK` images are kept; they are not made again.
+        device: where features are made.
+        batch_size: images at a time.
+        description: what the progress bar says.
+        keep_images: keep the images in ``work`` too, for :func:`pack_samples`.
+        classifier: what predicts the images' classes; None for no predictions.
 
     Returns:
-        On the main process the outputs of the extractor, (N, …) float32 each, and ``small`` (N, 64) for the digits'
-        judge, ``named`` (N,) the classes that ``judge`` sees; None on the others.
+        On the main process the outputs of the extractor, (N, …) float32 each, and ``small`` (N, 64) for the SVM of
+        digits, and ``predicted`` (N,), the classes that ``classifier`` predicts; None on the others.
 
     Raises:
         UserError: ``work`` is of another evaluation, or an image can't be read.
@@ -53,7 +61,7 @@ def extract(
             "count": len(images),
             "features": extractor.identity,
             "kept": keep_images,
-            "judge": judge.identity if judge else "",
+            "classifier": classifier.identity if classifier else "",
         }
         _claim(work, what)
     state.wait_for_everyone()
@@ -66,33 +74,35 @@ def extract(
         disable=not state.is_main_process,
     )
     for start in starts:
-        numbers = np.arange(start, min(start + CHUNK, len(images)))
-        path = _chunk(work, start)
-        if not path.is_file():
-            parts: dict[str, list[np.ndarray]] = {}
-            for first in range(0, len(numbers), batch_size):
-                pixels = images.batch(numbers[first : first + batch_size])
-                found = extractor(pixels.to(device))
-                if extractor.name == "digits":
-                    _check_shrinkable(pixels, images.name)
-                    found["small"] = shrink_digits(pixels.numpy())
-                if judge is not None:
-                    found["named"] = judge(pixels.to(device)).cpu().numpy()
-                if keep_images:
-                    found["images"] = pixels.permute(0, 2, 3, 1).numpy()
-                for name, values in found.items():
-                    parts.setdefault(name, []).append(values)
-                bar.update(len(pixels))
-            with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **{name: np.concatenate(values) for name, values in parts.items()})
-        else:
+        numbers, path = np.arange(start, min(start + CHUNK, len(images))), _chunk(work, start)
+        if path.is_file():
             bar.update(len(numbers))
+            continue
+        parts: dict[str, list[np.ndarray]] = {}
+        for first in range(0, len(numbers), batch_size):
+            pixels = images.batch(numbers[first : first + batch_size])
+            found = extractor(pixels.to(device))
+            if extractor.name == "digits":
+                _check_shrinkable(pixels, images.name)
+                found["small"] = shrink_digits(pixels.numpy())
+            if classifier is not None:
+                found["predicted"] = classifier(pixels.to(device)).cpu().numpy()
+            if keep_images:
+                found["images"] = pixels.permute(0, 2, 3, 1).numpy()
+            for name, values in found.items():
+                parts.setdefault(name, []).append(values)
+            bar.update(len(pixels))
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **{name: np.concatenate(values) for name, values in parts.items()})
     bar.close()
     state.wait_for_everyone()
-    if not state.is_main_process:
-        return None
+    return _gather(work, len(images)) if state.is_main_process else None
+
+
+def _gather(work: Path, count: int) -> dict[str, np.ndarray]:
+    """All chunks of ``count`` images, joined, without the images themselves."""
     chunks = []
-    for start in range(0, len(images), CHUNK):
+    for start in range(0, count, CHUNK):
         with np.load(_chunk(work, start)) as archive:
             chunks.append({name: archive[name] for name in archive if name != "images"})
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
@@ -132,12 +142,16 @@ def _chunk(work: Path, start: int) -> Path:
 
 
 def _claim(work: Path, what: dict) -> None:
-    """Make ``work`` this evaluation's, or make sure that it is."""
+    """Make ``work`` this evaluation's.
+
+    Raises:
+        UserError: it is another's already.
+    """
     note = work / "evaluation.json"
     if note.is_file():
         begun = json.loads(note.read_text())
         if begun != what:
-            raise UserError(f"--work-dir {work} is of another evaluation ({begun['images']}): choose another folder")
+            raise UserError(f"`work_dir={work}` is of another evaluation ({begun['images']}): choose another folder")
     else:
         with atomic_write(note) as temporary:
             temporary.write_text(json.dumps(what))

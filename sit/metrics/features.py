@@ -11,17 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sit.utils.errors import UserError
+from sit.metrics.classifier import load_classifier
+from sit.metrics.digits import DigitsFeatureExtractor
+from sit.utils.errors import UserError, first_line
 from sit.utils.fingerprint import stamp
 from sit.utils.precision import full_float32
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+"""how torch-fidelity names the file of its release v0.2.0"""
 
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
+"""timm's name of the network whose features FD-DINOv2 is measured on"""
 
 
 SPATIAL_CHANNELS = 7
+"""of Inception's ``mixed_6``, whose map the spatial FID is measured on"""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Extractor:
     """A way from images to features.
 
     Attributes:
-        name: as ``--features`` takes it.
+        name: as :func:`get_extractor` takes it.
         label: what its distances must be called, so that nobody compares the incomparable.
         network: uint8 images (B, 3, H, W) to a tuple of tensors, named by ``outputs``.
         outputs: of ``features`` (B, D), ``logits`` (B, classes) and ``spatial`` (B, 2023).
@@ -57,13 +62,9 @@ class Extractor:
 
 def digits_extractor(device: torch.device, weights: str | None = None) -> Extractor:
     """The committed digit classifier."""
-    from torch_fidelity.utils import create_feature_extractor
-
-    from sit.metrics.digits import EXTRACTOR
-
-    network = create_feature_extractor(EXTRACTOR, ["features", "logits"], cuda=False, verbose=False).to(device)
-    label = "digits features, not comparable with Inception FID"
-    return Extractor("digits", label, network, ("features", "logits"))
+    outputs = ("features", "logits")
+    network = DigitsFeatureExtractor(features_list=outputs).to(device)
+    return Extractor("digits", "digits features, not comparable with Inception FID", network, outputs)
 
 
 class _InceptionWithSpatial(nn.Module):
@@ -101,7 +102,7 @@ def inception_extractor(device: torch.device, weights: str | None = None) -> Ext
     usual = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     path = Path(weights) if weights else usual
     if not path.is_file():
-        hint = f"put {INCEPTION_FILE} (torch-fidelity's release v0.2.0) at {usual}, or pass --inception-weights FILE"
+        hint = f"put {INCEPTION_FILE} (torch-fidelity's release v0.2.0) at {usual}, or name them by `inception_weights`"
         raise UserError(f"the Inception weights {path} are missing: {hint}")
     try:
         inception = create_feature_extractor(
@@ -112,8 +113,8 @@ def inception_extractor(device: torch.device, weights: str | None = None) -> Ext
             feature_extractor_weights_path=str(path),
         )
     except Exception as error:  # torch's readers raise whatever they meet
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--inception-weights {path}: not the weights of {INCEPTION_FILE}: {reason}") from error
+        said = f"`inception_weights={path}`: not the weights of {INCEPTION_FILE}: {first_line(error)}"
+        raise UserError(said) from error
     network = _InceptionWithSpatial(inception).to(device).eval()
     return Extractor("inception", "Inception features", network, ("features", "logits", "spatial"), str(path))
 
@@ -150,15 +151,14 @@ def dinov2_extractor(device: torch.device, weights: str | None = None, model: st
     import timm
 
     if weights is not None and not Path(weights).is_file():
-        raise UserError(f"--dinov2-weights {weights}: no such file")
+        raise UserError(f"`dinov2_weights={weights}`: no such file")
     overlay = {"file": weights} if weights is not None else None
     options = dict(img_size=_Dinov2.SIDE, num_classes=0, global_pool="token", pretrained_cfg_overlay=overlay)
     try:
         network = timm.create_model(model, pretrained=True, **options)
     except Exception as error:  # the Hub, the disk and the state dict each raise their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        hint = f"fetch timm's {model} once, or pass its file with --dinov2-weights FILE"
-        raise UserError(f"the DINOv2 weights can't be had ({reason}): {hint}") from error
+        mend = f"fetch timm's {model} once, or name its file by `dinov2_weights`"
+        raise UserError(f"the DINOv2 weights can't be had ({first_line(error)}): {mend}") from error
     network = _Dinov2(network).to(device).eval().requires_grad_(False)
     label = "DINOv2 features, not comparable with Inception FID"
     return Extractor("dinov2", label, network, ("features",), weights or "")
@@ -170,10 +170,8 @@ def classifier_extractor(device: torch.device, folder: str | None = None) -> Ext
     Raises:
         UserError: no folder is named, or it has no such classifier.
     """
-    from sit.metrics.classifier import load_classifier
-
     if not folder:
-        raise UserError("--features classifier: name its folder, as classifier:FOLDER")
+        raise UserError("`features=classifier`: name its folder, as classifier:FOLDER")
     classifier = load_classifier(folder).to(device)
     # the folder's name alone, as the label is part of metrics' names; the whole path is kept in ``weights``
     name = Path(folder).resolve().name
@@ -191,7 +189,7 @@ EXTRACTORS: dict[str, Callable[[torch.device, str | None], Extractor]] = {
 
 @dataclass(frozen=True)
 class FeatureWeights:
-    """Flags that name the weights of features that do not come with this repository."""
+    """Where the weights are of features that do not come with this repository."""
 
     inception_weights: str | None = None
     """the Inception weights file; None looks in torch-fidelity's usual place"""
@@ -203,6 +201,11 @@ class FeatureWeights:
         return {"inception": self.inception_weights, "dinov2": self.dinov2_weights}.get(features)
 
 
+def default_features(data: str) -> str:
+    """The features for images of ``data``, named as :func:`sit.data.factory.open_images` takes it."""
+    return "digits" if data.split(":")[0] == "digits" else "inception"
+
+
 def get_extractor(name: str, device: torch.device, weights: str | None = None) -> Extractor:
     """The extractor of that name; ``classifier:FOLDER`` names its folder with it.
 
@@ -211,5 +214,5 @@ def get_extractor(name: str, device: torch.device, weights: str | None = None) -
     """
     kind, _, folder = name.partition(":")
     if kind not in EXTRACTORS or (folder and kind != "classifier"):
-        raise UserError(f"--features {name}: unknown; known features: {', '.join(EXTRACTORS)}:FOLDER")
+        raise UserError(f"`features={name}`: unknown; known features: {', '.join(EXTRACTORS)}:FOLDER")
     return EXTRACTORS[kind](device, folder or weights)

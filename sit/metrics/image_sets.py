@@ -1,4 +1,4 @@
-"""Where images to be judged come from: folders, npz files, latent caches, data sets, ADM statistics."""
+"""Where images to be evaluated come from: folders, npz files, latent caches, data sets, ADM statistics."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from sit.latents.vae import decode, load_vae
 from sit.metrics.distances import Moments
 from sit.sampling.config import SamplerConfig
 from sit.sampling.images import balanced_labels, latent_shape_for, sample_images, uniform_labels
-from sit.utils.errors import UserError
+from sit.utils.errors import UserError, first_line
 from sit.utils.fingerprint import stamp
 
 
@@ -55,7 +56,7 @@ class Images:
         if count is None:
             return
         if count > self.count:
-            raise UserError(f"--num-samples {count}: {self.name} has only {self.count} images")
+            raise UserError(f"`num_samples={count}`: {self.name} has only {self.count} images")
         self.count = count
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
@@ -111,12 +112,12 @@ class FileImages(Images):
             except (OSError, UnidentifiedImageError, SyntaxError) as error:
                 raise UserError(f"corrupt image {self.paths[number]} ({error}); repair or remove it") from error
         if len({array.shape for array in arrays}) > 1:
-            raise UserError(f"the images of {self.name} are of different sizes: crop them by --image-size SIDE")
+            raise UserError(f"the images of {self.name} are of different sizes: crop them by `image_size`")
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
 class DataImages(Images):
-    """A data set as ``--data`` names it, cropped to a size."""
+    """A data set as :func:`sit.data.factory.open_images` names it, cropped to a size."""
 
     def __init__(self, spec: str, image_size: int | None) -> None:
         self.data = open_images(spec, image_size)
@@ -142,9 +143,8 @@ class RegisteredImages(Images):
         try:
             self.data = DATASETS_REGISTRY[name](str(root), True)
         except Exception as error:  # torchvision's downloaders raise whatever they meet
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             mend = f"put torchvision's files into {root}"
-            raise UserError(f"the data set {name} can't be had ({reason}): {mend}") from error
+            raise UserError(f"the data set {name} can't be had ({first_line(error)}): {mend}") from error
         self.name, self.count, self.image_size = name, len(self.data), image_size
         self.identity = f"{name}, size {image_size}"
 
@@ -220,8 +220,8 @@ def open_reference(
 def open_samples(
     spec: str, image_size: int | None = None, vae: str | None = None, device: torch.device | str = "cpu"
 ) -> Images:
-    """Open images: an npz with ``arr_0``, a folder of images, a latent cache, or a data set: ``digits``, another of
-    ``train.py --data``, or one that torch-fidelity has registered.
+    """Open images: an npz with ``arr_0``, a folder of images, a latent cache, or a data set, as
+    :func:`sit.data.factory.open_images` or torch-fidelity's registry names it.
 
     Args:
         spec: which.
@@ -234,7 +234,7 @@ def open_samples(
         UserError: there is no such thing, or it is of a wrong form.
     """
     if image_size is not None and image_size < 1:
-        raise UserError(f"--image-size {image_size} must be positive")
+        raise UserError(f"`image_size={image_size}` must be positive")
     path = Path(spec)
     if path.suffix == ".npz":
         return _images_of(path, _read_npz(path))
@@ -264,7 +264,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path} is not a whole npz file ({error})") from error
+        raise UserError(f"{path} is not a complete npz file ({error})") from error
 
 
 def _images_of(path: Path, arrays: dict[str, np.ndarray]) -> ArrayImages:
@@ -312,8 +312,9 @@ class GeneratedImages(Images):
         self,
         loaded: Loaded,
         count: int,
-        seed: int,
-        labels: str,
+        *,
+        seed: int = 0,
+        labels: Literal["balanced", "uniform"] = "balanced",
         config: SamplerConfig,
         image_size: tuple[int, int] | None = None,
         hints: FileHints | None = None,

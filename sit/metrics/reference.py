@@ -16,22 +16,28 @@ from sit.utils.files import atomic_write
 
 
 def make_reference(
-    images: Images, extractor: Extractor, out: Path, keep: int, device: torch.device, batch_size: int
+    images: Images, extractor: Extractor, out: Path, *, keep: int, device: torch.device, batch_size: int
 ) -> None:
     """Write ``mu``, ``sigma``, with Inception also ``mu_s``, ``sigma_s``, and ``arr_0`` with ``keep`` of the images.
 
-    The images that are kept are drawn at random, always the same ones.
+    Args:
+        images: the images of the reference.
+        extractor: what makes the features.
+        out: the npz to write.
+        keep: how many of the images; they are drawn at random, always the same ones.
+        device: where features are made.
+        batch_size: images at a time.
 
     Raises:
         UserError: ``out`` exists or is no npz, there are too few images, or one can't be read.
     """
     if out.suffix != ".npz":
-        raise UserError(f"--out {out} must end in .npz")
+        raise UserError(f"`out={out}` must end in .npz")
     if out.exists():
-        raise UserError(f"--out {out} exists already; it is not overwritten")
+        raise UserError(f"`out={out}` exists already; it is not overwritten")
     enough(len(images), 2, "a reference")
     with WorkDirectory(None) as work:
-        found = extract(images, extractor, work, device, batch_size, "reference")
+        found = extract(images, extractor, work, device=device, batch_size=batch_size, description="reference")
     if found is None:
         return
     arrays = {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
+from sit.utils.tables import text_table
+
 
 @dataclass(frozen=True)
 class Number:
@@ -38,10 +40,10 @@ class Report:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     def __str__(self) -> str:
-        width = max(len(number.name) for number in self.numbers)
-        lines = [f"{self.sample_count} samples of {self.samples}", f"against {self.reference}; {self.features}"]
+        rows = []
         for number in self.numbers:
             error = f" ± {number.error:.4g}" if number.error is not None else ""
             how = f"  ({number.how})" if number.how else ""
-            lines.append(f"{number.name:<{width}}  {number.value:.5g}{error}{how}")
-        return "\n".join(lines)
+            rows.append((number.name, f"{number.value:.5g}{error}{how}"))
+        heading = f"{self.sample_count} samples of {self.samples}\nagainst {self.reference}; {self.features}"
+        return f"{heading}\n{text_table(rows)}"

@@ -1,10 +1,10 @@
-"""Train a small classifier: its features stand in for Inception's, or it judges samples' classes.
+"""Train a small classifier: its features stand in for Inception's, or it predicts samples' classes.
 
     python -m sit.train_classifier --data fashion-mnist:FOLDER --heldout fashion-mnist-test:FOLDER --image-size 32 \
         --out classifiers/fashion-mnist
 
-``eval_fid.py --features classifier:FOLDER`` measures distances on its features; ``--judge FOLDER`` takes its word for
-the samples' classes. Take two of different architectures, so that the one that judges is not the one measured by.
+``eval_fid.py --features classifier:FOLDER`` measures distances on its features; ``--classifier FOLDER`` lets it predict
+the samples' classes. Take two of different architectures, so that these predictions do not rest on those features.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Settings:
     lr: float = 4e-3
     """the highest of AdamW's one-cycle schedule"""
     flip: bool = True
-    """mirror every second image"""
+    """flip each image with probability 0.5"""
     shift: int = 2
     """move each image by up to so many pixels"""
     seed: int = 0
@@ -54,7 +54,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr"):
             if getattr(self, name) <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+                raise UserError(f"`{name}` must be positive, not {getattr(self, name)}")
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Arguments(Settings):
     """Train a small classifier on a data set and measure it on another."""
 
     data: str = "digits:train"
-    """images, as train.py's --data takes them"""
+    """images, as `python train.py` takes its data"""
     heldout: str = "digits:heldout"
     """images to measure it on"""
     image_size: int | None = None
@@ -79,7 +79,7 @@ def load_pixels(data: ImageData) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def augment(images: torch.Tensor, settings: Settings, source: torch.Generator) -> torch.Tensor:
-    """Images (B, 3, H, W), mirrored and shifted at random, the border repeated."""
+    """Images (B, 3, H, W), flipped and shifted at random, the border repeated."""
     count, side = len(images), images.shape[-1]
     if settings.shift:
         reach = settings.shift
@@ -88,8 +88,8 @@ def augment(images: torch.Tensor, settings: Settings, source: torch.Generator) -
         rows, columns = offset + torch.arange(side)
         images = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
     if settings.flip:
-        mirrored = torch.rand(count, 1, 1, 1, generator=source) < 0.5
-        images = torch.where(mirrored, images.flip(-1), images)
+        flipped = torch.rand(count, 1, 1, 1, generator=source) < 0.5
+        images = torch.where(flipped, images.flip(-1), images)
     return images
 
 
@@ -100,7 +100,7 @@ def fit(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor, sett
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=5e-2)
     total = settings.epochs * (len(images) // settings.batch_size)
     if total == 0:
-        raise UserError(f"--batch-size {settings.batch_size} is more than the {len(images)} images there are")
+        raise UserError(f"`batch_size={settings.batch_size}` is more than the {len(images)} images there are")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=total)
     classifier.train()
     bar = tqdm(total=total, desc=settings.architecture, dynamic_ncols=True)
@@ -123,18 +123,23 @@ def fit(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor, sett
 
 @torch.no_grad()
 def accuracy(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """How often it names the class of images (n, 3, H, W) uint8."""
+    """The share of images (n, 3, H, W) uint8 whose labels (n,) it predicts."""
     device = next(classifier.parameters()).device
-    named = torch.cat([classifier(batch.to(device))[1].argmax(1).cpu() for batch in images.split(256)])
-    return (named == labels).double().mean().item()
+    predicted = torch.cat([classifier(batch.to(device))[1].argmax(1).cpu() for batch in images.split(256)])
+    return (predicted == labels).double().mean().item()
 
 
-def main(arguments: Arguments) -> None:
-    refuse_used(arguments.out, "--out")
+def train(arguments: Arguments) -> None:
+    """Train and measure the classifier, and write its folder.
+
+    Raises:
+        UserError: the folder is in use, or the two data sets can't be had or differ in their classes.
+    """
+    refuse_used(arguments.out, "out")
     data = open_images(arguments.data, arguments.image_size)
     heldout = open_images(arguments.heldout, data.image_size)
     if heldout.classes != data.classes:
-        raise UserError(f"--heldout {arguments.heldout} has other classes than --data {arguments.data}")
+        raise UserError(f"`heldout={arguments.heldout}` has other classes than `data={arguments.data}`")
     device = pick_device(arguments.device)
     torch.manual_seed(arguments.seed)
     name, options = ARCHITECTURES[arguments.architecture]
@@ -159,7 +164,8 @@ def main(arguments: Arguments) -> None:
 
 
 @entry_point
-def run() -> None:
+def main() -> None:
+    """The command line."""
     with one_line_errors():
         arguments = tyro.cli(Arguments, prog="python -m sit.train_classifier")
-    main(arguments)
+    train(arguments)

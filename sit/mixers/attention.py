@@ -6,6 +6,7 @@ import torch
 from timm.models.vision_transformer import Attention as TimmAttention
 from torch import nn
 
+from sit.mixers.layers import xavier_
 from sit.mixers.registry import register_mixer
 
 
@@ -28,7 +29,8 @@ class Attention(TimmAttention):
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__(dim, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
+        xavier_(self)
 
-    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:  # type: ignore[override]
         """(B, N, C) tokens to (B, N, C); the grid is not needed, as every token sees every other."""
         return super().forward(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sit.mixers.layers import check_kernel_size, on_grid
+from sit.mixers.layers import check_kernel_size, on_grid, xavier_
 from sit.mixers.registry import register_mixer
 
 
@@ -20,7 +20,7 @@ class Depthwise(nn.Module):
 
     Args:
         dim: C.
-        num_heads: accepted as every mixer gets it; a convolution has no heads.
+        num_heads: has no effect, as a convolution has no heads; every mixer is given it.
         kernel_size: k, odd.
 
     Raises:
@@ -35,6 +35,7 @@ class Depthwise(nn.Module):
         self.x_proj = nn.Linear(dim, dim)
         self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.proj = nn.Linear(dim, dim)
+        xavier_(self)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, N, C) tokens, row-major over ``grid`` = (H, W), to (B, N, C)."""

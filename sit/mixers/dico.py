@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sit.mixers.layers import check_kernel_size, on_grid
+from sit.mixers.layers import check_kernel_size, on_grid, xavier_
 from sit.mixers.registry import register_mixer
 
 
@@ -21,7 +21,7 @@ class DiCo(nn.Module):
 
     Args:
         dim: C.
-        num_heads: accepted as every mixer gets it; a convolution has no heads.
+        num_heads: has no effect, as a convolution has no heads; every mixer is given it.
         kernel_size: of the depthwise convolution, odd; 3 in the paper.
 
     Raises:
@@ -37,6 +37,7 @@ class DiCo(nn.Module):
         self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.channel_attention = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
+        xavier_(self)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, N, C) tokens, row-major over ``grid`` = (H, W), to (B, N, C)."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sit.mixers.layers import check_choice, check_heads, join_heads, split_heads
+from sit.mixers.layers import check_choice, check_heads, join_heads, split_heads, xavier_
 from sit.mixers.registry import register_mixer
 
 FEATURE_MAPS = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu}
@@ -43,6 +43,7 @@ class LinearAttention(nn.Module):
         self.num_heads, self.feature_map = num_heads, feature_map
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        xavier_(self)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, N, C) tokens to (B, N, C); the grid is not needed, as every token sees every other."""

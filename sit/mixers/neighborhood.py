@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sit.mixers.layers import check_choice, check_heads, check_kernel_size, join_heads, split_heads
+from sit.mixers.layers import check_choice, check_heads, check_kernel_size, join_heads, split_heads, xavier_
 from sit.mixers.registry import register_mixer
 from sit.utils.constant_tensors import made_once
 from sit.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 BACKENDS = ("auto", "sdpa", "flex")
 
-
 BLOCK = 128
-"""queries and keys to a block of flex_attention, which skips those blocks of which no pair is seen"""
+"""queries, and keys, in a block of flex_attention, which skips the blocks that hold no pair of a neighborhood"""
 
 
 @register_mixer("neighborhood")
@@ -56,22 +59,19 @@ class Neighborhood(nn.Module):
         self.num_heads, self.kernel_size, self.backend = num_heads, kernel_size, backend
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        xavier_(self)
 
     def check_grid(self, grid: tuple[int, int]) -> None:
-        """Whether the mixer can work on a grid; a network asks when it is built.
-
-        Raises:
-            ValueError: a neighborhood does not fit into it.
-        """
+        """Raise ValueError unless a neighborhood fits into ``grid`` = (H, W)."""
         side = self.kernel_size
         if min(grid) < side:
             raise ValueError(
                 f"a {side}x{side} neighborhood does not fit into a {grid[0]} x {grid[1]} grid: use a smaller "
-                "kernel_size or smaller patches"
+                "`kernel_size` or smaller patches"
             )
 
     def masked_multiply_accumulates(self, grid: tuple[int, int]) -> int:
-        """Those of one image, of the N² products of queries and keys and of weights and values, that a mask hides."""
+        """How many of the 2·N²·C multiply-accumulates of attention for one image the mask hides."""
         tokens = grid[0] * grid[1]
         return 2 * tokens * (tokens - self.kernel_size**2) * self.proj.in_features
 
@@ -100,7 +100,7 @@ class Neighborhood(nn.Module):
 
 
 def sees(grid: tuple[int, int], kernel_size: int) -> Callable[..., torch.Tensor]:
-    """The neighborhoods of a grid as a function of (batch, head, query, key), as flex_attention wants it: to bool."""
+    """The function (batch, head, query, key) → whether the query sees the key, as flex_attention takes it."""
 
     def near(query: torch.Tensor, key: torch.Tensor, side: int) -> torch.Tensor:
         first = (query - kernel_size // 2).clamp(0, side - kernel_size)
@@ -122,8 +122,8 @@ def dense_mask(grid: tuple[int, int], kernel_size: int, device: torch.device) ->
 
 
 @lru_cache(maxsize=8)
-def block_mask(grid: tuple[int, int], kernel_size: int, device: torch.device):  # noqa: ANN201 - of a lazy import
-    """The same as flex_attention's ``BlockMask``."""
+def block_mask(grid: tuple[int, int], kernel_size: int, device: torch.device) -> BlockMask:
+    """The mask of :func:`dense_mask` as flex_attention takes it."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     tokens = grid[0] * grid[1]
@@ -139,14 +139,14 @@ def skips_blocks(grid: tuple[int, int], kernel_size: int) -> bool:
     return (rows * width - 1) // BLOCK < (tokens - 1) // BLOCK
 
 
-def _flex_attention() -> Callable[..., torch.Tensor]:
+def _flex_attention() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
 
 
 @lru_cache(maxsize=1)
-def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
+def _compiled_flex_attention() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)

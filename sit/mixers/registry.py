@@ -3,12 +3,25 @@
 A mixer is any ``nn.Module`` called as ``mixer(x, grid)`` with tokens ``x`` (B, N, C) in row-major order over
 ``grid = (H, W)``, N = H·W, that returns (B, N, C). A *factory* ``factory(dim, num_heads, **options)`` makes it, and
 the factory's attribute ``positional_embedding`` (bool) says whether a network of it needs a positional embedding.
-A mixer that can't work on every grid has a method ``check_grid(grid)``, which raises ValueError. One that computes
-products only to mask them has a method ``masked_multiply_accumulates(grid)``, their number for one image, so that
-:func:`sit.training.plan.multiply_accumulates` leaves them out.
-
 A factory is found under its name if it was registered with :func:`register_mixer`, or if an installed package
 names it in the entry-point group ``sit.mixers``.
+
+- **Initial values** are the mixer's own: the network replaces none of them. It makes each mixer while torch's global
+  generator is at a state that depends on the seed and the block alone, so the constructor draws as usual.
+- **Grids**: one mixer is called on grids of any shape, also on others than it was built for. One that can't work on
+  every grid has ``check_grid(grid)``, which raises ValueError; :func:`build_mixer` calls it.
+- **Dtype**: the result has the dtype of the linear layers: x's, or autocast's where that is on. What needs more is
+  computed in float32 inside.
+- **Derivatives**: a mixer of plain PyTorch operations has forward-mode derivatives (``torch.func.jvp``) too. Among the
+  shipped ones fused kernels have none: scaled-dot-product attention has them with its backend ``MATH``, and ATConv with
+  any backend but ``triton``.
+
+Optional methods:
+
+- ``masked_multiply_accumulates(grid)``: how many of the multiply-accumulates that it computes for one image a mask
+  hides; :func:`sit.training.plan.multiply_accumulates` leaves them out.
+- ``kernels(x)``: two tensors (B, k², C), the kernels made for tokens x before and after inhibition, taps in row-major
+  order; (1, k², C) if all images share them. The demo draws them.
 """
 
 from __future__ import annotations
@@ -22,9 +35,11 @@ from typing import Any
 import yaml
 from torch import nn
 
-from sit.utils.errors import UserError
+from sit.utils.errors import UserError, first_line
 
 ENTRY_POINT_GROUP = "sit.mixers"
+FORMER_NAMES = {"neighbourhood": "neighborhood"}
+"""names in configurations that version 0.1.0 wrote, and what they are now"""
 _registry: dict[str, Callable[..., nn.Module]] = {}
 _KINDS = {
     bool: ("true or false", (bool,)),
@@ -55,7 +70,7 @@ def register_mixer(name: str) -> Callable[[Callable[..., nn.Module]], Callable[.
 
 
 def known_mixers() -> list[str]:
-    """The names that ``--mixer`` accepts, registered and installed, sorted."""
+    """The names that a pattern may have, registered and installed, each once, sorted."""
     return sorted({*_registry, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
@@ -65,7 +80,7 @@ def _checked(name: str, factory: Any) -> Callable[..., nn.Module]:
     return factory
 
 
-def _factory(name: str) -> Callable[..., nn.Module]:
+def _factory(name: str) -> Any:
     if name not in _registry:
         for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
             try:
@@ -92,7 +107,8 @@ class MixerSpec:
 def parse_mixers(pattern: str) -> list[MixerSpec]:
     """Read ``name[:option=value…]`` entries separated by commas; the list is repeated over the depth.
 
-    Values are YAML scalars: ``atconv:kernel_size=5:inhibition=false`` gives an int and a bool.
+    Values are YAML scalars: ``atconv:kernel_size=5:inhibition=false`` gives an int and a bool. A former name
+    (:data:`FORMER_NAMES`) is read as today's.
 
     Raises:
         UserError: an unknown name, an option that is not ``key=value``, that the mixer does not have, or whose value is
@@ -101,6 +117,7 @@ def parse_mixers(pattern: str) -> list[MixerSpec]:
     specs = []
     for entry in pattern.split(","):
         name, *pairs = entry.strip().split(":")
+        name = FORMER_NAMES.get(name, name)
         options = {}
         for pair in pairs:
             option, equals, value = pair.partition("=")
@@ -137,11 +154,13 @@ def build_mixer(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int]
     """
     try:
         mixer = _factory(spec.name)(dim, num_heads, **spec.options)
-        if grid is not None and hasattr(mixer, "check_grid"):
-            mixer.check_grid(grid)
+        check_grid: Callable[[tuple[int, int]], None] | None = getattr(mixer, "check_grid", None)
+        if grid is not None and check_grid is not None:
+            check_grid(grid)
         return mixer
     except (ValueError, TypeError, AssertionError) as error:
-        raise UserError(f"mixer {str(spec)!r} with {dim} channels and {num_heads} heads: {error}") from error
+        reason = first_line(error).replace("`", "")  # a command would print an option in backquotes as a flag
+        raise UserError(f"mixer {str(spec)!r} with {dim} channels and {num_heads} heads: {reason}") from error
 
 
 def needs_positional_embedding(specs: Sequence[MixerSpec]) -> bool:

@@ -12,30 +12,22 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from sit.checkpoint.load import load_for_sampling
+from sit.checkpoint.load import Loaded, load_for_sampling
 from sit.checkpoint.published import FileHints
-from sit.sampling.config import SamplerConfig
-from sit.sampling.images import (
-    SampleWriter,
-    balanced_labels,
-    check_labels,
-    height_and_width,
-    latent_shape_for,
-    sample_images,
-)
+from sit.latents.vae import decode
+from sit.sampling.config import OnStep, SamplerConfig
+from sit.sampling.images import ImageBatch, balanced_labels, check_labels, height_and_width, latent_shape_for
+from sit.sampling.sampler import generate
+from sit.sampling.writer import SampleWriter
 from sit.utils.cli import one_line_errors
 from sit.utils.compile import WORTH_IT, compile_for_sampling, should_compile
 from sit.utils.device import pick_device
 from sit.utils.errors import UserError, entry_point
 from sit.utils.files import atomic_folder
-from sit.utils.image_grid import labeled_grid, save_png
 from sit.utils.precision import Precision, for_sampling
 
-GRID_LIMIT = 100
-"""images in the grid at most"""
 
-
-@dataclass
+@dataclass(frozen=True)
 class Arguments:
     """Sample images from a checkpoint; the network, its VAE and its classes are read from it."""
 
@@ -64,63 +56,86 @@ class Arguments:
     published: Annotated[FileHints, tyro.conf.OmitArgPrefixes] = field(default_factory=FileHints)
     sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
 
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"`{name}` must be at least 1, not {value}")
+
 
 def sample(arguments: Arguments) -> None:
-    if arguments.num_samples is not None and arguments.num_samples < 1:
-        raise UserError(f"--num-samples must be at least 1, not {arguments.num_samples}")
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {arguments.batch_size}")
-    device, size = pick_device(arguments.device), height_and_width(arguments.image_size)
-    loaded = load_for_sampling(
+    """Sample images from a checkpoint into a new folder, and print where they are."""
+    loaded = load(arguments)
+    labels = labels_in_turn(arguments, loaded)
+    count = arguments.num_samples or 4 * len(labels)
+    indices, wanted = torch.arange(count), balanced_labels(range(count), labels)
+    shape = latent_shape_for(loaded, height_and_width(arguments.image_size))
+    compile_if_worth_it(arguments, loaded, count)
+    folder = Path(arguments.out or f"samples/{time.strftime('%Y%m%d-%H%M%S')}-seed{arguments.seed}")
+
+    with atomic_folder(folder) as place, progress_bar(count) as bar:
+        writer = SampleWriter(place, count, keep=arguments.num_samples is not None)
+        for done, latents in generate(
+            loaded.model,
+            loaded.transport,
+            indices,
+            wanted,
+            seed=arguments.seed,
+            config=arguments.sampler,
+            latent_shape=shape,
+            device=loaded.device,
+            batch_size=arguments.batch_size,
+            on_step=advancing(bar, count),
+        ):
+            writer.add(ImageBatch(done, wanted[done], decode(loaded.vae, latents).cpu()))
+            bar.update(writer.done - bar.n)
+        writer.save_grid(loaded.info.label_names, columns=min(len(labels), 10))
+        writer.finish()
+
+    print(f"grid:    {folder / 'grid.png'}")
+    if arguments.num_samples is not None:
+        print(f"samples: {folder / 'samples.npz'} and {count} PNGs")
+
+
+def load(arguments: Arguments) -> Loaded:
+    """The checkpoint on its device, in its precision."""
+    device = pick_device(arguments.device)
+    return load_for_sampling(
         arguments.ckpt,
         vae=arguments.vae,
         device=device,
         dtype=for_sampling(arguments.precision, device),
-        image_size=size,
+        image_size=height_and_width(arguments.image_size),
         **vars(arguments.published),
     )
-    every = range(loaded.model.config.num_classes)
-    labels = check_labels(arguments.labels, len(every)) or list(every if arguments.num_samples else every[:10])
-    count = arguments.num_samples or 4 * len(labels)
-    folder = Path(arguments.out or f"samples/{time.strftime('%Y%m%d-%H%M%S')}-seed{arguments.seed}")
-    indices = torch.arange(count)
+
+
+def labels_in_turn(arguments: Arguments, loaded: Loaded) -> list[int]:
+    """The classes asked for; without any, all of them, or the first ten for a grid alone."""
+    every = range(loaded.model.config["num_classes"])
+    return check_labels(arguments.labels, len(every)) or list(every if arguments.num_samples else every[:10])
+
+
+def compile_if_worth_it(arguments: Arguments, loaded: Loaded, count: int) -> None:
+    """Compile the network as ``compile`` says; None compiles it if it is evaluated often enough."""
     evaluations = math.ceil(count / arguments.batch_size) * arguments.sampler.steps
     if should_compile(arguments.compile, loaded.device, print, evaluations >= WORTH_IT):
         compile_for_sampling(loaded.model)
-    latent_shape_for(loaded, size)  # a size that doesn't fit is told before anything is made
 
-    with (
-        atomic_folder(folder) as place,
-        tqdm(total=count, desc="sample", unit="image", unit_scale=True, dynamic_ncols=True) as bar,
-    ):
-        writer = SampleWriter(place, count, keep=arguments.num_samples is not None)
 
-        def on_step(step: int, total: int | None, latents: torch.Tensor, t: float | torch.Tensor) -> None:
-            """Advance by this step's share of the images that are made together; adaptive solvers tell no total."""
-            if total is not None:
-                bar.update(min(len(latents) / total, count - bar.n))
+def progress_bar(count: int) -> tqdm:
+    """A bar that counts images."""
+    return tqdm(total=count, desc="sample", unit="image", unit_scale=True, dynamic_ncols=True)
 
-        for batch in sample_images(
-            loaded,
-            indices,
-            balanced_labels(indices.tolist(), labels),
-            seed=arguments.seed,
-            config=arguments.sampler,
-            image_size=size,
-            batch_size=arguments.batch_size,
-            on_step=on_step,
-        ):
-            writer.add(batch)
-            bar.update(writer.done - bar.n)
-        names = loaded.info.label_names
-        shown = writer.labels[:GRID_LIMIT].tolist()
-        captions = [names[label] if label < len(names) else str(label) for label in shown]
-        columns = min(len(labels), 10)
-        save_png(labeled_grid(writer.images[:GRID_LIMIT], captions, columns), place / "grid.png")
-        writer.finish()
-    print(f"grid:    {folder / 'grid.png'}")
-    if arguments.num_samples is not None:
-        print(f"samples: {folder / 'samples.npz'} and {count} PNGs")
+
+def advancing(bar: tqdm, count: int) -> OnStep:
+    """Adds a step's share of the images made together to a bar of ``count``; adaptive solvers tell no total."""
+
+    def on_step(step: int, total: int | None, latents: torch.Tensor, t: float | torch.Tensor) -> None:
+        if total is not None:
+            bar.update(min(len(latents) / total, count - bar.n))
+
+    return on_step
 
 
 @entry_point

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-from sit.sampling.diffusion import DIFFUSION_FORMS
 from sit.utils.errors import UserError
 
-OnStep = Callable[[int, int | None, torch.Tensor, "float | torch.Tensor"], None]
+OnStep = Callable[[int, int | None, torch.Tensor, float | torch.Tensor], None]
 """Called after step number ``step`` of ``total`` (None if the solver chooses its steps) with the state (B, C, h, w) and
 the time t that it stands at, a number or 0-dim tensor."""
 
 
-_SOLVERS = importlib.import_module("torchdiffeq._impl.odeint").SOLVERS
-
-
-_FIXED_GRID = importlib.import_module("torchdiffeq._impl.solvers").FixedGridODESolver
-
-
-ODE_METHODS = tuple(_SOLVERS)
-
+DiffusionForm = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"]
+LastStep = Literal["mean", "tweedie", "euler", "none"]
 
 SDE_METHODS = ("euler", "heun")
-
-
-LAST_STEPS = ("mean", "tweedie", "euler", "none")
+ADAPTIVE_METHODS = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+"""torchdiffeq's solvers that choose their own steps."""
+FIXED_METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
+"""torchdiffeq's solvers that make the steps they are told."""
+ODE_METHODS = ADAPTIVE_METHODS + FIXED_METHODS
 
 
 @dataclass(frozen=True)
@@ -47,11 +41,11 @@ class SamplerConfig:
     """network steps: SDE steps with the last step included, or steps of a fixed-step ODE solver"""
     method: str | None = None
     """SDE: euler (Euler-Maruyama, the default) or heun. ODE: a solver of torchdiffeq, by default dopri5"""
-    diffusion_form: Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"] = "sigma"
+    diffusion_form: DiffusionForm = "sigma"
     """how much noise the SDE adds over time"""
     diffusion_norm: float = 1.0
     """factor of the diffusion coefficient"""
-    last_step: Literal["mean", "tweedie", "euler", "none"] = "mean"
+    last_step: LastStep = "mean"
     """how the SDE ends, without adding noise"""
     last_step_size: float = 0.04
     """time that the SDE's last step covers"""
@@ -68,31 +62,30 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         if self.sampler not in ("sde", "ode"):
-            raise UserError(f"unknown sampler {self.sampler!r}; known samplers: sde, ode")
+            raise UserError(f"`sampler={self.sampler}` is none of sde, ode")
         known = SDE_METHODS if self.sampler == "sde" else ODE_METHODS
         if self.method is not None and self.method not in known:
-            raise UserError(f"--method {self.method}: the methods of --sampler {self.sampler} are {', '.join(known)}")
-        if self.diffusion_form not in DIFFUSION_FORMS:
-            raise UserError(f"unknown diffusion form {self.diffusion_form!r}; known: {', '.join(DIFFUSION_FORMS)}")
-        if self.last_step not in LAST_STEPS:
-            raise UserError(f"unknown last step {self.last_step!r}; known: {', '.join(LAST_STEPS)}")
+            raise UserError(f"`method={self.method}`: the methods of `sampler={self.sampler}` are {', '.join(known)}")
+        for name, known in (("diffusion_form", get_args(DiffusionForm)), ("last_step", get_args(LastStep))):
+            if getattr(self, name) not in known:
+                raise UserError(f"`{name}={getattr(self, name)}` is none of {', '.join(known)}")
         if self.steps < 1:
-            raise UserError(f"--steps must be at least 1, not {self.steps}")
+            raise UserError(f"`steps` must be at least 1, not {self.steps}")
         if self.sampler == "sde" and self.last_step != "none" and self.steps < 2:
-            raise UserError("--steps 1 leaves the SDE no step before its last one: use at least 2, or --last-step none")
+            raise UserError("`steps=1` leaves the SDE no step before its last one: use at least 2, or `last_step=none`")
         if not 0 <= self.diffusion_norm < math.inf:
-            raise UserError(f"--diffusion-norm must be a number of at least 0, not {self.diffusion_norm}")
+            raise UserError(f"`diffusion_norm` must be a number of at least 0, not {self.diffusion_norm}")
         if not 0 < self.last_step_size < 1:
-            raise UserError(f"--last-step-size must be between 0 and 1, not {self.last_step_size}")
+            raise UserError(f"`last_step_size` must be between 0 and 1, not {self.last_step_size}")
         if not (self.atol > 0 and self.rtol > 0):
-            raise UserError("--atol and --rtol must be positive")
+            raise UserError("`atol` and `rtol` must be positive")
         if self.cfg_scale < 0 or not math.isfinite(self.cfg_scale):
-            raise UserError(f"--cfg-scale must be a number of at least 0, not {self.cfg_scale}")
+            raise UserError(f"`cfg_scale` must be a number of at least 0, not {self.cfg_scale}")
         if self.cfg_channels < 0:
-            raise UserError(f"--cfg-channels must be 0 (all) or more, not {self.cfg_channels}")
+            raise UserError(f"`cfg_channels` must be 0 (all) or more, not {self.cfg_channels}")
         low, high = self.cfg_interval
         if not 0 <= low <= high <= 1:
-            raise UserError(f"--cfg-interval {low} {high}: needs 0 <= LOW <= HIGH <= 1")
+            raise UserError(f"`cfg_interval={low} {high}`: needs 0 <= LOW <= HIGH <= 1")
 
     @property
     def resolved_method(self) -> str:
@@ -102,4 +95,4 @@ class SamplerConfig:
     @property
     def adaptive(self) -> bool:
         """Whether the solver chooses its own steps, and so doesn't heed ``steps``."""
-        return self.sampler == "ode" and not issubclass(_SOLVERS[self.resolved_method], _FIXED_GRID)
+        return self.sampler == "ode" and self.resolved_method in ADAPTIVE_METHODS

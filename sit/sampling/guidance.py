@@ -6,31 +6,36 @@ from collections.abc import Callable
 
 import torch
 
-from sit.model import SiT
 from sit.sampling.config import SamplerConfig
+from sit.transport.transport import null_label_of
 
 
 class GuidedModel:
-    """A network's guided prediction as a function of the state and one time for all images.
+    """A network with classifier-free guidance, as a function of the state and one time for all images.
+
+    v(null) + scale·(v(label) − v(null)), here on the first ``cfg_channels`` channels (Ho & Salimans, arXiv 2207.12598).
 
     Args:
-        model: called as ``model(x, t, y=labels)``; its ``null_class`` is needed for guidance.
+        model: called as ``model(x, t, y=labels)``; its ``null_label`` is needed for guidance.
         labels: (B,) int64, or None for a network without labels (called without ``y``, never guided).
         config: the guidance.
+
+    Raises:
+        UserError: guidance of a network that has no null label.
     """
 
-    def __init__(self, model: SiT | Callable, labels: torch.Tensor | None, config: SamplerConfig) -> None:
+    def __init__(self, model: Callable[..., torch.Tensor], labels: torch.Tensor | None, config: SamplerConfig) -> None:
         self.model, self.labels, self.config = model, labels, config
         self.evaluations = 0
-        self.guided = config.cfg_scale != 1 and labels is not None
-        if self.guided:
-            self.both = torch.cat([labels, torch.full_like(labels, model.null_class)])
+        self.both: torch.Tensor | None = None
+        if config.cfg_scale != 1 and labels is not None:
+            self.both = torch.cat([labels, torch.full_like(labels, null_label_of(model))])
 
     def __call__(self, x: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
         """State (B, C, h, w), and a time as number or 0-dim tensor, to the prediction (B, C, h, w) in x's dtype."""
         self.evaluations += 1
         low, high = self.config.cfg_interval
-        if not self.guided or ((low, high) != (0.0, 1.0) and not low <= 1 - float(t) <= high):
+        if self.both is None or ((low, high) != (0.0, 1.0) and not low <= 1 - float(t) <= high):
             return self._run(x, t, self.labels)
         with_label, without = self._run(torch.cat([x, x]), t, self.both).chunk(2)
         guided = without + self.config.cfg_scale * (with_label - without)

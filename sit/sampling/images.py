@@ -1,19 +1,15 @@
-"""From a checkpoint to images: what sample.py and the evaluation share."""
+"""From a checkpoint to images: labels, sizes, and samples decoded by the VAE."""
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from sit.checkpoint.load import Loaded
 from sit.latents.vae import decode, downsampling
-from sit.sampling.config import SamplerConfig
+from sit.sampling.config import OnStep, SamplerConfig
 from sit.sampling.sampler import generate
 from sit.utils.errors import UserError
 from sit.utils.random import generator
@@ -31,19 +27,15 @@ def uniform_labels(indices: Sequence[int], classes: Sequence[int], seed: int) ->
 
 
 def check_labels(labels: Sequence[int], classes: int) -> list[int]:
-    """The labels, if the network has them all.
-
-    Raises:
-        UserError: one is out of range.
-    """
+    """The labels as a list. Raise UserError unless each is one of the network's ``classes`` classes."""
     for label in labels:
         if not 0 <= label < classes:
-            raise UserError(f"--labels {label} is out of range: this network has the classes 0 to {classes - 1}")
+            raise UserError(f"`labels={label}` is out of range: this network has the classes 0 to {classes - 1}")
     return list(labels)
 
 
 def height_and_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """What ``--image-size`` means: one number is the side of a square."""
+    """What ``image_size`` means: one number is the side of a square."""
     return (size, size) if isinstance(size, int) else size
 
 
@@ -54,14 +46,15 @@ def latent_shape_for(loaded: Loaded, image_size: tuple[int, int] | None) -> tupl
         UserError: the VAE or the patches don't divide that size.
     """
     config = loaded.model.config
+    channels, (trained_height, trained_width) = config["in_channels"], config["input_size"]
     if image_size is None:
-        return config.in_channels, *config.input_size
+        return channels, trained_height, trained_width
     factor = downsampling(loaded.vae)
-    side = factor * config.patch_size
+    side = factor * config["patch_size"]
     if any(length < side or length % side for length in image_size):
         height, width = image_size
-        raise UserError(f"--image-size {height} {width}: both must be multiples of {side} for this network and VAE")
-    return config.in_channels, image_size[0] // factor, image_size[1] // factor
+        raise UserError(f"`image_size={height} {width}`: both must be multiples of {side} for this network and VAE")
+    return channels, image_size[0] // factor, image_size[1] // factor
 
 
 @dataclass
@@ -82,7 +75,7 @@ def sample_images(
     config: SamplerConfig,
     image_size: tuple[int, int] | None = None,
     batch_size: int = 64,
-    on_step=None,
+    on_step: OnStep | None = None,
 ) -> Iterator[ImageBatch]:
     """Sample the images numbered ``indices`` under ``seed``; an image depends on its number, label and seed alone.
 
@@ -110,42 +103,3 @@ def sample_images(
     ):
         chosen = labels[[place[int(index)] for index in done]]
         yield ImageBatch(done, chosen, decode(loaded.vae, latents).cpu())
-
-
-class SampleWriter:
-    """Collects samples on disk rather than in memory, and keeps them as single PNGs and an ADM-style ``samples.npz``.
-
-    Args:
-        folder: an empty folder.
-        count: how many samples there will be.
-        keep: False leaves nothing behind, for those who only want to look at ``images`` before :meth:`finish`.
-    """
-
-    def __init__(self, folder: Path, count: int, keep: bool = True) -> None:
-        self.folder, self.count, self.keep = folder, count, keep
-        self.labels = np.zeros(count, dtype=np.int64)
-        self.images: np.memmap | None = None
-        self.done = 0
-
-    def add(self, batch: ImageBatch) -> None:
-        """Take up the next samples."""
-        images = batch.images.numpy()
-        if self.images is None:
-            shape = (self.count, *images.shape[1:])
-            self.images = np.lib.format.open_memmap(self.folder / "arr_0.npy", mode="w+", dtype=np.uint8, shape=shape)
-        for image, label in zip(images, batch.labels.tolist(), strict=True):
-            if self.keep:
-                Image.fromarray(image).save(self.folder / f"{self.done:06d}.png")
-            self.images[self.done], self.labels[self.done] = image, label
-            self.done += 1
-
-    def finish(self) -> None:
-        """Pack ``samples.npz``: ``arr_0`` (N, H, W, 3) uint8 images, ``arr_1`` (N,) int64 labels."""
-        self.images.flush()
-        if self.keep:
-            np.save(self.folder / "arr_1.npy", self.labels)
-            with zipfile.ZipFile(self.folder / "samples.npz", "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-                for name in ("arr_0.npy", "arr_1.npy"):
-                    archive.write(self.folder / name, name)
-        for name in ("arr_0.npy", "arr_1.npy"):
-            (self.folder / name).unlink(missing_ok=True)

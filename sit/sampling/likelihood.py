@@ -15,7 +15,7 @@ from sit.utils.errors import UserError
 
 
 def log_likelihood(
-    prediction: GuidedModel | Callable,
+    model: GuidedModel | Callable,
     transport: Transport,
     x: torch.Tensor,
     config: SamplerConfig,
@@ -24,7 +24,7 @@ def log_likelihood(
     """Log-density of data under the model, with Hutchinson's estimate of the divergence.
 
     Args:
-        prediction: the network's prediction, as :class:`sit.sampling.guidance.GuidedModel`.
+        model: the network, called as ``model(x, t)``: a :class:`sit.sampling.guidance.GuidedModel`.
         x: data (B, C, h, w).
         config: an ODE solver and its tolerances or steps.
         probes: (K, B, C, h, w) random vectors of unit covariance, e.g. random signs; the estimate is their mean.
@@ -36,12 +36,12 @@ def log_likelihood(
         UserError: the config is one of the SDE.
     """
     if config.sampler != "ode":
-        raise UserError("the likelihood is computed along the ODE: use --sampler ode")
+        raise UserError("the likelihood is computed along the ODE: use `sampler=ode`")
 
-    def right(t: float | torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]):
+    def velocity_and_divergence(t: float | torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]):
         with torch.enable_grad():
             at = state[0].detach().requires_grad_()
-            velocity = transport.to_velocity(prediction(at, t), at, times(t, at))
+            velocity = transport.to_velocity(model(at, t), at, times(t, at))
             divergence = torch.zeros_like(state[1])
             for probe in probes:
                 (product,) = torch.autograd.grad((velocity * probe).sum(), at, retain_graph=True)
@@ -49,9 +49,9 @@ def log_likelihood(
         return velocity.detach(), divergence.detach()
 
     state = (x, torch.zeros(len(x), dtype=x.dtype, device=x.device))
-    noise, change = solve(right, state, transport, config, reverse=True)
+    noise, change = solve(velocity_and_divergence, state, transport, config, reverse=True)
     normal = -0.5 * (noise.flatten(1).square() + math.log(2 * math.pi)).sum(1)
-    # d log p / dt = -div v along the path: from data back to noise the integral of div v has gathered as `change`
+    # d log p / dt = −div v along the path: from the data back to noise, `change` has gathered the integral of div v
     return normal + change, noise
 
 

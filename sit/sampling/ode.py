@@ -1,4 +1,7 @@
-"""Sampling along the probability-flow ODE, by torchdiffeq's solvers."""
+"""Sampling along the probability-flow ODE: steps of our own on a fixed grid, or torchdiffeq's solvers.
+
+torchdiffeq keeps its grid on the device, and waits for the device at each of its times. Here it is Python floats.
+"""
 
 from __future__ import annotations
 
@@ -9,122 +12,146 @@ from typing import Any
 import torch
 from torchdiffeq import odeint
 
-from sit.sampling.config import _SOLVERS, OnStep, SamplerConfig
+from sit.sampling.config import OnStep, SamplerConfig
 from sit.sampling.guidance import GuidedModel, times
 from sit.transport.transport import Transport
 
+Field = Callable[[Any, Any], Any]
+"""The right-hand side of an ODE, called as ``field(t, x)`` with a time as number or 0-dim tensor."""
 
-def solve(
-    right: Callable,
-    state: torch.Tensor | tuple[torch.Tensor, ...],
-    transport: Transport,
-    config: SamplerConfig,
-    reverse: bool = False,
-    on_step: OnStep | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """The state (a tensor or a tuple of them) at the ODE's end, or with ``reverse`` at its start, by torchdiffeq.
-
-    ``right(t, state)`` is the right-hand side, ``on_step`` is for states that are a tensor.
-    """
-    interval = transport.ode_interval()[:: -1 if reverse else 1]
-    if config.adaptive:
-        return _adaptive_steps(right, state, interval, config, transport.must_stop(reverse), on_step)
-    if isinstance(state, torch.Tensor):
-        return _fixed_steps(right, state, interval, config, on_step)
-    shapes = [part.shape for part in state]
-
-    def parts(whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        pieces = whole.split([shape.numel() for shape in shapes])
-        return tuple(piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True))
-
-    def joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return torch.cat([part.flatten() for part in parts])
-
-    return parts(_fixed_steps(lambda t, whole: joined(right(t, parts(whole))), joined(state), interval, config, None))
+State = torch.Tensor | tuple[torch.Tensor, ...]
 
 
-def _fixed_steps(
-    right: Callable, x: torch.Tensor, interval: tuple[float, float], config: SamplerConfig, on_step: OnStep | None
-) -> torch.Tensor:
-    """Equal steps between times that are numbers: torchdiffeq's own loop compares them on the device and waits."""
-    solver = _SOLVERS[config.resolved_method](right, x, rtol=config.rtol, atol=config.atol)
-    grid = torch.linspace(*interval, config.steps + 1, dtype=x.dtype).tolist()
-
-    def ask(t: float, x: torch.Tensor, perturb: object = None) -> torch.Tensor:
-        return right(t, x)
-
-    for step, (start, end) in enumerate(pairwise(grid)):
-        change, _ = solver._step_func(ask, start, end - start, end, x)
-        x = x + change
-        if on_step is not None:
-            on_step(step + 1, config.steps, x, end)
-    return x
+# --- steps from time t to time end, equal to torchdiffeq's of the same name ------------------------------------------
 
 
-def _adaptive_steps(
-    right: Callable,
-    state: torch.Tensor | tuple[torch.Tensor, ...],
-    interval: tuple[float, float],
-    config: SamplerConfig,
-    must_stop: bool,
-    on_step: OnStep | None,
-) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Steps of the solver's choice.
-
-    They go past the end and are interpolated, as in the published programs; where the drift does not exist there, they
-    are made to land on the end.
-    """
-    like = state[0] if isinstance(state, tuple) else state
-    ends = torch.tensor(interval, dtype=like.dtype, device=like.device)
-    options = {}
-    if config.resolved_method == "scipy_solver":
-        options["solver"] = "RK45"
-    elif must_stop:
-        options["step_t"] = ends[1:]
-    watched = _Watched(right, on_step)
-    end = odeint(
-        watched, state, ends, rtol=config.rtol, atol=config.atol, method=config.resolved_method, options=options
-    )
-    if isinstance(state, tuple):
-        return tuple(part[-1] for part in end)
-    if on_step is not None:
-        on_step(watched.step, None, end[-1], interval[1])
-    return end[-1]
+def euler_step(field: Field, x: torch.Tensor, t: float, end: float) -> torch.Tensor:
+    """Order 1."""
+    return x + (end - t) * field(t, x)
 
 
-class _Watched:
-    """A right-hand side as torchdiffeq calls it: at (t, state), and once before every step."""
-
-    def __init__(self, right: Callable, on_step: OnStep | None) -> None:
-        self.right, self.on_step, self.step = right, on_step, 0
-
-    def __call__(self, t: torch.Tensor, state: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
-        return self.right(t, state)
-
-    def callback_step(self, t: torch.Tensor, x: torch.Tensor, dt: torch.Tensor) -> None:
-        if self.on_step is not None and self.step:
-            self.on_step(self.step, None, x, t)
-        self.step += 1
+def midpoint_step(field: Field, x: torch.Tensor, t: float, end: float) -> torch.Tensor:
+    """Order 2."""
+    dt = end - t
+    return x + dt * field(t + dt / 2, x + dt / 2 * field(t, x))
 
 
+def heun2_step(field: Field, x: torch.Tensor, t: float, end: float) -> torch.Tensor:
+    """Order 2: the mean of the slopes at both ends."""
+    dt, first = end - t, field(t, x)
+    return x + dt / 2 * (first + field(end, x + dt * first))
+
+
+def heun3_step(field: Field, x: torch.Tensor, t: float, end: float) -> torch.Tensor:
+    """Order 3."""
+    dt, first = end - t, field(t, x)
+    second = field(t + dt / 3, x + dt / 3 * first)
+    third = field(t + dt * 2 / 3, x + dt * 2 / 3 * second)
+    return x + dt / 4 * (first + 3 * third)
+
+
+def rk4_step(field: Field, x: torch.Tensor, t: float, end: float) -> torch.Tensor:
+    """Order 4: Kutta's 3/8 rule."""
+    dt, first = end - t, field(t, x)
+    second = field(t + dt / 3, x + dt / 3 * first)
+    third = field(t + dt * 2 / 3, x + dt * (second - first / 3))
+    fourth = field(end, x + dt * (first - second + third))
+    return x + dt / 8 * (first + 3 * (second + third) + fourth)
+
+
+ODE_STEPS = {
+    "euler": euler_step,
+    "midpoint": midpoint_step,
+    "heun2": heun2_step,
+    "heun3": heun3_step,
+    "rk4": rk4_step,
+}
+
+
+@torch.no_grad()
 def sample_ode(
-    prediction: GuidedModel | Callable,
+    model: GuidedModel | Callable,
     transport: Transport,
     x: torch.Tensor,
     config: SamplerConfig,
-    reverse: bool = False,
+    *,
+    step_noise: object = None,
     on_step: OnStep | None = None,
+    reverse: bool = False,
 ) -> torch.Tensor:
     """Integrate the probability-flow ODE from noise to data, or with ``reverse`` from data to noise.
 
     Args:
+        model: the network, called as ``model(x, t)`` with one time for all images.
         x: (B, C, h, w) noise, or latents.
+        step_noise: not asked: an ODE has none.
+        on_step: called after each step.
 
     Returns:
         (B, C, h, w).
     """
 
     def velocity(t: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return transport.to_velocity(prediction(x, t), x, times(t, x))
+        return transport.to_velocity(model(x, t), x, times(t, x))
 
-    return solve(velocity, x, transport, config, reverse, on_step)
+    if config.resolved_method not in ODE_STEPS:
+        return solve(velocity, x, transport, config, reverse=reverse, on_step=on_step)
+    step = ODE_STEPS[config.resolved_method]
+    start, stop = transport.ode_interval()[:: -1 if reverse else 1]
+    grid = torch.linspace(start, stop, config.steps + 1, dtype=x.dtype).tolist()
+    for number, (t, end) in enumerate(pairwise(grid)):
+        x = step(velocity, x, t, end)
+        if on_step is not None:
+            on_step(number + 1, config.steps, x, end)
+    return x
+
+
+def solve(
+    field: Field,
+    state: State,
+    transport: Transport,
+    config: SamplerConfig,
+    *,
+    reverse: bool = False,
+    on_step: OnStep | None = None,
+) -> Any:
+    """The state (a tensor or a tuple of them) at the ODE's end, or with ``reverse`` at its start, by torchdiffeq.
+
+    Adaptive solvers go past the end and interpolate, as in the published programs; where the drift does not exist
+    there, they are made to land on the end. ``on_step`` is for states that are a tensor.
+    """
+    like = state[0] if isinstance(state, tuple) else state
+    start, stop = transport.ode_interval()[:: -1 if reverse else 1]
+    ends = torch.tensor([start, stop], dtype=like.dtype, device=like.device)
+    options: dict[str, Any] = {}
+    if not config.adaptive:
+        grid = torch.linspace(start, stop, config.steps + 1, dtype=like.dtype, device=like.device)
+        options["grid_constructor"] = lambda field, state, t: grid
+    elif config.resolved_method == "scipy_solver":
+        options["solver"] = "RK45"
+    elif transport.must_stop(reverse):
+        options["step_t"] = ends[1:]
+    total = None if config.adaptive else config.steps
+    if on_step is not None:
+        field = watched = _Watched(field, total, on_step)
+    end = odeint(field, state, ends, rtol=config.rtol, atol=config.atol, method=config.resolved_method, options=options)
+    if isinstance(state, tuple):
+        return tuple(part[-1] for part in end)
+    if on_step is not None:
+        on_step(watched.step, total, end[-1], stop)
+    return end[-1]
+
+
+class _Watched:
+    """A right-hand side as torchdiffeq calls it: at (t, state), and once before every step."""
+
+    def __init__(self, field: Field, total: int | None, on_step: OnStep) -> None:
+        self.field, self.total, self.on_step, self.step = field, total, on_step, 0
+
+    def __call__(self, t: torch.Tensor, state: State) -> Any:
+        return self.field(t, state)
+
+    def callback_step(self, t: torch.Tensor, x: torch.Tensor, dt: torch.Tensor) -> None:
+        if self.step:
+            self.on_step(self.step, self.total, x, t)
+        self.step += 1

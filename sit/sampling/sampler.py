@@ -5,7 +5,8 @@ What ``steps`` counts, and how it compares with the published programs, is writt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -37,12 +38,16 @@ class KeyedNoise:
         return noise.to(self.device, non_blocking=True)
 
 
+SAMPLERS = {"sde": sample_sde, "ode": sample_ode}
+
+
 def sample(
-    model: SiT | Callable,
+    model: Callable[..., torch.Tensor],
     transport: Transport,
     noise: torch.Tensor,
     labels: torch.Tensor | None,
     config: SamplerConfig,
+    *,
     step_noise: Callable[[int], torch.Tensor] | None = None,
     on_step: OnStep | None = None,
     reverse: bool = False,
@@ -50,29 +55,26 @@ def sample(
     """Latents (B, C, h, w) from noise (B, C, h, w) and labels (B,), integrated in float32, or float64 if given it.
 
     Args:
-        step_noise: see :func:`sample_sde`; None draws from torch's global generator.
+        model: the network, called as ``model(x, t, y=labels)``, or without ``y`` if there are no labels.
+        labels: (B,) int64, or None.
+        step_noise: see :func:`sit.sampling.sde.sample_sde`; None draws from torch's global generator.
         reverse: take ``noise`` for latents and return the noise that the ODE makes them from.
 
     Raises:
-        UserError: guidance of a network that has no null class, or an SDE in reverse.
+        UserError: guidance of a network that has no null label, or an SDE in reverse.
     """
-    if reverse and config.sampler != "ode":
-        raise UserError("only the ODE runs from an image back to its noise: use --sampler ode")
     if noise.dtype not in (torch.float32, torch.float64):
         noise = noise.float()
-    with torch.no_grad():
-        prediction = GuidedModel(model, labels, config)
-        if config.sampler == "ode":
-            return sample_ode(prediction, transport, noise, config, reverse, on_step)
-        step_noise = step_noise or (lambda step: torch.randn_like(noise))
-        return sample_sde(prediction, transport, noise, config, step_noise, on_step)
+    guided = GuidedModel(model, labels, config)
+    sampler = SAMPLERS[config.sampler]
+    return sampler(guided, transport, noise, config, step_noise=step_noise, on_step=on_step, reverse=reverse)
 
 
 def computing_group(config: SamplerConfig, tokens: int) -> int:
-    """How many samples the network is shown at a time on a CPU, whatever the batch size.
+    """How many samples the network computes at a time on a CPU, whatever the batch size.
 
     A matrix product rounds differently with another number of rows, so on the CPU, where it costs little, the number
-    is fixed, and so is each sample's row. An adaptive solver's steps depend on all it is shown: there it is one.
+    is fixed, and so is each sample's row. An adaptive solver's steps depend on all samples: there it is one.
     """
     return 1 if config.adaptive else max(4, min(16, 1024 // tokens))
 
@@ -83,7 +85,8 @@ def grouped(indices: Sequence[int], group: int) -> Iterator[tuple[list[int], lis
     Yields:
         (positions in ``indices``, their rows): as many as find their row free, at most ``group``.
     """
-    positions, rows = [], []
+    positions: list[int] = []
+    rows: list[int] = []
     for position, index in enumerate(indices):
         if index % group in rows:
             yield positions, rows
@@ -91,6 +94,19 @@ def grouped(indices: Sequence[int], group: int) -> Iterator[tuple[list[int], lis
         positions.append(position)
         rows.append(index % group)
     yield positions, rows
+
+
+def fixed_rows(indices: Sequence[int], group: int) -> Iterator[tuple[list[int], list[int]]]:
+    """The groups of :func:`grouped`, each filled up to ``group`` rows by its first sample.
+
+    Yields:
+        (the position in ``indices`` of each row's sample, the rows that count, in the order of ``indices``).
+    """
+    for positions, rows in grouped(indices, group):
+        filled = [positions[0]] * group
+        for position, row in zip(positions, rows, strict=True):
+            filled[row] = position
+        yield filled, rows
 
 
 def generate(
@@ -108,11 +124,9 @@ def generate(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Sample the latents numbered ``indices`` under ``seed``, ``batch_size`` at a time.
 
-    Sample i depends on the seed, i, its label and the config. On a CPU it is the same to the bit whatever the batch
-    size and the company; on an accelerator it is so to rounding (adaptive ODE solvers: to their tolerance).
-
-    Raises:
-        UserError: a batch size below 1.
+    Sample i depends on the seed, i, its label and the config. On a CPU, with one number of threads, it is the same to
+    the bit whatever the batch size and the samples beside it; on an accelerator it is the same to rounding (adaptive
+    ODE solvers: to their tolerance).
 
     Args:
         indices: (n,) int64 numbers of the samples.
@@ -122,27 +136,27 @@ def generate(
 
     Yields:
         (indices (b,), latents (b, C, h, w) float32 on ``device``), in order.
+
+    Raises:
+        UserError: a batch size below 1, or guidance of a network that has no null label.
     """
     if batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {batch_size}")
-    patch = model.config.patch_size
-    tokens = latent_shape[1] * latent_shape[2] // patch**2
-    on_cpu = torch.device(device).type == "cpu"
+        raise UserError(f"`batch_size` must be at least 1, not {batch_size}")
+    sampler, group = SAMPLERS[config.sampler], None
+    if torch.device(device).type == "cpu":
+        group = computing_group(config, latent_shape[1] * latent_shape[2] // model.config["patch_size"] ** 2)
     for start in range(0, len(indices), batch_size):
-        chosen, wanted = indices[start : start + batch_size], labels[start : start + batch_size]
-        if not on_cpu:
+        chosen, wanted = indices[start : start + batch_size].tolist(), labels[start : start + batch_size]
+        passes: Iterable[tuple[list[int], Any]]
+        if group is not None:
+            passes = fixed_rows(chosen, group)
+        else:
             short = batch_size - len(chosen) if start else 0  # filled up: a compiled network knows one batch size
-            filled = torch.cat([torch.arange(len(chosen)), torch.zeros(short, dtype=torch.int64)])
-            noise = KeyedNoise(seed, chosen[filled].tolist(), latent_shape, device)
-            x = sample(model, transport, noise(), wanted[filled].to(device), config, noise, on_step)
-            yield chosen, x[: len(chosen)]
-            continue
-        group, parts = computing_group(config, tokens), []
-        for positions, rows in grouped(chosen.tolist(), group):
-            filled = [positions[0]] * group  # rows that no sample stands in
-            for position, row in zip(positions, rows, strict=True):
-                filled[row] = position
-            noise = KeyedNoise(seed, chosen[filled].tolist(), latent_shape, device)
-            x = sample(model, transport, noise(), wanted[filled].to(device), config, noise, on_step)
-            parts.append(x[rows])
-        yield chosen, torch.cat(parts)
+            passes = [([*range(len(chosen)), *[0] * short], slice(len(chosen)))]
+        parts = []
+        for filled, rows in passes:
+            noise = KeyedNoise(seed, [chosen[position] for position in filled], latent_shape, device)
+            guided = GuidedModel(model, wanted[filled].to(device), config)
+            latents = sampler(guided, transport, noise(), config, step_noise=noise, on_step=on_step)
+            parts.append(latents[rows])
+        yield indices[start : start + batch_size], torch.cat(parts)

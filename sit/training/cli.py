@@ -1,4 +1,4 @@
-"""train.py's command line: a recipe or a resumed run's config, then the flags."""
+"""train.py's command line."""
 
 from __future__ import annotations
 
@@ -29,34 +29,35 @@ class TrainArguments:
     images_per_second: float | None = None
     """with --dry-run: the measured speed of all GPUs together, for the time that it would take"""
 
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise UserError(f"`gpus` must be at least 1, not {self.gpus}")
+        if self.images_per_second is not None and self.images_per_second <= 0:
+            raise UserError(f"`images_per_second` must be positive, not {self.images_per_second}")
+
 
 def parse_train_arguments(arguments: list[str]) -> TrainArguments:
     """Read train.py's command line: ``--recipe`` (default ``digits``) or a resumed run's config, then the flags.
 
     Raises:
-        UserError: a bad recipe or value. Unknown flags exit with tyro's message.
+        UserError: a bad recipe or value, or an unknown flag.
     """
     recipe, resume = _value_of("--recipe", arguments), _value_of("--resume", arguments)
     if resume not in (None, "auto"):
         if recipe is not None:
-            raise UserError("--recipe and --resume RUN exclude each other: a resumed run has its config")
+            raise UserError("`recipe` and `resume` exclude each other: a resumed run has its config")
         base = load_recipe(str(run_folder(resume) / "config.yaml"))
     else:
         base = load_recipe(recipe or TrainArguments.recipe)
     description = f"{TrainArguments.__doc__} Recipes: {', '.join(known_recipes())}."
     with one_line_errors():
-        parsed = tyro.cli(
+        return tyro.cli(
             TrainArguments, args=arguments, default=TrainArguments(base), prog="train.py", description=description
         )
-    if parsed.gpus < 1:
-        raise UserError(f"--gpus must be at least 1, not {parsed.gpus}")
-    if parsed.images_per_second is not None and parsed.images_per_second <= 0:
-        raise UserError(f"--images-per-second must be positive, not {parsed.images_per_second}")
-    return parsed
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:
-    """The value of ``flag`` on a command line, before the rest is understood; None if it is not there."""
+    """The value of ``flag`` on a command line that is not parsed yet; None if it is not there."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(flag, dest="value", nargs="?")
     return parser.parse_known_args(arguments)[0].value
@@ -67,7 +68,7 @@ def main() -> None:
     arguments = parse_train_arguments(sys.argv[1:])
     config = arguments.config
 
-    # the heavy imports come after the flags are understood
+    # the heavy imports come once the flags are parsed
     if arguments.dry_run:
         from sit.training.plan import plan
 

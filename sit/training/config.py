@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
 from sit.utils.errors import UserError
+
+
+def fixed(default: Any) -> Any:
+    """A field that the first step of a run fixes: it can't be another when the run goes on."""
+    return dataclasses.field(default=default, metadata={"fixed": True})
 
 
 @dataclass(frozen=True)
@@ -18,48 +23,50 @@ class TrainConfig:
     for the data and the size of the network."""
 
     # what is learned
-    data: str = "digits"
+    data: str = fixed("digits")
     """digits (embedded), a folder with one subfolder a class, a latent cache, or another source of sit.data"""
-    image_size: int = 32
+    image_size: int = fixed(32)
     """side of the square images, in pixels"""
-    flip: bool = False
-    """mirror every second image, drawn at random"""
-    vae: str = "digits"
+    flip: bool = fixed(False)
+    """flip each image left to right with probability 0.5"""
+    vae: str = fixed("digits")
     """digits (embedded), a name on the Hub such as stabilityai/sd-vae-ft-ema, or a local folder"""
 
     # the network
-    model: str = "SiT-XS/2"
+    model: str = fixed("SiT-XS/2")
     """SiT-SIZE/PATCH with sizes XS, S, B, L, XL and patches 1, 2, 4, 8"""
-    mixer: str = "attention"
+    mixer: str = fixed("attention")
     """token mixer, e.g. attention, atconv, atconv:kernel_size=5; a comma-separated pattern repeats over the depth"""
-    learn_sigma: bool = False
+    learn_sigma: bool = fixed(False)
     """twice the output channels, the second half unused, as in the published checkpoints"""
-    class_dropout: float = 0.1
+    class_dropout: float = fixed(0.1)
     """probability of training without the label, for classifier-free guidance"""
 
     # the objective
-    interpolant: Literal["linear", "gvp", "vp"] = "linear"
+    interpolant: Literal["linear", "gvp", "vp"] = fixed("linear")
     """path from noise to data"""
-    prediction: Literal["velocity", "score", "noise"] = "velocity"
+    prediction: Literal["velocity", "score", "noise"] = fixed("velocity")
     """what the network predicts"""
-    loss_weight: Literal["none", "velocity", "likelihood"] = "none"
+    loss_weight: Literal["none", "velocity", "likelihood"] = fixed("none")
     """weight of the loss over time, for score and noise prediction"""
-    train_eps: float | None = None
+    time_distribution: Literal["uniform", "logit-normal"] = fixed("uniform")
+    """how training draws t from its interval; logit-normal (Stable Diffusion 3) prefers the middle"""
+    train_eps: float | None = fixed(None)
     """how far training stays from time's singular ends; None: as published. Ignored by velocity with linear or gvp"""
     sample_eps: float | None = None
     """the same for sampling"""
 
-    repa: str | None = None
+    repa: str | None = fixed(None)
     """align tokens with a frozen encoder (REPA): a timm model, e.g. vit_base_patch14_dinov2.lvd142m, or a folder"""
-    repa_weight: float = 0.5
+    repa_weight: float = fixed(0.5)
     """weight of the alignment beside the loss"""
-    repa_block: int = 8
+    repa_block: int = fixed(8)
     """the block, counted from 1, whose tokens are aligned"""
 
     # the optimization
     steps: int = 1000
     """optimizer steps of the whole run"""
-    batch_size: int = 256
+    batch_size: int = fixed(256)
     """images a step, over all processes and accumulated micro-batches together"""
     gradient_accumulation: int = 1
     """micro-batches a step"""
@@ -69,15 +76,15 @@ class TrainConfig:
     """steps over which the learning rate rises linearly from zero"""
     final_learning_rate: float | None = None
     """learning rate at the last step, reached by a cosine; None keeps it constant"""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = fixed((0.9, 0.999))
     """AdamW's betas"""
-    weight_decay: float = 0.0
+    weight_decay: float = fixed(0.0)
     """AdamW's weight decay"""
     max_grad_norm: float | None = None
     """clip the gradient to this norm; None clips nothing"""
-    ema_decay: float = 0.9999
+    ema_decay: float = fixed(0.9999)
     """decay of the weights' moving average, after a warm-up of (1 + step) / (10 + step)"""
-    seed: int = 0
+    seed: int = fixed(0)
     """names all randomness of the run: initial weights, order of the images, noise"""
 
     # how it runs
@@ -100,7 +107,7 @@ class TrainConfig:
     output_dir: str | None = None
     """the run's folder; None makes a new one under runs/"""
     resume: str | None = None
-    """a run or checkpoint to continue; `auto` continues the newest whole checkpoint of --output-dir, if any"""
+    """a run or checkpoint to continue; `auto` continues the newest complete checkpoint of the output folder, if any"""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Accelerate's trackers, e.g. tensorboard wandb trackio; metrics.jsonl is always written"""
     log_every: int = 10
@@ -114,44 +121,79 @@ class TrainConfig:
     checkpoint_every: int = 500
     """steps between checkpoints; the last step always makes one"""
     keep_last: int = 2
-    """checkpoints kept besides those of --keep-every; 0 keeps all"""
+    """checkpoints kept besides those that are kept for good; 0 keeps all"""
     keep_every: int | None = None
     """steps between checkpoints that are kept for good"""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "steps", "batch_size", "gradient_accumulation", "log_every", "checkpoint_every",
-                     "preview_steps", "non_finite_limit", "repa_block"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
-        if self.cpu_threads is not None and self.cpu_threads < 1:
-            raise UserError(f"--cpu-threads must be at least 1, not {self.cpu_threads}; leave it out to use all cores")
-        for name in ("warmup_steps", "workers", "preview_every", "keep_last", "weight_decay", "repa_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{_flag(name)} can't be negative: {getattr(self, name)}")
-        for name in ("learning_rate", "final_learning_rate", "preview_cfg_scale"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"{_flag(name)} must be a number of at least 0, not {value}")
-        for name in ("class_dropout", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{_flag(name)} must be in [0, 1), not {getattr(self, name)}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"--betas must be two numbers in [0, 1), not {self.betas[0]} {self.betas[1]}")
+        for names, holds, words in CHECKS:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    said = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                    raise UserError(f"`{name}` must be {words}, not {said}")
         if self.preview_every and self.preview_steps < 2:
             raise UserError(
-                "--preview-steps 1 leaves the SDE no step before its last one: use at least 2, or --preview-every 0"
+                "`preview_steps=1` leaves the SDE no step before its last one: use at least 2, or `preview_every=0`"
             )
         if self.batch_size % self.gradient_accumulation:
             raise UserError(
-                f"--batch-size {self.batch_size} can't be divided into --gradient-accumulation "
-                f"{self.gradient_accumulation} equal micro-batches"
+                f"`batch_size={self.batch_size}` can't be divided into "
+                f"`gradient_accumulation={self.gradient_accumulation}` equal micro-batches"
             )
 
+    def network_options(self, latent_shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
+        """What :func:`~sit.model.create_model` needs beside the model's name, for latents of (c, h, w)."""
+        channels, height, width = latent_shape
+        return dict(
+            mixer=self.mixer,
+            input_size=(height, width),
+            in_channels=channels,
+            num_classes=classes,
+            null_class=self.class_dropout > 0,
+            learn_sigma=self.learn_sigma,
+        )
+
+    def transport_options(self) -> dict[str, Any]:
+        """The arguments of :class:`~sit.transport.transport.Transport`."""
+        return dict(
+            interpolant=self.interpolant,
+            prediction=self.prediction,
+            loss_weight=self.loss_weight,
+            train_eps=self.train_eps,
+            sample_eps=self.sample_eps,
+            time_distribution=self.time_distribution,
+        )
+
     def to_yaml(self) -> str:
-        """All fields as YAML, which :func:`from_mapping` reads back."""
+        """All fields as YAML, which :func:`~sit.training.recipes.from_mapping` reads back."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         return yaml.safe_dump(plain, sort_keys=False)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+CHECKS = (
+    (
+        ("image_size", "steps", "batch_size", "gradient_accumulation", "log_every", "checkpoint_every",
+         "preview_steps", "non_finite_limit", "repa_block", "cpu_threads"),
+        lambda value: value >= 1,
+        "at least 1",
+    ),
+    (
+        ("warmup_steps", "workers", "preview_every", "keep_last", "weight_decay", "repa_weight"),
+        lambda value: value >= 0,
+        "at least 0",
+    ),
+    (
+        ("learning_rate", "final_learning_rate", "preview_cfg_scale"),
+        lambda value: 0 <= value < math.inf,
+        "a number of at least 0",
+    ),
+    (("class_dropout", "ema_decay"), lambda value: 0 <= value < 1, "in [0, 1)"),
+    (("betas",), lambda value: all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)"),
+)  # fmt: skip
+"""(fields, what must hold of their values, in words); None, where a field takes it, is always right."""
+
+
+def fixed_fields() -> list[str]:
+    """The names of the fields that the first step of a run fixes."""
+    return [field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("fixed")]

@@ -1,4 +1,4 @@
-"""From ``--data``, ``--vae``, ``--image-size`` and ``--flip`` to what the loader reads."""
+"""The training data of a configuration, and the VAE that its latents belong to."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from sit.data.factory import open_images
-from sit.latents.cache import CachedLatents, is_cache
-from sit.latents.datasets import PixelData, TrainingData, encode_in_memory
+from sit.latents.datasets import TrainingData
+from sit.latents.factory import open_latents
 from sit.latents.vae import load_vae
 from sit.training.config import TrainConfig
-from sit.utils.errors import UserError
 from sit.utils.files import atomic_folder
-
-MEMORY_LIMIT = 20_000
-"""Data sets of at most so many images are encoded once, at the start; larger ones as they are needed."""
 
 
 @dataclass
@@ -38,23 +33,19 @@ class Opened:
 
 
 def open_training_data(config: TrainConfig, device: torch.device, progress: bool = True) -> Opened:
-    """Open what ``config`` names.
+    """Load the VAE to ``device`` and open the data that ``config`` names.
 
     Raises:
         UserError: the data or the VAE can't be had, or they don't fit each other.
     """
     vae = load_vae(config.vae, device)
-    if is_cache(config.data):
-        if config.repa is not None:
-            raise UserError(f"--repa needs the images, which the latent cache {config.data} lacks; give their --data")
-        data = CachedLatents(config.data, config.flip)
-        data.check(vae, config.vae, config.image_size)
-        return Opened(data, vae, config.vae)
-    images = open_images(config.data, config.image_size)
-    if config.repa is not None:
-        data = PixelData(images, vae, config.flip, keep_images=True)
-    elif len(images) <= MEMORY_LIMIT:
-        data = encode_in_memory(images, vae, config.flip, progress=progress)
-    else:
-        data = PixelData(images, vae, config.flip)
+    data = open_latents(
+        config.data,
+        vae,
+        config.vae,
+        image_size=config.image_size,
+        flip=config.flip,
+        keep_images=config.repa is not None,
+        progress=progress,
+    )
     return Opened(data, vae, config.vae)

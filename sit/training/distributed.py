@@ -1,8 +1,9 @@
-"""What training asks of Accelerate's settings, and how FSDP2 computes as DDP does in mixed precision."""
+"""The processes of a launch: what training asks of Accelerate's settings, and how FSDP2 computes as DDP does."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +11,37 @@ from accelerate.utils import DistributedType, get_mixed_precision_context_manage
 from torch import nn
 
 from sit.model import SiT
+from sit.training.config import TrainConfig
+from sit.utils.device import process_state
 from sit.utils.errors import UserError
+from sit.utils.precision import allow_tf32
+
+
+def set_up_processes(config: TrainConfig) -> Accelerator:
+    """Connect this process with the others of the launch, and set precision and CPU threads as ``config`` says.
+
+    Raises:
+        UserError: settings of Accelerate that training refuses, or a batch that can't be divided among the processes.
+    """
+    process_state()  # else Accelerate connects processes on CPUs only where ACCELERATE_USE_CPU is set
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        step_scheduler_with_optimizer=False,
+    )
+    check_settings(accelerator)
+    allow_tf32(accelerator.device, config.tf32)
+    if accelerator.device.type == "cpu":
+        # `accelerate launch` starts processes with one thread each
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(config.cpu_threads or max(1, cores // accelerator.num_processes))
+    parts = accelerator.num_processes * config.gradient_accumulation
+    if config.batch_size % parts:
+        raise UserError(
+            f"`batch_size={config.batch_size}` can't be divided among {accelerator.num_processes} processes "
+            f"x {config.gradient_accumulation} micro-batches: make it a multiple of {parts}"
+        )
+    return accelerator
 
 
 def compile_for_training(network: SiT, ddp: bool) -> None:
@@ -22,13 +53,12 @@ def compile_for_training(network: SiT, ddp: bool) -> None:
 
 
 def check_settings(accelerator: Accelerator) -> None:
-    """Refuse what would train differently from what it says.
+    """Raise UserError unless Accelerate trains as its settings say and previews can be made.
 
-    Raises:
-        UserError: float16 on a CPU, which Accelerate ignores, or FSDP1, whose root can't be called for previews.
+    It ignores float16 on a CPU; and the root of an FSDP1 network can't be called for previews.
     """
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--mixed-precision fp16 is for GPUs, and this is a CPU: use bf16 or no")
+        raise UserError("`mixed_precision=fp16` is for GPUs, and this is a CPU: use bf16 or no")
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("FSDP1 is not supported: set fsdp_version: 2, as docs/accelerate/8gpus-fsdp2.yaml does")
 

@@ -1,4 +1,4 @@
-"""The weights' moving average: which parameters have one, and a network that has it for a while."""
+"""The moving average of the weights: which parameters have one, and a network that computes with it for a while."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def averaged_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the whole parameters that FSDP2 may hold, so that ``model`` has its shards again.
+    """Free the unsharded parameters that FSDP2 may hold, so that ``model`` has its shards again.
 
-    The root keeps them after a forward pass (other modules, if so configured) until a backward pass, which sampling
-    never makes.
+    After a forward pass the root module keeps them until a backward pass, which sampling never makes; other modules do
+    if they are configured so.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,12 +1,9 @@
-"""The order of training: everything the network is shown for the j-th image ever seen is keyed by (seed, j).
+"""The order of training: everything that is drawn for the j-th image ever seen is keyed by (seed, j).
 
-Which image it is (a permutation of the data for every epoch), whether it is mirrored, its sample of the VAE's
+Which image it is (a permutation of the data for every epoch), whether it is flipped, its sample of the VAE's
 posterior, t, the noise x0 and the draw for label dropout depend on the seed and j alone. So a run that starts again
-at ``images_seen = j`` goes on exactly where it stopped, on any number of processes (EDM2's sampler, with the rank
-left out). Workers hand over whole micro-batches, ready for the device.
-
-A data set here (:class:`~sit.latents.datasets.TrainingData`) is latents in memory, latents encoded on the fly, or the
-cache of :mod:`sit.latents.cache`.
+at ``images_seen = j`` continues exactly where it stopped, on any number of processes (EDM2's ``InfiniteSampler``, with
+the rank left out). Workers hand over whole micro-batches, ready for the device.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import multiprocessing
 import multiprocessing.util
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +58,7 @@ def draw(seed: int, positions: np.ndarray, normal: torch.Tensor) -> torch.Tensor
     """The random numbers of the images at ``positions`` (b,).
 
     Fills ``normal`` (b, 2, c, h, w) float32 with the posterior's noise and x0, standard normal, and returns (b, 3)
-    float32 in [0, 1): the draws for mirroring, t and label dropout.
+    float32 in [0, 1): the draws for the flip, t and label dropout.
     """
     uniform = torch.empty(len(positions), 3)
     source, shape = torch.Generator(), normal.shape[1:]
@@ -73,27 +70,37 @@ def draw(seed: int, positions: np.ndarray, normal: torch.Tensor) -> torch.Tensor
 
 
 class MicroBatches(torch.utils.data.Dataset):
-    """Micro-batch number k of one rank as an item: what a DataLoader's worker makes whole.
+    """Micro-batch number k of one rank as an item, made whole by one worker of a DataLoader.
 
-    With ``slots`` > 0, latents and noise don't travel with the item: they are written into slot k mod ``slots`` of
-    shared memory, taken once. Fresh shared memory for every batch would cost as much as all the rest, in page faults.
+    With ``slots`` > 0 the two large tensors, latents and noise, don't travel with the item: they are written into slot
+    k mod ``slots`` of shared memory, which is allocated once, and the item has ``in_slot``, their names. Fresh shared
+    memory for every batch would cost as much as all the rest, in page faults.
+
+    Args:
+        data, seed, global_batch, rank, world, accumulation: as for :func:`training_batches`.
+        start: number of the first image.
+        slots: micro-batches that the shared memory holds; 0 for none.
+
+    Raises:
+        UserError: the batch can't be divided so.
     """
 
     def __init__(
         self,
         data: TrainingData,
         seed: int,
-        start: int,
         global_batch: int,
-        rank: int,
-        world: int,
-        accumulation: int,
+        *,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
         slots: int = 0,
     ) -> None:
         parts = world * accumulation
         if global_batch < 1 or global_batch % parts:
             raise UserError(
-                f"--batch-size {global_batch} must be a multiple of {parts}: "
+                f"`batch_size={global_batch}` must be a multiple of {parts}: "
                 f"{world} processes × {accumulation} accumulated micro-batches"
             )
         self.data, self.seed, self.start, self.accumulation = data, seed, start, accumulation
@@ -102,32 +109,36 @@ class MicroBatches(torch.utils.data.Dataset):
         self.shape = (self.size, 2, *data.latent_shape)
         self.slots = torch.empty(slots, *self.shape).share_memory_() if slots else None
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         step, part = divmod(number, self.accumulation)
         first = self.start + step * self.global_batch + self.offset + part * self.size
         positions = np.arange(first, first + self.size, dtype=np.int64)
         indices = self.order(positions)
         normal = torch.empty(self.shape) if self.slots is None else self.slots[number % len(self.slots)]
         uniform = draw(self.seed, positions, normal)
-        mirrored = (uniform[:, 0] < 0.5).numpy() & self.data.flips
-        fetched = self.data.fetch(indices, mirrored, normal[:, 0])
+        flipped = (uniform[:, 0] < 0.5).numpy() & self.data.flip
+        sample = normal[:, 0]  # latents take the place of their noise: a slot has no memory to spare
+        fetched = self.data.fetch(indices, flipped, sample, out=sample)
+        names = ("latents" if "latents" in fetched else "posterior_noise", "noise")
+        sample.copy_(fetched.pop(names[0]))  # nothing to do where it was written there
         return fetched | {
-            **(self.take(normal) if self.slots is None else {}),
+            **(self.copies(names, normal) if self.slots is None else {"in_slot": names}),
             "labels": torch.from_numpy(self.data.labels[indices]),
             "t_uniform": uniform[:, 1].clone(),
             "drop": uniform[:, 2].clone(),
             "indices": torch.from_numpy(indices),
         }
 
-    def take(self, normal: torch.Tensor) -> Batch:
-        """Latents and noise as tensors of their own, pinned if there is a GPU; from (b, 2, c, h, w)."""
+    def copies(self, names: Sequence[str], halves: torch.Tensor) -> Batch:
+        """The two halves of (b, 2, c, h, w) as contiguous tensors of their own, pinned if there is a GPU."""
         shape = (2, self.size, *self.data.latent_shape)
-        copied = torch.empty(shape, pin_memory=torch.cuda.is_available()).copy_(normal.transpose(0, 1))
-        return {"latents": copied[0], "noise": copied[1]}
+        copied = torch.empty(shape, pin_memory=torch.cuda.is_available()).copy_(halves.transpose(0, 1))
+        return dict(zip(names, copied, strict=True))
 
-    def from_slot(self, number: int) -> Batch:
-        """What item ``number`` left in its slot."""
-        return {} if self.slots is None else self.take(self.slots[number % len(self.slots)])
+    def whole(self, number: int, item: dict[str, Any]) -> Batch:
+        """Item ``number`` with what it left in its slot."""
+        names = item.pop("in_slot", None)
+        return item if names is None else item | self.copies(names, self.slots[number % len(self.slots)])
 
 
 def leave_signals_to_the_main_process(closing: Any, _worker: int) -> None:
@@ -149,6 +160,7 @@ def training_batches(
     data: TrainingData,
     seed: int,
     global_batch: int,
+    *,
     rank: int = 0,
     world: int = 1,
     accumulation: int = 1,
@@ -158,11 +170,16 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Micro-batches of one rank, without end, from the image number ``start_images`` on.
 
-    Step s shows the images start_images + s·global_batch … of the order; rank r takes the r-th of ``world`` equal
+    Step s is of the images start_images + s·global_batch … of the order; rank r takes the r-th of ``world`` equal
     slices, and cuts it into ``accumulation`` micro-batches of b = global_batch / (world · accumulation).
 
     Args:
         data: latents in memory or cached, or images to encode.
+        seed: keys the order and all draws.
+        global_batch: images of a step, on all ranks together.
+        rank, world: number of this process, and how many there are.
+        accumulation: micro-batches of a step on each rank.
+        start_images: images seen before.
         workers: processes that prepare micro-batches; 0 does it in this one. What comes out is the same.
         prefetch: micro-batches each worker keeps ready.
 
@@ -170,7 +187,7 @@ def training_batches(
         ``latents`` (b, c, h, w) float32, one posterior sample, scaled; ``labels`` (b,) int64; ``t_uniform`` (b,)
         float32 in [0, 1); ``noise`` (b, c, h, w) float32, x0; ``drop`` (b,) float32 in [0, 1), below the dropout
         probability where the label is to be dropped; ``indices`` (b,) int64 into the data. On the CPU (pinned if
-        there is a GPU), but ``latents`` of :class:`PixelData` on its VAE's device.
+        there is a GPU), but ``latents`` of :class:`~sit.latents.datasets.PixelData` on its VAE's device.
 
     Raises:
         UserError: the batch can't be divided so, or an image can't be read.
@@ -178,7 +195,9 @@ def training_batches(
     closing = multiprocessing.RawValue("b", 0)
     # item k is asked for while item k − workers · prefetch is at hand but not yet copied: one slot more than that
     slots = workers * prefetch + 1 if workers else 0
-    micro_batches = MicroBatches(data, seed, start_images, global_batch, rank, world, accumulation, slots)
+    micro_batches = MicroBatches(
+        data, seed, global_batch, start=start_images, rank=rank, world=world, accumulation=accumulation, slots=slots
+    )
     loader = torch.utils.data.DataLoader(
         micro_batches,
         batch_size=None,
@@ -207,7 +226,7 @@ def _finished(loader: torch.utils.data.DataLoader, finalizer: Any) -> Iterator[B
             batches = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for number, batch in enumerate(batches):
-            yield micro_batches.data.finish(batch | micro_batches.from_slot(number))
+        for number, item in enumerate(batches):
+            yield micro_batches.data.finish(micro_batches.whole(number, item))
     finally:
         finalizer()  # before the loader's iterator goes, and its workers with it

@@ -16,10 +16,10 @@ from sit.latents.vae import downsampling, empty_vae, latent_shape
 from sit.model import SiT, create_model
 from sit.training.config import TrainConfig
 from sit.utils.errors import UserError
+from sit.utils.tables import text_table
 
 CLASSES = 1000
-"""ImageNet's, planned with where the data are not at hand"""
-
+"""ImageNet's, planned with where the data is not at hand"""
 
 VAE = dict(
     latent_channels=4,
@@ -43,24 +43,18 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
     """
     parts = gpus * config.gradient_accumulation
     if config.batch_size % parts:
-        raise UserError(f"--batch-size {config.batch_size} can't be divided into {parts} micro-batches: see --gpus")
+        raise UserError(f"`batch_size={config.batch_size}` can't be divided into {parts} micro-batches: see `gpus`")
     micro_batch = config.batch_size // parts
     shape, classes, images, assumed = describe_data(config)
     with naming(assumed), torch.device("meta"):
-        network = create_model(
-            config.model,
-            mixer=config.mixer,
-            input_size=shape[1:],
-            in_channels=shape[0],
-            num_classes=classes,
-            class_dropout=config.class_dropout,
-            learn_sigma=config.learn_sigma,
-        )
+        network = create_model(config.model, **config.network_options(shape, classes))
     parameters = sum(p.numel() for p in network.parameters())
     forward = multiply_accumulates(network, shape)
     state = 20 * parameters  # weights, gradients, two moments and the moving average, float32
     half = config.mixed_precision in ("bf16", "fp16")
-    activations = saved_bytes(network, shape, micro_batch, half, config.gradient_checkpointing)
+    activations = saved_bytes(
+        network, shape, micro_batch, half=half, gradient_checkpointing=config.gradient_checkpointing
+    )
     tokens = network.grid[0] * network.grid[1]
     shown = config.steps * config.batch_size
     rows = [
@@ -77,15 +71,17 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
     if images_per_second:
         rows.append(("time", f"{shown / images_per_second / 86400:.2f} days at {images_per_second:g} images/s"))
     else:
-        rows.append(("time", "give the measured --images-per-second"))
+        rows.append(("time", "not known without the measured images per second"))
     if assumed:
         rows.append(("assumed", assumed))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return text_table(rows)
 
 
 def describe_data(config: TrainConfig) -> tuple[tuple[int, int, int], int, int | None, str]:
-    """Latent shape, classes and count of the data, and what had to be assumed because it is not at hand."""
+    """Shape (c, h, w) of the latents, classes and count of the data, and what was assumed as it is not at hand.
+
+    The count is None where the data is not at hand.
+    """
     if is_cache(config.data):
         manifest = Manifest.read(Path(config.data) / MANIFEST)
         return tuple(manifest.latent_shape), len(manifest.classes), manifest.count, ""
@@ -95,13 +91,13 @@ def describe_data(config: TrainConfig) -> tuple[tuple[int, int, int], int, int |
         classes, count = len(images.classes), len(images)
     except UserError:
         classes, count = CLASSES, None
-        assumed.append(f"--data {config.data} is not here: {classes} classes")
+        assumed.append(f"no data {config.data} is here: {classes} classes")
     vae = empty_vae(config.vae)
     if vae is None:
         with torch.device("meta"):
             vae = AutoencoderKL(**VAE)
         assumed.append(
-            f"--vae {config.vae} is no folder here: {vae.config.latent_channels} channels, "
+            f"no folder of the VAE {config.vae} is here: {vae.config.latent_channels} channels, "
             f"1/{downsampling(vae)} of the image's side"
         )
     told = "; ".join(assumed)
@@ -131,7 +127,7 @@ def multiply_accumulates(network: SiT, latent_shape: tuple[int, int, int]) -> in
 
 
 def saved_bytes(
-    network: SiT, latent_shape: tuple[int, int, int], batch: int, half: bool, gradient_checkpointing: bool
+    network: SiT, latent_shape: tuple[int, int, int], batch: int, *, half: bool, gradient_checkpointing: bool
 ) -> int:
     """Bytes of the activations that autograd keeps for the backward pass of one micro-batch.
 

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 import typeguard
 import yaml
 
-from sit.training.config import TrainConfig, _flag
+from sit.training.config import TrainConfig, fixed_fields
 from sit.utils.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -24,7 +24,7 @@ def from_mapping(values: dict[str, Any], source: str, base: TrainConfig | None =
     """A config from a YAML mapping of field names, over the values of ``base``.
 
     Raises:
-        UserError: an unknown field or a value of the wrong type; the message names ``source``.
+        UserError: an unknown field or a value of the wrong type; the message begins with ``source``.
     """
     hints = get_type_hints(TrainConfig)
     checked = {}
@@ -51,45 +51,38 @@ def load_recipe(name: str) -> TrainConfig:
     if not path.is_file():
         path = Path(name)
     if not path.is_file():
-        raise UserError(f"--recipe {name}: neither a file nor a recipe; the recipes are {', '.join(known_recipes())}")
+        raise UserError(f"`recipe={name}`: neither a file nor a recipe; the recipes are {', '.join(known_recipes())}")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--recipe {path}: not readable YAML: {error}") from error
+        raise UserError(f"`recipe={path}`: not readable YAML: {error}") from error
     if not isinstance(values, dict):
-        raise UserError(f"--recipe {path}: must be a mapping of settings")
+        raise UserError(f"`recipe={path}`: must be a mapping of settings")
     base = values.pop("base", None)
-    return from_mapping(values, f"--recipe {path}", load_recipe(str(base)) if base else None)
-
-
-FIXED_BY_THE_FIRST_STEP = (
-    "data", "image_size", "flip", "vae", "model", "mixer", "learn_sigma", "class_dropout", "interpolant", "prediction",
-    "loss_weight", "train_eps", "batch_size", "betas", "weight_decay", "ema_decay", "seed",
-    "repa", "repa_weight", "repa_block",
-)  # fmt: skip
+    return from_mapping(values, f"`recipe={path}`", load_recipe(str(base)) if base else None)
 
 
 def check_same_run(config: TrainConfig, folder: Path) -> None:
-    """Whether ``config`` may continue the run in ``folder``: what decides the network and its data must not change.
+    """Refuse to continue the run in ``folder`` with settings that its first step has fixed at other values.
 
     Raises:
-        UserError: it must not; the message names the flag and both values.
+        UserError: unless ``config`` has those that the run was begun with; the message names both values.
     """
     begun = load_recipe(str(folder / "config.yaml"))
-    for name in FIXED_BY_THE_FIRST_STEP:
+    for name in fixed_fields():
         now, then = getattr(config, name), getattr(begun, name)
         if now != then:
-            raise UserError(f"{_flag(name)} {now} can't continue the run {folder}, which was begun with {then}")
+            raise UserError(f"`{name}={now}` can't continue the run {folder}, which was begun with {then}")
 
 
 def run_folder(path: str) -> Path:
-    """The run's folder, of a run or of one of its checkpoints.
+    """The folder of a run, given that or one of the run's checkpoints.
 
     Raises:
-        UserError: neither is there.
+        UserError: ``path`` is neither.
     """
     folder = Path(path).resolve()
     for candidate in (folder, *folder.parents[:2]):
         if (candidate / "config.yaml").is_file():
             return candidate
-    raise UserError(f"--resume {path}: neither a run's folder nor a checkpoint in one (there is no config.yaml)")
+    raise UserError(f"`resume={path}`: neither a run's folder nor a checkpoint in one (there is no config.yaml)")

@@ -1,12 +1,15 @@
 """Representation alignment, REPA (arXiv 2410.06940): tokens of one block are drawn towards a frozen encoder's patches.
 
-A projector, an MLP on the tokens after ``--repa-block``, is trained with the network to predict the features of the
-clean image; the loss gains ``--repa-weight`` times their negative cosine similarity (equation 8). Sampling knows
+A projector, an MLP on the tokens after the block ``repa_block``, is trained with the network to predict the features
+of the clean image; the loss gains ``repa_weight`` times their negative cosine similarity (equation 8). Sampling knows
 nothing of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -15,8 +18,13 @@ from timm.data import resolve_data_config
 from torch import nn
 from torch.nn import functional as F
 
+from sit.latents.datasets import Batch
 from sit.model import SiT
-from sit.utils.errors import UserError
+from sit.training.config import TrainConfig
+from sit.training.objective import Objective
+from sit.transport.transport import Field
+from sit.utils.errors import UserError, first_line
+from sit.utils.random import global_generator, key
 
 HIDDEN = 2048
 """Width of the projector's hidden layers, as published."""
@@ -49,14 +57,67 @@ def attach_projector(network: SiT, block: int, features: int) -> None:
 
 
 def check_block(block: int, depth: int) -> None:
-    """Raises UserError: there is no such block."""
+    """Raise UserError unless the network has that block, counted from 1."""
     if not 1 <= block <= depth:
-        raise UserError(f"--repa-block {block}: the network has the blocks 1 to {depth}")
+        raise UserError(f"`repa_block={block}`: the network has the blocks 1 to {depth}")
 
 
 def cosine_similarity(projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Mean over tokens of the cosine between (B, N, D) projections and (B, N, D) features: (B,) float32."""
     return F.cosine_similarity(projected.float(), features.float(), dim=-1).mean(1)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The loss of another objective minus ``weight`` times the alignment of each image, which is logged.
+
+    Attributes:
+        base: the objective that the alignment is added to.
+        encoder: gives the features that the network's projector is to predict.
+        weight: of the alignment.
+        autocast: what the encoder runs in, made anew for each batch.
+    """
+
+    base: Objective
+    encoder: Encoder
+    weight: float
+    autocast: Callable[[], AbstractContextManager]
+
+    def __call__(self, model: Field, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Losses (b,) and the metric ``alignment`` (b,), of a network that :func:`attach_projector` has changed.
+
+        The batch has ``images`` (b, 3, H, W) uint8 besides what ``base`` needs.
+        """
+        projected = None
+
+        def network(*args, **conditions) -> torch.Tensor:
+            nonlocal projected
+            out, projected = model(*args, **conditions, project=True)
+            return out
+
+        loss, metrics = self.base(network, batch)
+        with self.autocast():
+            features = self.encoder.features(batch["images"])
+        similarity = cosine_similarity(projected, features)
+        return loss - self.weight * similarity, metrics | {"alignment": similarity}
+
+
+def align(
+    base: Objective,
+    network: SiT,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+) -> Alignment:
+    """Add the alignment that ``config`` asks for to an objective, and the projector to the network.
+
+    To be called before the network is wrapped or compiled and the optimizer is made.
+    """
+    encoder = load_encoder(config.repa, network.grid, device)
+    with global_generator(key(config.seed, "initial projector")):
+        attach_projector(network, config.repa_block, encoder.width)
+    return Alignment(base, encoder, config.repa_weight, autocast)
 
 
 class Encoder:
@@ -106,7 +167,7 @@ class Encoder:
 
 
 def load_encoder(name: str, grid: tuple[int, int], device: torch.device | str = "cpu") -> Encoder:
-    """The encoder that ``--repa`` names.
+    """The encoder that ``repa`` names.
 
     Args:
         name: a timm model such as ``vit_base_patch14_dinov2.lvd142m``, whose weights timm finds or downloads, or a
@@ -115,15 +176,15 @@ def load_encoder(name: str, grid: tuple[int, int], device: torch.device | str = 
         device: where the encoder works.
 
     Raises:
-        UserError: no such model or folder, or its weights can't be had or don't give a map of features.
+        UserError: no such model or folder, weights that can't be had, or a network without a map of features.
     """
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"--repa {name}: the folder has no config.json; give one that timm's save_for_hf wrote")
+            raise UserError(f"`repa={name}`: the folder has no config.json; give one that timm's save_for_hf wrote")
         source = f"local-dir:{folder}"
     elif not timm.is_model(name.split(".")[0]):
-        raise UserError(f"--repa {name}: neither a folder nor a timm model like vit_base_patch14_dinov2.lvd142m")
+        raise UserError(f"`repa={name}`: neither a folder nor a timm model like vit_base_patch14_dinov2.lvd142m")
     else:
         source = name
     try:
@@ -131,9 +192,8 @@ def load_encoder(name: str, grid: tuple[int, int], device: torch.device | str = 
         side = encoder.input_size
         found = encoder.features(torch.zeros(1, 3, *side, dtype=torch.uint8)).shape
     except Exception as error:  # timm, the Hub client and safetensors each raise their own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        mend = "is the folder whole?" if folder.is_dir() else "download it where there is a network, give its folder"
-        raise UserError(f"--repa {name} can't be loaded ({reason}); {mend}") from error
+        mend = "is the folder complete?" if folder.is_dir() else "download it where there is a network, give its folder"
+        raise UserError(f"`repa={name}` can't be loaded ({first_line(error)}); {mend}") from error
     if found != (1, grid[0] * grid[1], encoder.width):
-        raise UserError(f"--repa {name} gives no map of {encoder.width} features; take a vision transformer")
+        raise UserError(f"`repa={name}` gives no map of {encoder.width} features; take a vision transformer")
     return encoder

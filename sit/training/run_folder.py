@@ -1,22 +1,40 @@
-"""A run's folder: its making, its metrics file, and which of its checkpoints are kept."""
+"""A run's folder: its making, and its metrics file."""
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers, on_main_process
 
-from sit.checkpoint.find import find_checkpoints
-from sit.checkpoint.info import read_info
-from sit.checkpoint.integrity import is_complete
+from sit.training.config import TrainConfig
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_write, explain_os_errors, new_output
+
+
+def make_run_folder(config: TrainConfig, begun: Path | None, save_vae: Callable[[Path], object]) -> Path:
+    """Make the folder of a run, or bring that of a ``begun`` one up to date: ``config.yaml`` and ``vae/``.
+
+    Args:
+        config: the run's; it is written as it is in force now.
+        begun: the folder of a run that goes on.
+        save_vae: writes the VAE into the folder that it is given, if that is needed.
+    """
+    folder = begun
+    if folder is None:
+        label = f"{config.model}-{config.mixer}".replace("/", "-").replace(",", "+").replace(":", "-")
+        folder = new_run_folder(config.output_dir, label)
+    with atomic_write(folder / "config.yaml") as temporary:  # first: it makes the folder a run that can be resumed
+        temporary.write_text(dataclasses.replace(config, resume=None, output_dir=str(folder)).to_yaml())
+    if not (folder / "vae").is_dir():
+        save_vae(folder / "vae")
+    clear_leftovers(folder)
+    return folder
 
 
 def new_run_folder(output_dir: str | None, label: str) -> Path:
@@ -26,26 +44,22 @@ def new_run_folder(output_dir: str | None, label: str) -> Path:
         UserError: ``output_dir`` holds something already, or can't be written.
     """
     if output_dir is not None:
-        return new_output(output_dir, "--output-dir")
+        return new_output(output_dir, "output_dir")
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{label}"
     for attempt in range(100):
         folder = Path("runs") / (stem if not attempt else f"{stem}-{attempt}")
         if not folder.exists():
-            return new_output(folder, "--output-dir")
-    raise UserError(f"runs/{stem} and a hundred names like it are taken; give --output-dir")
+            return new_output(folder, "output_dir")
+    raise UserError(f"runs/{stem} and a hundred names like it are taken; give `output_dir`")
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Whether Accelerate has all trackers of ``--trackers`` here.
-
-    Raises:
-        UserError: it does not know one, or one's package is not installed.
-    """
+    """Raise UserError unless Accelerate knows all these trackers and their packages are installed."""
     installed = [str(name) for name in get_available_trackers()]
     for name in names:
         if name not in installed:
             what = "its package is not installed" if name in LOGGER_TYPE_TO_CLASS else "Accelerate has no such tracker"
-            raise UserError(f"--trackers {name}: {what}; there are here: {', '.join(installed) or 'none'}")
+            raise UserError(f"`trackers={name}`: {what}; here there are: {', '.join(installed) or 'none'}")
 
 
 class JsonLinesTracker(GeneralTracker):
@@ -95,33 +109,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def set_aside_later(run: Path, checkpoint: Path) -> Path | None:
-    """Move those checkpoints of a run away that going on from ``checkpoint`` meets again, whole or damaged.
-
-    A run resumed from an older checkpoint, or past a damaged one, is another run from there on: the later checkpoints
-    must be neither continued nor counted among its own. They go to ``checkpoints-abandoned-N`` in the run's folder,
-    with a copy of the metrics so far.
-
-    Returns:
-        That folder; None if there was nothing to move.
-    """
-    begun = read_info(checkpoint).step
-    later = [place for step, place in find_checkpoints(run) if step >= begun and not place.samefile(checkpoint)]
-    if not later:
-        return None
-    numbers = itertools.count(1)
-    aside = next(place for n in numbers if not (place := run / f"checkpoints-abandoned-{n}").exists())
-    with explain_os_errors(aside):
-        aside.mkdir()
-        if (run / "metrics.jsonl").is_file():
-            shutil.copy2(run / "metrics.jsonl", aside)
-        for place in later:
-            place.rename(aside / place.name)
-    return aside
-
-
 def clear_start(run: str | Path) -> None:
-    """Delete what a process killed before ``config.yaml`` was whole left of it, so that the folder is empty again."""
+    """Delete what is left of a process that was killed while it wrote ``config.yaml``: the folder is empty again."""
     for leftover in Path(run).glob(".config.yaml.*.tmp"):
         leftover.unlink(missing_ok=True)
 
@@ -131,22 +120,3 @@ def clear_leftovers(run: Path) -> None:
     clear_start(run)
     for leftover in [*run.glob(".vae.*.tmp"), *(run / "checkpoints").glob(".step-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def prune_checkpoints(checkpoints: list[tuple[int, Path]], keep_last: int, keep_every: int | None) -> None:
-    """Delete all whole ones but the last ``keep_last`` (0: none) and every ``keep_every`` steps of (step, folder)."""
-    if not keep_last:
-        return
-    last = 0
-    for step, folder in sorted(checkpoints, reverse=True):
-        if last == keep_last and keep_every and step % keep_every == 0:
-            continue
-        if not is_complete(folder):
-            continue
-        if last < keep_last:
-            last += 1
-            continue
-        # renamed first: a folder half deleted must not look like a checkpoint
-        doomed = folder.with_name(f".{folder.name}.deleted")
-        folder.rename(doomed)
-        shutil.rmtree(doomed)

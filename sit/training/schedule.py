@@ -8,7 +8,10 @@ from sit.training.config import TrainConfig
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """The learning rate of optimizer step ``step`` (from 0): linear warm-up, then constant or a cosine."""
+    """The learning rate of optimizer step ``step``, counted from 0.
+
+    It rises linearly over the warm-up, and then stays or falls by half a cosine to its final value.
+    """
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.final_learning_rate is None:
         return warm * config.learning_rate

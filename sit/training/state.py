@@ -1,11 +1,12 @@
 """What a checkpoint holds for resuming only: raw weights, optimizer, count of EMA updates, and float16's loss scale.
 
-State dicts are gathered whole on the main process and named by parameter (``torch.distributed.checkpoint``), so a run
-may go on with another number of processes, sharded or not.
+State dicts are gathered on the main process, unsharded, and name each parameter (``torch.distributed.checkpoint``). So
+a run may go on with another number of processes, sharded or not.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,22 +33,26 @@ def _spread() -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed)
 
 
+@dataclass(frozen=True)
 class TrainingState:
-    """The parts of a run that change as it trains. Only float16 has a ``scaler`` of the loss."""
+    """The parts of a run that change as it trains.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        ema: EMAModel,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> None:
-        self.model, self.optimizer, self.ema, self.scaler = model, optimizer, ema, scaler
+    Attributes:
+        model: the network, without the wrapper that sums gradients.
+        optimizer: the optimizer itself, not Accelerate's wrapper.
+        ema: the moving average of the network's weights, without a projector's.
+        scaler: of the loss; only float16 has one.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMAModel
+    scaler: torch.amp.GradScaler | None = None
 
     def gather(self) -> tuple[dict, dict, dict]:
-        """(EMA weights, raw weights, optimizer state), whole and on the CPU; every process must call it.
+        """(EMA weights, raw weights, optimizer state), unsharded and on the CPU; every process must call it.
 
-        On processes other than the main one the dicts are empty where the weights are sharded.
+        Where weights are sharded, processes other than the main one get empty dicts.
         """
         with ema_weights(self.model, self.ema):
             whole = get_model_state_dict(self.model, options=WHOLE)
@@ -57,7 +62,7 @@ class TrainingState:
         return averaged, raw, optimizer
 
     def save(self, folder: Path, raw: dict, optimizer: dict) -> None:
-        """Write what :meth:`gather` gave, but the EMA weights, into ``folder``."""
+        """Write the raw weights and the optimizer state that :meth:`gather` gave into ``folder``."""
         folder.mkdir(exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in raw.items()}, folder / "model.safetensors")
         rest = {"optimizer": optimizer, "ema_updates": self.ema.optimization_step}
@@ -66,7 +71,7 @@ class TrainingState:
         torch.save(rest, folder / "optimizer.pt")
 
     def load(self, checkpoint: Path) -> None:
-        """Take up the state that a checkpoint folder holds; every process must call it, with the same folder."""
+        """Take up the state in a checkpoint's folder; every process must call it, with the same folder."""
         training = checkpoint / "training"
         rest = torch.load(training / "optimizer.pt", map_location="cpu", weights_only=True)
         raw = load_file(training / "model.safetensors")

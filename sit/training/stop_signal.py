@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import signal
 
+import torch
+from accelerate import Accelerator
+
 REQUEUE_EXIT = 85
 """Exit status of a run that a signal stopped after saving itself (the "checkpointed" status of batch systems)."""
 
@@ -13,8 +16,10 @@ class StopSignal:
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-    def __enter__(self) -> StopSignal:
+    def __init__(self) -> None:
         self.received = False
+
+    def __enter__(self) -> StopSignal:
         self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
@@ -24,3 +29,9 @@ class StopSignal:
 
     def _note(self, number: int, frame: object) -> None:
         self.received = True
+
+    def received_anywhere(self, accelerator: Accelerator) -> bool:
+        """Whether any process got a signal; every process must call it, and all get the same answer."""
+        if accelerator.num_processes == 1:
+            return self.received
+        return bool(accelerator.reduce(torch.tensor(int(self.received), device=accelerator.device), "sum"))

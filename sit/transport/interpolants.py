@@ -150,5 +150,5 @@ def get_interpolant(name: str) -> Interpolant:
         UserError: another name.
     """
     if name not in INTERPOLANTS:
-        raise UserError(f"unknown interpolant {name!r}; known interpolants: {', '.join(INTERPOLANTS)}")
+        raise UserError(f"`interpolant={name}` is none of {', '.join(INTERPOLANTS)}")
     return INTERPOLANTS[name]()

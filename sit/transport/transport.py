@@ -12,13 +12,25 @@ from sit.transport.interpolants import Interpolant, expand_t_like_x, get_interpo
 from sit.utils.errors import UserError
 
 Field = Callable[..., torch.Tensor]
-"""A function (x (B, C, h, w), t (B,), **conditions) → (B, C, h, w)."""
-
+"""A function (x (B, …), t (B,), **conditions) → (B, …)."""
 
 PREDICTIONS = ("velocity", "score", "noise")
-
-
 LOSS_WEIGHTS = ("none", "velocity", "likelihood")
+
+
+def logit_normal(u: torch.Tensor) -> torch.Tensor:
+    """Uniform draws in [0, 1) to draws whose logit is standard normal (SD3, arXiv 2403.03206, section 3.1).
+
+    The normal's inverse distribution function is −∞ at u = 0, and its sigmoid 0.
+    """
+    return torch.sigmoid(torch.special.ndtri(u))
+
+
+TIME_DISTRIBUTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "uniform": lambda u: u,
+    "logit-normal": logit_normal,
+}
+"""From uniform draws in [0, 1) to those of a distribution on [0, 1]."""
 
 
 class Transport(SchedulerMixin, ConfigMixin):
@@ -34,12 +46,14 @@ class Transport(SchedulerMixin, ConfigMixin):
         train_eps: how far training stays from the singular ends of [0, 1]; None is the published value. As published,
             the velocity prediction under ``linear`` and ``gvp``, which has no singular end, takes no ε.
         sample_eps: the same for sampling.
+        time_distribution: how training draws t within its interval: ``uniform``, as published, or ``logit-normal``
+            with location 0 and scale 1 (SD3).
 
     Raises:
         UserError: an unknown name, an ε outside [0, 0.5), or a sampling ε of 0 where the ends are singular.
     """
 
-    config_name = "transport_config.json"
+    config_name = "transport_config.json"  # type: ignore[assignment]
 
     @register_to_config
     def __init__(
@@ -49,78 +63,137 @@ class Transport(SchedulerMixin, ConfigMixin):
         loss_weight: str = "none",
         train_eps: float | None = None,
         sample_eps: float | None = None,
+        time_distribution: str = "uniform",
     ) -> None:
         self.interpolant: Interpolant = get_interpolant(interpolant)
-        for value, known, what in (
-            (prediction, PREDICTIONS, "prediction"),
-            (loss_weight, LOSS_WEIGHTS, "loss weight"),
+        for name, value, known in (
+            ("prediction", prediction, PREDICTIONS),
+            ("loss_weight", loss_weight, LOSS_WEIGHTS),
+            ("time_distribution", time_distribution, tuple(TIME_DISTRIBUTIONS)),
         ):
             if value not in known:
-                raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+                raise UserError(f"`{name}={value}` is none of {', '.join(known)}")
         if prediction == "velocity" and loss_weight != "none":
-            raise UserError(f"--loss-weight {loss_weight} serves the predictions score and noise; velocity has none")
-        for name, value in (("train", train_eps), ("sample", sample_eps)):
-            if value is not None and not 0 <= value < 0.5:
-                raise UserError(f"--{name}-eps must be in [0, 0.5), not {value}")
+            raise UserError(f"`loss_weight={loss_weight}` serves the predictions score and noise; velocity has none")
+        for name, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
+            if eps is not None and not 0 <= eps < 0.5:
+                raise UserError(f"`{name}` must be in [0, 0.5), not {eps}")
         if sample_eps == 0 and prediction != "velocity":
-            raise UserError(f"--sample-eps 0: the prediction {prediction} has no finite drift at the ends: leave it")
-        if interpolant != "vp" and prediction == "velocity":
+            raise UserError(f"`sample_eps=0`: the prediction {prediction} has no finite drift at the ends: leave it")
+        self.prediction, self.loss_weight, self.time_distribution = prediction, loss_weight, time_distribution
+        self.is_vp = interpolant == "vp"
+        if not self.is_vp and prediction == "velocity":
             train_eps = sample_eps = 0.0
-        self.train_eps = (1e-5 if interpolant == "vp" else 1e-3) if train_eps is None else train_eps
+        self.train_eps = (1e-5 if self.is_vp else 1e-3) if train_eps is None else train_eps
         self.sample_eps = 1e-3 if sample_eps is None else sample_eps
 
     # ------------------------------------------------------------------ intervals
 
     def train_interval(self) -> tuple[float, float]:
-        """The times from which training draws t uniformly."""
-        if self.config.interpolant == "vp":
+        """The times between which training draws t."""
+        if self.is_vp:
             return 0.0, 1 - self.train_eps
-        if self.config.prediction != "velocity":
+        if self.prediction != "velocity":
             return self.train_eps, 1 - self.train_eps
         return 0.0, 1.0
 
     def ode_interval(self) -> tuple[float, float]:
         """Where the ODE starts (noise) and ends (data)."""
         eps = self.sample_eps
-        if self.config.interpolant == "vp":
+        if self.is_vp:
             return 0.0, 1 - eps
-        if self.config.prediction != "velocity":
+        if self.prediction != "velocity":
             return eps, 1 - eps
         return 0.0, 1.0
 
     def must_stop(self, reverse: bool) -> bool:
         """Whether the ODE's drift does not exist just past its interval's end, where adaptive solvers would look."""
-        vp, prediction = self.config.interpolant == "vp", self.config.prediction
-        return (not vp and prediction != "velocity") if reverse else (vp and prediction == "noise")
+        if reverse:
+            return not self.is_vp and self.prediction != "velocity"
+        return self.is_vp and self.prediction == "noise"
 
     def sde_interval(self, diffusion_form: str, last_step_size: float) -> tuple[float, float]:
         """Where the SDE starts and where its last step, of that size, begins (0: no last step, ends at 1 − ε)."""
         eps = self.sample_eps
         end = 1 - (last_step_size or eps)
-        if self.config.interpolant == "vp":
+        if self.is_vp:
             return 0.0, end
-        starts_late = diffusion_form == "sbdm" or self.config.prediction != "velocity"
+        starts_late = diffusion_form == "sbdm" or self.prediction != "velocity"
         return (eps if starts_late else 0.0), end
 
     # ------------------------------------------------------------------ training
+
+    def sample_times(self, u: torch.Tensor) -> torch.Tensor:
+        """Training times t, of u's shape and dtype, from uniform draws u in [0, 1)."""
+        start, end = self.train_interval()
+        return start + (end - start) * TIME_DISTRIBUTIONS[self.time_distribution](u)
+
+    def training_loss(
+        self,
+        model: Field,
+        x1: torch.Tensor,
+        y: torch.Tensor | None = None,
+        *,
+        class_dropout: float = 0.1,
+        null_label: int | None = None,
+        u: torch.Tensor | None = None,
+        x0: torch.Tensor | None = None,
+        drop: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **conditions,
+    ) -> torch.Tensor:
+        """The objective: draw times and noise, drop labels for classifier-free guidance, and take the loss.
+
+        Args:
+            model: the network, called as ``model(x_t, t, y=labels, **conditions)``, or without ``y`` if there is none.
+            x1: data (B, …).
+            y: labels (B,) int64, or None.
+            class_dropout: probability with which a label is replaced by the null label.
+            null_label: the label of no class; None takes ``model.null_label``.
+            u: (B,) uniform draws in [0, 1), from which the times come. Draws that are None are made here.
+            x0: (B, …) standard normal noise.
+            drop: (B,) uniform draws in [0, 1); a label is replaced where they are below ``class_dropout``.
+            generator: source of the draws made here, on its own device; None is the global one of x1's device.
+
+        Returns:
+            (B,) float32, the loss of each image.
+
+        Raises:
+            UserError: a dropout that is no probability, or labels to drop and no null label.
+        """
+        if not 0 <= class_dropout <= 1:
+            raise UserError(f"`class_dropout` must be in [0, 1], not {class_dropout}")
+        device = x1.device if generator is None else generator.device
+        if u is None:
+            u = torch.rand(len(x1), generator=generator, device=device).to(x1.device)
+        if x0 is None:
+            x0 = torch.randn(x1.shape, generator=generator, device=device, dtype=x1.dtype).to(x1.device)
+        if y is not None:
+            if class_dropout > 0:
+                null_label = null_label_of(model) if null_label is None else null_label
+                if drop is None:
+                    drop = torch.rand(len(x1), generator=generator, device=device).to(x1.device)
+                y = torch.where(drop < class_dropout, null_label, y)
+            conditions["y"] = y
+        return self.loss(model, x1, self.sample_times(u), x0, **conditions)
 
     def loss(self, model: Field, x1: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, **conditions) -> torch.Tensor:
         """The loss of each image: the weighted mean squared error of the prediction.
 
         Args:
             model: the network, called as ``model(x_t, t, **conditions)``.
-            x1: data (B, C, h, w).
+            x1: data (B, …).
             t: times (B,).
-            x0: noise (B, C, h, w).
+            x0: noise (B, …).
 
         Returns:
             (B,) float32.
         """
         path = self.interpolant
         out = model(path.interpolate(x1, x0, t), t, **conditions).float()
-        if self.config.prediction == "velocity":
+        if self.prediction == "velocity":
             error = out - path.velocity(x1, x0, t)
-        elif self.config.prediction == "noise":
+        elif self.prediction == "noise":
             error = out - x0
         else:
             error = out * path.sigma(expand_t_like_x(t, out)) + x0
@@ -128,25 +201,36 @@ class Transport(SchedulerMixin, ConfigMixin):
 
     def _weight(self, t: torch.Tensor) -> torch.Tensor | float:
         """Weight (B,) of the squared error of the noise, or of the score times −σ."""
-        if self.config.loss_weight == "none":
+        if self.loss_weight == "none":
             return 1.0
         rate, sigma = self.interpolant.noise_rate(t), self.interpolant.sigma(t)
-        return (rate / sigma) ** 2 if self.config.loss_weight == "velocity" else rate / sigma**2
+        return (rate / sigma) ** 2 if self.loss_weight == "velocity" else rate / sigma**2
 
     # ------------------------------------------------------------------ sampling
 
     def to_velocity(self, out: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The velocity, the drift of the ODE, that a network's output ``out`` at (x, t) means."""
-        if self.config.prediction == "velocity":
+        if self.prediction == "velocity":
             return out
-        if self.config.prediction == "noise":
+        if self.prediction == "noise":
             out = self.interpolant.score_from_noise(out, x, t)
         return self.interpolant.velocity_from_score(out, x, t)
 
     def to_score(self, out: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The score ∇ log p_t that a network's output ``out`` at (x, t) means."""
-        if self.config.prediction == "velocity":
+        if self.prediction == "velocity":
             return self.interpolant.score_from_velocity(out, x, t)
-        if self.config.prediction == "noise":
+        if self.prediction == "noise":
             return self.interpolant.score_from_noise(out, x, t)
         return out
+
+
+def null_label_of(model: Field) -> int:
+    """The label by which a network knows that none is given.
+
+    Raises:
+        UserError: the network says none.
+    """
+    if (label := getattr(model, "null_label", None)) is not None:
+        return label
+    raise UserError("this model has no null label, which guidance needs: give it the attribute null_label")

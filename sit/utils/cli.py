@@ -11,7 +11,11 @@ from sit.utils.errors import UserError
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Within the block, what tyro says in a box of several lines before it exits becomes a :class:`UserError`."""
+    """Within the block, what tyro says in a box of several lines before it exits becomes a :class:`UserError`.
+
+    A UserError of a dataclass's ``__post_init__``, which tyro takes for a mistake in parsing as it does any ValueError,
+    is raised as it was.
+    """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -19,7 +23,14 @@ def one_line_errors() -> Iterator[None]:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_essence(said.getvalue())) from None
+        raise _own_error(stop) or UserError(_essence(said.getvalue())) from None
+
+
+def _own_error(error: BaseException | None) -> UserError | None:
+    """The UserError that led to ``error``, if one did."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _essence(box: str) -> str:

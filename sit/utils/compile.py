@@ -34,7 +34,7 @@ def obstacle(device: torch.device) -> str | None:
 def should_compile(
     wanted: bool | None, device: torch.device, notice: Callable[[str], object], helps: bool = True
 ) -> bool:
-    """Whether to compile. ``wanted`` is the flag; None compiles on GPUs, where ``helps``, and tells where it can't.
+    """Whether to compile: as ``wanted`` says; None compiles on GPUs where it ``helps``, with a ``notice`` if it can't.
 
     Raises:
         UserError: it is wanted and can't be done.
@@ -47,7 +47,7 @@ def should_compile(
     if reason is None:
         return True
     if wanted:
-        raise UserError(f"--compile: {reason}; or leave the flag out")
+        raise UserError(f"`compile`: {reason}; or leave it out")
     notice(f"not compiled: {reason}")
     return False
 

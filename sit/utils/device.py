@@ -6,11 +6,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from sit.utils.errors import UserError
+from sit.utils.errors import UserError, first_line
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device that ``--device`` names; without a name, the accelerator if there is one, else the CPU.
+    """The device of that name; without a name, the accelerator if there is one, else the CPU.
 
     Raises:
         UserError: the name is unknown or the device is not there.
@@ -22,7 +22,7 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from error
+        raise UserError(f"`device={name}` can't be used: {first_line(error)}") from error
     return device
 
 

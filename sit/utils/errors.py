@@ -24,8 +24,10 @@ def with_flags(message: str) -> str:
 
 def _flag(match: re.Match[str]) -> str:
     name, value = match.groups()
-    flag = "--" + name.replace("_", "-")
-    return flag if value is None else f"{flag} {value}"
+    flag = name.replace("_", "-")
+    if value in ("True", "False"):
+        return f"--{flag}" if value == "True" else f"--no-{flag}"
+    return f"--{flag}" if value is None else f"--{flag} {value}"
 
 
 def first_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import shutil
@@ -15,14 +16,6 @@ from safetensors import SafetensorError
 from sit.utils.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-
-
-_UMASK = os.umask(0o022)
-
-
-os.umask(_UMASK)  # the only way to read it is to set it
-
-
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -37,7 +30,8 @@ def explain_os_errors(path: Path) -> Iterator[None]:
             raise UserError(f"the disk is full, so {path} was not written; what was there is untouched") from error
         if number in _REFUSED:
             raise UserError(f"{path} can't be written ({os.strerror(number)}); choose another output folder") from error
-        if number == errno.ENOENT and error.filename and Path(error.filename).parent == path.parent:
+        missing = error.filename if isinstance(error, OSError) and number == errno.ENOENT else None
+        if missing and Path(missing).parent == path.parent:
             raise UserError(f"{path} can't be made there; choose another output folder") from error
         if number in (errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"{path} can't be written: a file stands where a folder is needed") from error
@@ -59,8 +53,16 @@ def _error_number(error: Exception, path: Path) -> int | None:
 def _finish(path: Path) -> None:
     """Give a new file the usual permissions (safetensors makes its files private), and flush it to the disk."""
     if path.is_file() and path.stat().st_nlink == 1:
-        path.chmod(0o666 & ~_UMASK)
+        path.chmod(0o666 & ~_umask())
     _fsync(path)
+
+
+@functools.cache
+def _umask() -> int:
+    """The process's umask, read once: the only way to read it is to set it, which other threads would see."""
+    umask = os.umask(0o077)  # what a thread makes meanwhile is too private rather than too open
+    os.umask(umask)
+    return umask
 
 
 def _fsync(path: Path) -> None:
@@ -142,28 +144,24 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def refuse_used(path: str | Path, flag: str) -> None:
-    """Whether an output folder is free, before any work is done for it.
-
-    Raises:
-        UserError: it exists and is not empty; ``flag`` is named.
-    """
+def refuse_used(path: str | Path, argument: str) -> None:
+    """Raise UserError unless the output folder that ``argument`` names is free: before any work is done for it."""
     path = Path(path)
     with explain_os_errors(path):
         if path.is_dir() and any(path.iterdir()):
-            raise UserError(f"{flag} {path} exists and is not empty; choose a new folder or remove it")
+            raise UserError(f"`{argument}={path}` exists and is not empty; choose a new folder or remove it")
 
 
-def new_output(path: str | Path, flag: str) -> Path:
-    """Create the empty output folder ``path``, named by the command-line ``flag``.
+def new_output(path: str | Path, argument: str) -> Path:
+    """Create the empty output folder ``path``, which the ``argument`` names.
 
     Raises:
         UserError: it exists and is not empty, or it can't be made or written.
     """
     path = Path(path)
-    refuse_used(path, flag)
+    refuse_used(path, argument)
     with explain_os_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
-        raise UserError(f"{flag} {path} can't be written; choose another folder")
+        raise UserError(f"`{argument}={path}` can't be written; choose another folder")
     return path

@@ -1,4 +1,4 @@
-"""Whether files are still those that something was made from."""
+"""Tells whether files are still those that something was made from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def stamp(*places: str | Path) -> str:
     What is not there, such as the name of a VAE on the Hub, counts by its name alone.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for place in map(os.fspath, places):
+    for place in (os.fspath(place) for place in places):
         walk = sorted(os.walk(place, followlinks=True)) if os.path.isdir(place) else ()
         files = [os.path.join(folder, name) for folder, _, names in walk for name in sorted(names)] or [place]
         for file in files:

@@ -15,9 +15,9 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 def allow_tf32(device: torch.device, allowed: bool = True) -> None:
-    """Whether matrix products of float32 tensors may be rounded to TF32 (10 bits), which only GPUs do.
+    """Let GPUs round matrix products of float32 tensors to TF32 (10 bits of mantissa), or forbid it.
 
-    The published SiT allows it, for training and sampling; PyTorch by default does not.
+    The published SiT allows it, for training and sampling; PyTorch by default does not. Other devices have no TF32.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if allowed else "highest")
@@ -32,7 +32,7 @@ def for_sampling(precision: Precision | None, device: torch.device) -> torch.dty
         UserError: TF32 on a device that has none.
     """
     if precision == "tf32" and device.type != "cuda":
-        raise UserError(f"--precision tf32 is for GPUs, and this is {device.type}: use float32 or bfloat16")
+        raise UserError(f"`precision=tf32` is for GPUs, and this is {device.type}: use float32 or bfloat16")
     allow_tf32(device, precision in (None, "tf32"))
     if precision is None:
         return None

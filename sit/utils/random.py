@@ -8,7 +8,8 @@ images seen; here the rank is left out).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -22,6 +23,24 @@ def key(seed: int, *parts: int | str) -> int:
 def generator(seed: int, *parts: int | str) -> torch.Generator:
     """A CPU generator for the draw named ``(seed, *parts)``."""
     return torch.Generator().manual_seed(key(seed, *parts))
+
+
+def draw_seed() -> int:
+    """A seed from torch's global generator, by one draw."""
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+
+
+@contextmanager
+def global_generator(seed: int) -> Iterator[None]:
+    """Inside, torch's global CPU generator begins at ``seed``, and tensors are made on the CPU; then all is as before.
+
+    For code that draws from the global generator and can't be given another. The meta device, where nothing is drawn,
+    stays the default if it is.
+    """
+    device = torch.get_default_device()
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would change the accelerators' generators too
+        yield
 
 
 def randn(shape: Sequence[int], generators: Sequence[torch.Generator]) -> torch.Tensor:

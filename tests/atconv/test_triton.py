@@ -14,7 +14,8 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from atconv import ATConv, functional  # noqa: E402
-from atconv import triton_kernels as ops  # noqa: E402
+from atconv import triton as ops  # noqa: E402
+from atconv.triton import launch  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MACHINE_CODE = str(Path(__file__).parents[2] / "benchmarks" / "machine_code.py")
@@ -48,10 +49,10 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         ((3, 6, 5, 130), 1),
     ],
 )
-@pytest.mark.parametrize("programs", [1, ops.PROGRAMS])
+@pytest.mark.parametrize("programs", [1, launch.PROGRAMS])
 def test_convolution_and_gradients(shape, k, dtype, programs, monkeypatch):
     """In large tiles, and in the small ones of inputs that would leave the GPU idle."""
-    monkeypatch.setattr(ops, "PROGRAMS", programs)
+    monkeypatch.setattr(launch, "PROGRAMS", programs)
     torch.manual_seed(sum(shape))
     v, g, kernels = random(*shape, dtype=dtype), random(*shape, dtype=dtype), random(shape[0], k * k, shape[3])
 
@@ -69,9 +70,9 @@ def test_convolution_and_gradients(shape, k, dtype, programs, monkeypatch):
 
 def test_tiles_waste_little_and_keep_the_gpu_busy():
     for length, size in {4: 4, 7: 8, 14: 16, 16: 16, 28: 16, 64: 16}.items():
-        options = ops.tile(999, length, length, 64, 3, 2)
+        options = launch.tile(999, length, length, 64, side=3, item=2)
         assert (options["ROWS"], options["COLUMNS"]) == (size, size)
-    assert [ops.tile(images, 16, 16, 1152, 3, 2)["ROWS"] for images in (1, 8, 16, 128)] == [2, 4, 8, 16]
+    assert [launch.tile(images, 16, 16, 1152, side=3, item=2)["ROWS"] for images in (1, 8, 16, 128)] == [2, 4, 8, 16]
 
 
 def test_any_strides():
@@ -118,7 +119,7 @@ def test_branch_is_the_plain_one_to_the_gradients(activation, with_control, dtyp
 
     def run(inputs, backend):
         control = inputs[5] if with_control else None
-        raw, inhibited = functional.make_kernels(*inputs[:5], control, activation, backend)
+        raw, inhibited = functional.make_kernels(*inputs[:5], control=control, activation=activation, backend=backend)
         total = (raw * weights[0]).sum() + (inhibited * weights[1]).sum()
         return raw, inhibited, *torch.autograd.grad(total, inputs)
 
@@ -198,7 +199,7 @@ def test_without_gpu_and_interpreter_the_message_says_so():
     code = "import atconv; atconv.ATConv(8, backend='triton')"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert "backend 'triton' needs a GPU" in result.stderr.splitlines()[-1]
+    assert "`backend=triton` needs a GPU" in result.stderr.splitlines()[-1]
 
 
 def test_chosen_on_a_gpu():

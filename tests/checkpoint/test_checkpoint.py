@@ -115,7 +115,7 @@ def test_local_vae_is_linked_and_a_hub_name_is_named(tmp_path, vae_folder):
     assert not (hub / "vae").exists()
     assert load_for_sampling(hub).vae_source == "stabilityai/sd-vae-ft-ema"
     assert load_for_sampling(hub, vae="other/vae").vae_source == "other/vae"
-    with pytest.raises(UserError, match="--vae"):
+    with pytest.raises(UserError, match="give `vae`"):
         _ = load_for_sampling(write(tmp_path / "none")).vae
 
 
@@ -195,7 +195,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, caplog):
     assert loaded.path.name == "step-0000010"
     assert torch.equal(loaded.model.final_layer.linear.weight, small_model(10).final_layer.linear.weight)
     assert "step-0000100" in caplog.text and "100 bytes" in caplog.text
-    with pytest.raises(UserError, match="not whole.*100 bytes"):
+    with pytest.raises(UserError, match="not complete.*100 bytes"):
         load_for_sampling(newest)
     with pytest.raises(UserError, match="none of the 3 checkpoints.*training"):
         newest_checkpoint(run, resumable=True)
@@ -282,7 +282,7 @@ def test_mistakes_are_named_in_one_line(tmp_path, vae_folder):
     (tmp_path / "run" / "config.yaml").touch()
     assert "no checkpoint yet" in message(tmp_path / "run")
     assert "AutoencoderKL" in message(vae_folder)
-    assert "--num-heads" in message(write(tmp_path / "c"), num_heads=3)
+    assert "`num_heads`" in message(write(tmp_path / "c"), num_heads=3)
     with pytest.raises(UserError, match="exists already"):
         write(tmp_path / "c")
 
@@ -307,6 +307,6 @@ def test_mistakes_are_named_in_one_line(tmp_path, vae_folder):
     shutil.copy(vae_folder / "config.json", empty)
     with pytest.raises(UserError, match="empty-vae"):
         write(tmp_path / "d", vae=empty)
-    with pytest.raises(UserError, match="--vae ./nowhere"):
+    with pytest.raises(UserError, match="`vae=./nowhere`"):
         write(tmp_path / "d", vae="./nowhere")
     assert not (tmp_path / "d").exists()

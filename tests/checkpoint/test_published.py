@@ -183,7 +183,7 @@ def test_training_layout_is_written_and_read(tmp_path):
     convert(Convert(tmp_path / "in.pt", tmp_path / "ours", hints=hints))
     convert(Convert(tmp_path / "ours", tmp_path / "training.pt", layout="training"))
     found = read_published(tmp_path / "training.pt")
-    assert found.container == "ema" and found.config["class_dropout"] == 0
+    assert found.container == "ema" and found.config["null_class"] is False
     assert found.transport_config["interpolant"] == "vp" and found.transport_config["prediction"] == "score"
     assert found.config["input_size"] == (8, 12)
     assert all(torch.equal(found.state[name], tensor) for name, tensor in state.items())
@@ -271,7 +271,9 @@ def test_repa_sde_is_our_default_sde(tmp_path):
         x = x + (velocity - now * score) * (after - now)
         if step < steps - 1:
             x = x + (2 * now * (now - after)) ** 0.5 * noises[step]
-    ours = sample(loaded.model.double(), loaded.transport, start, y, SamplerConfig(steps=steps), lambda k: noises[k])
+    ours = sample(
+        loaded.model.double(), loaded.transport, start, y, SamplerConfig(steps=steps), step_noise=lambda k: noises[k]
+    )
     torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
 
 
@@ -337,11 +339,11 @@ def refusal(path, **hints) -> str:
 
 def test_what_is_open_is_asked_for_by_its_flag(tmp_path):
     torch.save(published_state(["attention"]), tmp_path / "a.pt")
-    assert "--num-heads" in refusal(tmp_path / "a.pt")
+    assert "`num_heads`" in refusal(tmp_path / "a.pt")
     torch.save(published_state(["atconv"]), tmp_path / "b.pt")
-    assert "--image-size" in refusal(tmp_path / "b.pt")
+    assert "`image_size`" in refusal(tmp_path / "b.pt")
     assert "multiples of 16" in refusal(tmp_path / "b.pt", image_size=60)
-    assert "--num-classes" in refusal(tmp_path / "b.pt", num_classes=7)
+    assert "`num_classes`" in refusal(tmp_path / "b.pt", num_classes=7)
     assert "--image-size" in inspect(Inspect(tmp_path / "b.pt"))
     load_for_sampling(tmp_path / "b.pt", image_size=64)
 
@@ -401,10 +403,10 @@ def test_foreign_files(tmp_path):
 
 def test_layouts_are_not_mixed_up(tmp_path):
     torch.save(published_state(["repa"], learn_sigma=False), tmp_path / "repa.pt")
-    with pytest.raises(UserError, match="--layout repa"):
+    with pytest.raises(UserError, match="`layout=repa`"):
         convert(Convert(tmp_path / "repa.pt", tmp_path / "x.pt", layout="published"))
     torch.save(published_state(["attention"]), tmp_path / "sit.pt")
-    with pytest.raises(UserError, match="--layout published"):
+    with pytest.raises(UserError, match="`layout=published`"):
         convert(Convert(tmp_path / "sit.pt", tmp_path / "x.pt", layout="repa", hints=HINTS))
     with pytest.raises(UserError, match="must end in .pt"):
         convert(Convert(tmp_path / "sit.pt", tmp_path / "x", layout="published"))
@@ -456,7 +458,7 @@ def test_what_is_exported_is_read_back_as_the_same_network(layout, mixer, tmp_pa
 @pytest.mark.parametrize("layout, mixer", [(layout, mixer) for layout in REFUSED for mixer in REFUSED[layout]])
 def test_mixers_that_a_layout_lacks_are_refused(layout, mixer, tmp_path):
     network_of(mixer, layout).save_pretrained(tmp_path / "ours")
-    with pytest.raises(UserError, match=f"--layout {layout}") as caught:
+    with pytest.raises(UserError, match=f"`layout={layout}`") as caught:
         convert(Convert(tmp_path / "ours", tmp_path / "x.pt", layout=layout))
     assert "\n" not in str(caught.value) and not (tmp_path / "x.pt").exists()
 
@@ -476,7 +478,7 @@ def test_the_command_line(tmp_path, capsys):
     main(["convert", str(tmp_path / "in.pt"), str(tmp_path / "ours"), "--num-heads", "4", "--vae", "some/vae"])
     main(["inspect", str(tmp_path / "ours")])
     text = capsys.readouterr().out
-    for expected in ("a checkpoint of ours, whole", "attention,atconv", "4 x 8 x 8", "some/vae", "10, with a null"):
+    for expected in ("a checkpoint of ours, complete", "attention,atconv", "4 x 8 x 8", "some/vae", "10, with a null"):
         assert expected in text
     main(["inspect", str(tmp_path / "in.pt")])
     text = capsys.readouterr().out

@@ -54,6 +54,7 @@ def runs(tmp_path_factory) -> tuple[str, str]:
     return str(make_run(place / "a", "attention", (2, 4))), str(make_run(place / "b", "atconv", (4,)))
 
 
+@pytest.mark.slow
 def test_the_report(runs, tmp_path):
     out = tmp_path / "report"
     options = dict(num_samples=100, batch_size=50, speed_repeats=1, sampler=SamplerConfig(steps=2))
@@ -97,12 +98,12 @@ def test_the_speed_of_sampling_counts_every_evaluation(checkpoint, config, evalu
     """With a clock that goes on by a second for each row that the network is shown."""
     loaded, count = load_for_sampling(checkpoint), 16
     if evaluations is None:  # the solver decides, on the CPU for every image by itself
-        predictions = [GuidedModel(loaded.model, torch.tensor([index % 10]), config) for index in range(count)]
-        for index, prediction in enumerate(predictions):
+        models = [GuidedModel(loaded.model, torch.tensor([index % 10]), config) for index in range(count)]
+        for index, model in enumerate(models):
             noise = KeyedNoise(0, [index], (4, 8, 8), "cpu")()
             with torch.no_grad():
-                sample_ode(prediction, loaded.transport, noise, config)
-        evaluations = sum(prediction.evaluations for prediction in predictions) / count
+                sample_ode(model, loaded.transport, noise, config)
+        evaluations = sum(model.evaluations for model in models) / count
     seconds = [0.0]
     loaded.model.register_forward_pre_hook(lambda module, inputs: seconds.append(seconds[-1] + len(inputs[0])))
 
@@ -110,15 +111,15 @@ def test_the_speed_of_sampling_counts_every_evaluation(checkpoint, config, evalu
         seconds.append(seconds[-1] + 1e-6)  # the training is of another network
         return seconds[-1]
 
-    monkeypatch.setattr("sit.compare.speed.time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr("sit.utils.timing.time", SimpleNamespace(perf_counter=clock))
     speed = measure_speed({"network": loaded}, config, count, 2)["network"]["sampling"]
     assert speed == pytest.approx(1 / evaluations, rel=1e-4)
 
 
-def test_what_is_refused(runs, judge_of_three, tmp_path):
+def test_what_is_refused(runs, classifier_of_three, tmp_path):
     with pytest.raises(UserError, match="is not a run's folder"):
         open_runs((str(tmp_path),), ())
-    with pytest.raises(UserError, match="has no whole checkpoint to compare; its steps are: 2, 4"):
+    with pytest.raises(UserError, match="has no complete checkpoint to compare; its steps are: 2, 4"):
         open_runs((runs[0],), (3,))
     with pytest.raises(UserError, match="give at least one"):
         open_runs((), ())
@@ -126,11 +127,11 @@ def test_what_is_refused(runs, judge_of_three, tmp_path):
     with pytest.raises(UserError, match="was trained with image_size 64 and .* with 32"):
         open_runs((runs[0], str(other)), ())
     weights = FeatureWeights("inception.pth", "dinov2.safetensors")
-    for features, said in (("inception", "inception.pth are missing"), ("dinov2", "--dinov2-weights dinov2.safetens")):
+    for features, said in (("inception", "inception.pth are missing"), ("dinov2", "`dinov2_weights=dinov2.safetens")):
         with pytest.raises(UserError, match=said):
             compare(Arguments(runs, str(tmp_path / "no"), features=features, weights_files=weights))
     with pytest.raises(UserError, match="knows 3 classes, and the samples have 10"):
-        compare(Arguments(runs, str(tmp_path / "no"), judge=judge_of_three))
+        compare(Arguments(runs, str(tmp_path / "no"), classifier=classifier_of_three))
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match="exists already"):
         compare(Arguments(runs, str(tmp_path / "taken"), num_samples=10, sampler=SamplerConfig(steps=2)))

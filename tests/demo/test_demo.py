@@ -252,7 +252,7 @@ def test_controls_that_are_refused():
     for place, value, words in (
         (0, None, "choose a class"),
         (1, None, "choose a seed"),
-        (4, "dopri5", "the methods of --sampler sde are euler, heun"),
+        (4, "dopri5", "the methods of `sampler=sde` are euler, heun"),
         (5, 1, "at least 2"),
     ):
         with pytest.raises(UserError, match=words):
@@ -261,7 +261,7 @@ def test_controls_that_are_refused():
 
 def test_mistakes_are_told_in_the_page(players, tmp_path):
     gr = pytest.importorskip("gradio", reason="gradio is not installed")
-    (unguided,) = open_players([make_run(tmp_path / "unguided", "atconv", class_dropout=0.0)], CPU)
+    (unguided,) = open_players([make_run(tmp_path / "unguided", "atconv", null_class=False)], CPU)
     generate = next(f.fn for f in demo.build_page([unguided]).fns.values() if f.name == "generate")
     for controls, words in (
         ((None, 0, 1, "SDE", "euler", 4, 1), "choose a class"),
@@ -344,6 +344,7 @@ def wait_for(what, patience: float = 30):
         time.sleep(0.1)
 
 
+@pytest.mark.browser
 def test_the_page(page, browser, players):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys

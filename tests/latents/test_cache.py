@@ -68,20 +68,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
-def test_entries_are_the_moments_of_images_and_mirror_images(whole, images):
+def test_entries_are_the_moments_of_images_and_flipped_images(whole, images):
     cache, images, vae = CachedLatents(whole), open_images(str(images), 16), load_vae("digits")
     assert len(cache) == COUNT and np.array_equal(cache.labels, images.labels) and cache.classes == images.classes
     assert [shard.shape for shard in cache.shards] == [(n, 2, 2, 4, 4, 4) for n in (19, 19, 8)]
     for index in (0, 18, 19, 45):
-        for mirrored in (False, True):
-            pixels = images[index][0].flip(-1) if mirrored else images[index][0]
+        for flipped in (False, True):
+            pixels = images[index][0].flip(-1) if flipped else images[index][0]
             expected = torch.cat(encode_images(vae, pixels[None], 4)).half()
-            assert np.array_equal(cache.moments(np.array([index]), np.array([mirrored]))[0], expected.numpy())
+            assert np.array_equal(cache.moments(np.array([index]), np.array([flipped]))[0], expected.numpy())
 
 
 def test_training_from_the_cache_is_bitwise_training_from_memory(tmp_path):
     out = encode(Encode(tmp_path / "latents", "digits:heldout", batch_size=64, workers=0))
-    memory = encode_in_memory(open_images("digits:heldout"), load_vae("digits"), flips=True, progress=False)
+    memory = encode_in_memory(open_images("digits:heldout"), load_vae("digits"), flip=True, progress=False)
     options = {"seed": 1, "global_batch": 24, "start_images": 340}
     for workers in (0, 2):
         remembered = training_batches(memory, **options)
@@ -105,6 +105,7 @@ def test_an_encoding_that_stopped_goes_on_to_the_same_bytes(wish, whole, stops):
     assert encode(wish) == wish.out and (wish.out / "manifest.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.distributed
 def test_killed_at_any_moment_and_on_two_processes(wish, whole, tmp_path):
     words = ["--out", wish.out, "--data", wish.data, "--image-size", 16, "--workers", 0]
     words += ["--batch-size", 4, "--chunk", 8, "--shard-size", 19]
@@ -126,6 +127,7 @@ def test_killed_at_any_moment_and_on_two_processes(wish, whole, tmp_path):
     assert contents(wish.out) == contents(whole)
 
 
+@pytest.mark.distributed
 def test_two_processes_share_the_chunks_and_one_finishes(wish, whole, tmp_path):
     """Stopped after two chunks each, as their journals note."""
     program = tmp_path / "program.py"
@@ -188,7 +190,7 @@ def test_latents_that_are_not_finite_are_refused(wish, tmp_path, value):
     vae = load_vae(DIGITS_VAE)
     vae.encoder.conv_out.bias.data[0] = value
     vae.save_pretrained(tmp_path / "vae")
-    with pytest.raises(UserError, match="--vae .*vae gives values that are not finite in float32"):
+    with pytest.raises(UserError, match="`vae=.*vae` gives values that are not finite in float32"):
         encode(replace(wish, vae=str(tmp_path / "vae")))
     assert not any("done" in journal.read_text() for journal in wish.out.glob("journal-*"))
     assert not (wish.out / "manifest.json").exists()
@@ -200,7 +202,7 @@ def test_verify_finds_a_changed_entry_and_a_changed_list(copy, images, tmp_path)
     shard = np.load(copy / "moments-00001.npy", mmap_mode="r+")
     shard[3, 1, 0] += 0.5
     shard.flush()
-    with pytest.raises(UserError, match=r"entry 22 .*png, mirrored\) differs"):
+    with pytest.raises(UserError, match=r"entry 22 .*png, flipped\) differs"):
         verify(Verify(copy, samples=100))
     shard[3, 1, 0] = np.nan
     shard.flush()
@@ -231,7 +233,7 @@ def test_training_refuses_another_vae_or_size(whole, tmp_path):
     cache, vae = CachedLatents(whole), load_vae("digits")
     cache.check(vae, "digits", 16)
     cache.check(load_vae("digits", dtype=torch.bfloat16), "digits", None)
-    with pytest.raises(UserError, match="--image-size 32"):
+    with pytest.raises(UserError, match="`image_size=32`"):
         cache.check(vae, "digits", 32)
     with torch.no_grad():
         vae.decoder.conv_out.bias += 1
@@ -249,28 +251,47 @@ def test_opening_training_data_refuses_a_cache_of_another_vae_or_size(whole, tmp
     config = TrainConfig(data=str(whole), vae="digits", image_size=16)
     opened = open_training_data(config, torch.device("cpu"))
     assert len(opened.data) == COUNT and opened.vae_name == "digits"
-    with pytest.raises(UserError, match="holds latents of 16-pixel images, not --image-size 32"):
+    with pytest.raises(UserError, match="holds latents of 16-pixel images, not `image_size=32`"):
         open_training_data(replace(config, image_size=32), torch.device("cpu"))
     vae = load_vae(DIGITS_VAE)
     vae.decoder.conv_out.bias.data += 1
     vae.save_pretrained(tmp_path / "vae")
-    with pytest.raises(UserError, match="was made by --vae digits, whose weights are not those of --vae .*vae;"):
+    with pytest.raises(UserError, match="was made by `vae=digits`, whose weights are not those of `vae=.*vae`;"):
         open_training_data(replace(config, vae=str(tmp_path / "vae")), torch.device("cpu"))
 
 
-def test_without_mirror_images(wish):
-    cache = CachedLatents(encode(replace(wish, mirror=False)))
+def test_without_flipped_images(wish):
+    cache = CachedLatents(encode(replace(wish, flip=False)))
     assert cache.shards[0].shape == (19, 1, 2, 4, 4, 4)
     next(training_batches(cache, 0, 8))
-    with pytest.raises(UserError, match="--flip"):
-        CachedLatents(wish.out, flips=True)
+    with pytest.raises(UserError, match="`flip` needs the flipped images"):
+        CachedLatents(wish.out, flip=True)
+
+
+def in_the_words_of_version_0_1_0(file: Path) -> None:
+    """What that version wrote where this one writes ``file``."""
+    text = file.read_text()
+    assert text.count('"flipped": ') == text.count('"adm-center"') == 1
+    file.write_text(text.replace('"flipped": ', '"mirrored": ').replace('"adm-center"', '"adm-centre"'))
+
+
+def test_manifests_and_plans_of_version_0_1_0_are_read(wish, copy, whole):
+    in_the_words_of_version_0_1_0(copy / "manifest.json")
+    assert CachedLatents(copy, flip=True).manifest == CachedLatents(whole).manifest
+    assert encode(replace(wish, out=copy)) == copy, "it is finished, and nothing else is asked for"
+    with pytest.raises(UserError, match="another flipped .True there, False asked for"):
+        encode(replace(wish, out=copy, flip=False))
+    encode(wish, stop_after=2)
+    in_the_words_of_version_0_1_0(wish.out / "encoding.json")
+    encode(wish)
+    assert contents(wish.out) == contents(whole)
 
 
 def test_another_wish_is_refused_and_what_is_there_kept(wish, copy, tmp_path):
     encode(wish, stop_after=1)
     there = contents(wish.out)
-    for other in (replace(wish, image_size=32), replace(wish, mirror=False), replace(wish, chunk=4)):
-        with pytest.raises(UserError, match="--out .* holds an encoding with another"):
+    for other in (replace(wish, image_size=32), replace(wish, flip=False), replace(wish, chunk=4)):
+        with pytest.raises(UserError, match="`out=.*` holds an encoding with another"):
             encode(other)
     assert contents(wish.out) == there
     with pytest.raises(UserError, match="image size"):
@@ -281,7 +302,7 @@ def test_another_wish_is_refused_and_what_is_there_kept(wish, copy, tmp_path):
         with pytest.raises(UserError, match="holds no latent cache"):
             encode(replace(wish, out=out))
     for bad in ({"batch_size": 0}, {"chunk": 0}, {"workers": -1}, {"image_size": 18}):
-        with pytest.raises(UserError, match="--"):
+        with pytest.raises(UserError, match=f"`{next(iter(bad))}="):
             encode(replace(wish, out=tmp_path / "new", **bad))
     assert not (tmp_path / "new").exists()
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import environment, everyone, launch, noted
-from torch_fidelity import calculate_metrics
+from torch_fidelity import calculate_metrics, register_feature_extractor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 import eval_fid
@@ -25,7 +25,7 @@ from sit.checkpoint.load import load_for_sampling
 from sit.checkpoint.published import FileHints
 from sit.data.digits import digits_arrays
 from sit.data.factory import open_images
-from sit.metrics.classifier import Judge
+from sit.metrics.classifier import LabelClassifier
 from sit.metrics.digits import EXTRACTOR, DigitsFeatureExtractor
 from sit.metrics.evaluate import evaluate
 from sit.metrics.extraction import CHUNK, extract
@@ -35,6 +35,7 @@ from sit.sampling.config import SamplerConfig
 from sit.utils.errors import UserError
 
 CPU = torch.device("cpu")
+EIGHT = dict(device=CPU, batch_size=8)
 ROOT = Path(__file__).parents[2]
 
 
@@ -48,6 +49,7 @@ def numbers(report) -> dict[str, float]:
     return {number.name.split(" (")[0]: number.value for number in report.numbers}
 
 
+@pytest.mark.slow
 def test_the_classifier_knows_digits():
     data = open_images("digits:heldout")
     images = torch.stack([data[i][0] for i in range(len(data))])
@@ -68,6 +70,7 @@ def test_digits_fid_is_torch_fidelitys(tmp_path):
         def __getitem__(self, index):
             return self.data[index][0]
 
+    register_feature_extractor(EXTRACTOR, DigitsFeatureExtractor)
     theirs = calculate_metrics(
         input1=Images("heldout"), input2=Images("train"), feature_extractor=EXTRACTOR, fid=True, cuda=False,
         verbose=False, save_cpu_ram=True, cache=False,
@@ -133,6 +136,7 @@ def inception_weights(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_inception_path_from_end_to_end(inception_weights, tmp_path):
     extractor = get_extractor("inception", CPU, str(inception_weights))
     stats = tmp_path / "stats.npz"
@@ -170,11 +174,11 @@ def test_missing_inception_weights_are_asked_for_in_one_line(monkeypatch, tmp_pa
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None, raising=False)
     with pytest.raises(
-        UserError, match="weights-inception-2015-12-05-6726825d.pth .* at .* or pass --inception-weights"
+        UserError, match="weights-inception-2015-12-05-6726825d.pth .* at .* or name them by `inception_weights`"
     ):
         get_extractor("inception", CPU)
     (tmp_path / "wrong.pth").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="wrong.pth: not the weights"):
+    with pytest.raises(UserError, match="wrong.pth`: not the weights"):
         get_extractor("inception", CPU, str(tmp_path / "wrong.pth"))
     evaluate_digits = evaluate(
         DataImages("digits:heldout", None), DataImages("digits:train", None), get_extractor("digits", CPU), device=CPU
@@ -198,17 +202,17 @@ def test_a_restart_does_not_repeat_what_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr("sit.metrics.extraction.CHUNK", 16)
     array = np.random.default_rng(0).integers(0, 256, size=(50, 32, 32, 3), dtype=np.uint8)
     extractor = get_extractor("digits", CPU)
-    whole = extract(Counting(Path("x"), array, None), extractor, tmp_path / "a", CPU, 8, "whole")
+    whole = extract(Counting(Path("x"), array, None), extractor, tmp_path / "a", **EIGHT)
     images = Counting(Path("x"), array, None)
     images.fail_at = 40
     with pytest.raises(KeyboardInterrupt):
-        extract(images, extractor, tmp_path / "b", CPU, 8, "broken off")
+        extract(images, extractor, tmp_path / "b", **EIGHT)
     images.fail_at, Counting.reads = None, 0
-    resumed = extract(images, extractor, tmp_path / "b", CPU, 8, "resumed")
+    resumed = extract(images, extractor, tmp_path / "b", **EIGHT)
     assert Counting.reads == 18
     np.testing.assert_array_equal(whole["features"], resumed["features"])
     with pytest.raises(UserError, match="is of another evaluation"):
-        extract(Counting(Path("y"), array, None), extractor, tmp_path / "b", CPU, 8, "another")
+        extract(Counting(Path("y"), array, None), extractor, tmp_path / "b", **EIGHT)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +240,7 @@ def test_npz_files_of_a_wrong_form(tmp_path, arrays, words):
 def test_other_mistakes(tmp_path):
     path = write_npz(tmp_path / "cut.npz", 4)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="is not a whole npz"):
+    with pytest.raises(UserError, match="is not a complete npz"):
         open_samples(str(path))
     with pytest.raises(UserError, match="no such file"):
         open_samples(str(tmp_path / "none.npz"))
@@ -248,7 +252,7 @@ def test_other_mistakes(tmp_path):
     (tmp_path / "empty" / "a.png").write_bytes(b"no")
     with pytest.raises(UserError, match="corrupt image .*a.png"):
         open_samples(str(tmp_path / "empty")).batch(np.array([0]))
-    with pytest.raises(UserError, match="--features vgg: unknown; known features: digits, inception, dinov2"):
+    with pytest.raises(UserError, match="`features=vgg`: unknown; known features: digits, inception, dinov2"):
         get_extractor("vgg", CPU)
     with pytest.raises(UserError, match="needs at least 2 images, and there are 1"):
         one = open_samples(str(write_npz(tmp_path / "one.npz", 1)))
@@ -257,7 +261,7 @@ def test_other_mistakes(tmp_path):
     with pytest.raises(UserError, match="statistics of 2048 features, and digits has 64"):
         few = open_samples(str(write_npz(tmp_path / "few.npz", 5)))
         evaluate(few, open_reference(str(tmp_path / "stats.npz")), get_extractor("digits", CPU), device=CPU)
-    with pytest.raises(UserError, match="--num-samples 9: .* has only 5 images"):
+    with pytest.raises(UserError, match="`num_samples=9`: .* has only 5 images"):
         few.limit(9)
 
 
@@ -293,16 +297,16 @@ def test_the_order_of_the_reference_does_not_decide_precision(monkeypatch):
 
 def test_a_replaced_file_or_other_weights_are_another_evaluation(tmp_path):
     extractor, path = get_extractor("digits", CPU), tmp_path / "samples.npz"
-    extract(open_samples(str(write_npz(path, 8))), extractor, tmp_path / "work", CPU, 8, "first")
+    extract(open_samples(str(write_npz(path, 8))), extractor, tmp_path / "work", **EIGHT)
     other = dataclasses.replace(extractor, weights="other.pth")
     with pytest.raises(UserError, match="is of another evaluation"):
-        extract(open_samples(str(path)), other, tmp_path / "work", CPU, 8, "other weights")
+        extract(open_samples(str(path)), other, tmp_path / "work", **EIGHT)
     write_npz(path, 8, seed=1, arr_1=np.arange(8))
     with pytest.raises(UserError, match="is of another evaluation"):
-        extract(open_samples(str(path)), extractor, tmp_path / "work", CPU, 8, "replaced")
+        extract(open_samples(str(path)), extractor, tmp_path / "work", **EIGHT)
 
 
-def test_everything_that_features_depend_on_tells_an_evaluation_from_others(checkpoint, judge_of_three, tmp_path):
+def test_everything_that_features_depend_on_tells_an_evaluation_from_others(checkpoint, classifier_of_three, tmp_path):
     """Each change gives another identity, and no change the same."""
 
     def change(path: Path) -> None:
@@ -328,11 +332,11 @@ def test_everything_that_features_depend_on_tells_an_evaluation_from_others(chec
     shutil.copytree(checkpoint, run)
     shutil.copytree(run / "vae", vae)
 
-    def identity(*more) -> str:
+    def identity(**more) -> str:
         loaded = load_for_sampling(run, vae=vae)
-        return GeneratedImages(loaded, 2, 0, "balanced", SamplerConfig(steps=2), *more).identity
+        return GeneratedImages(loaded, 2, config=SamplerConfig(steps=2), **more).identity
 
-    seen = [identity(), identity((64, 64)), identity(None, FileHints(weights="model"))]
+    seen = [identity(), identity(image_size=(64, 64)), identity(hints=FileHints(weights="model"))]
     for file in (run / "transformer" / WEIGHTS, vae / WEIGHTS):
         change(file)
         seen.append(identity())
@@ -340,12 +344,17 @@ def test_everything_that_features_depend_on_tells_an_evaluation_from_others(chec
     (run / "training").mkdir()  # what is removed to make a checkpoint small
     assert identity() == seen[-1]
 
-    judge = tmp_path / "judge"
-    shutil.copytree(judge_of_three, judge)
-    seen = [(get_extractor(f"classifier:{judge}", CPU).identity, Judge.load(str(judge), CPU).identity)]
-    change(judge / "model.safetensors")
-    again = get_extractor(f"classifier:{judge}", CPU).identity, Judge.load(str(judge), CPU).identity
-    assert again[0] != seen[0][0] and again[1] != seen[0][1]
+    classifier = tmp_path / "classifier"
+    shutil.copytree(classifier_of_three, classifier)
+
+    def identities() -> tuple[str, str]:
+        extractor = get_extractor(f"classifier:{classifier}", CPU)
+        return extractor.identity, LabelClassifier.load(str(classifier), CPU).identity
+
+    before = identities()
+    change(classifier / "model.safetensors")
+    after = identities()
+    assert before[0] != after[0] and before[1] != after[1]
 
 
 def test_weights_that_were_replaced_are_another_evaluation(checkpoint, tmp_path, capsys):
@@ -363,6 +372,7 @@ def test_weights_that_were_replaced_are_another_evaluation(checkpoint, tmp_path,
     assert "is of another evaluation" in capsys.readouterr().err
 
 
+@pytest.mark.distributed
 def test_from_a_checkpoint_on_one_process_and_on_two(checkpoint, tmp_path):
     """Sampled on the fly: the same numbers however many processes share the work."""
     values = []
@@ -384,7 +394,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from sit.metrics.evaluate import CHUNK, extract
+from sit.metrics.extraction import CHUNK, extract
 from sit.metrics.features import get_extractor
 from sit.metrics.image_sets import ArrayImages
 
@@ -396,13 +406,14 @@ class Noting(ArrayImages):
 folder, seen = Path(sys.argv[1]), []
 images = Noting(folder / "none", np.zeros((3 * CHUNK + 5, 32, 32, 3), np.uint8), None)
 cpu = torch.device("cpu")
-found = extract(images, get_extractor("digits", cpu), folder / "work", cpu, 100, "shared")
+found = extract(images, get_extractor("digits", cpu), folder / "work", device=cpu, batch_size=100)
 assert (found is not None) == (PartialState().process_index == 0)
 assert found is None or found["features"].shape == (len(images), 64)
 np.save(folder / f"seen-{PartialState().process_index}.npy", seen)
 """
 
 
+@pytest.mark.distributed
 def test_two_processes_make_every_other_chunk_each(tmp_path):
     (tmp_path / "program.py").write_text(SHARES)
     command = launch(tmp_path / "notes", 2, tmp_path / "program.py", tmp_path)
@@ -414,6 +425,7 @@ def test_two_processes_make_every_other_chunk_each(tmp_path):
     assert second == [*range(CHUNK, 2 * CHUNK), *range(3 * CHUNK, 3 * CHUNK + 5)]
 
 
+@pytest.mark.distributed
 def test_a_reference_is_made_by_two_processes_as_by_one(tmp_path):
     words = ["eval_fid.py", "reference", "--data", "digits:heldout", "--features", "digits", "--images", "100", "--out"]
     run_command([*words, str(tmp_path / "one.npz")])
@@ -448,7 +460,7 @@ def test_the_images_of_a_reference_are_drawn_at_random(tmp_path):
     assert sorted(kept[2]) == list(range(400))
 
 
-def test_saved_samples_are_those_that_were_judged(checkpoint, tmp_path, monkeypatch):
+def test_saved_samples_are_those_that_were_evaluated(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("sit.metrics.extraction.CHUNK", 16)
     saved = tmp_path / "samples.npz"
     run_command(["eval_fid.py", "--ckpt", str(checkpoint), "--reference", "digits:heldout", "--num-samples", "40",
@@ -480,7 +492,8 @@ def test_a_weights_file_that_does_not_tell_its_size_is_told(checkpoint, tmp_path
 
 
 def test_samples_of_another_size_than_the_training(checkpoint, tmp_path, capsys):
-    wide = GeneratedImages(load_for_sampling(checkpoint), 2, 0, "balanced", SamplerConfig(steps=2), (32, 64))
+    loaded = load_for_sampling(checkpoint)
+    wide = GeneratedImages(loaded, 2, config=SamplerConfig(steps=2), image_size=(32, 64))
     assert wide.batch(np.arange(2)).shape == (2, 3, 32, 64)
     for words, said in (
         (["--ckpt", str(checkpoint), "--image-size", "30"], "--image-size 30 30: both must be multiples of 8"),
@@ -491,6 +504,7 @@ def test_samples_of_another_size_than_the_training(checkpoint, tmp_path, capsys)
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_latent_cache_is_a_reference_through_its_vae(tmp_path, monkeypatch):
     from sit.latents.vae import decode, encode_images, load_vae
 
@@ -548,22 +562,22 @@ def test_folders_and_tars_are_cropped_as_training_data_are(tmp_path):
     smaller = open_samples(str(tmp_path / "flat"), 16).batch(np.arange(3))
     assert smaller.shape == (3, 3, 16, 16)
     for name in ("flat", "classes"):
-        with pytest.raises(UserError, match="are of different sizes: crop them by --image-size"):
+        with pytest.raises(UserError, match="are of different sizes: crop them by `image_size`"):
             open_samples(str(tmp_path / name)).batch(np.arange(3))
-    with pytest.raises(UserError, match="--image-size 0 must be positive"):
+    with pytest.raises(UserError, match="`image_size=0` must be positive"):
         open_samples(str(tmp_path / "flat"), 0)
     (tmp_path / "notes.txt").write_text("no data")
-    with pytest.raises(UserError, match="notes.txt is a file"):
+    with pytest.raises(UserError, match="notes.txt"):
         open_samples(str(tmp_path / "notes.txt"))
 
 
-def test_a_judge_of_other_classes_is_refused(checkpoint, judge_of_three, tmp_path, capsys):
+def test_a_classifier_of_other_classes_is_refused(checkpoint, classifier_of_three, tmp_path, capsys):
     write_wide_images(tmp_path / "classes", ("n1/a.png", "n2/b.png"))
     samples = {"--ckpt": (str(checkpoint), 10), "--samples": (str(tmp_path / "classes"), 2)}
     for flag, (source, classes) in samples.items():
         with pytest.raises(SystemExit):
-            run_command(["eval_fid.py", flag, source, "--image-size", "32", "--reference", "digits", "--judge",
-                      judge_of_three])  # fmt: skip
+            run_command(["eval_fid.py", flag, source, "--image-size", "32", "--reference", "digits", "--classifier",
+                      classifier_of_three])  # fmt: skip
         assert f"knows 3 classes, and the samples have {classes}" in capsys.readouterr().err
 
 
@@ -572,8 +586,8 @@ def test_data_sets_that_torch_fidelity_has_registered(monkeypatch):
 
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     monkeypatch.setitem(DATASETS_REGISTRY, "five-images", lambda root, download: list(images))
-    images = open_samples("five-images")
-    assert len(images) == 5 and torch.equal(images.batch(np.array([3, 1])), images[[3, 1]])
+    opened = open_samples("five-images")
+    assert len(opened) == 5 and torch.equal(opened.batch(np.array([3, 1])), images[[3, 1]])
     means = images[:1].unfold(2, 2, 2).unfold(3, 2, 2).float().mean(dim=(4, 5))  # the box filter that halves
     torch.testing.assert_close(open_samples("five-images", 4).batch(np.array([0])).float(), means, atol=1, rtol=0)
 
@@ -605,7 +619,7 @@ def test_dinov2_features_are_timms_class_token(tmp_path):
         tokens = network.forward_features(torch.from_numpy(inputs).float().permute(0, 3, 1, 2))
     assert found.shape == (2, 384)
     np.testing.assert_allclose(found, tokens[:, 0].numpy(), atol=0.05)  # PIL rounds to whole numbers
-    with pytest.raises(UserError, match="--dinov2-weights .*none: no such file"):
+    with pytest.raises(UserError, match="`dinov2_weights=.*none`: no such file"):
         dinov2_extractor(CPU, str(tmp_path / "none"))
     (tmp_path / "bad").write_bytes(b"x")
     with pytest.raises(UserError, match="the DINOv2 weights can't be had"):
@@ -614,8 +628,9 @@ def test_dinov2_features_are_timms_class_token(tmp_path):
 
 def test_labels_of_generated_images(checkpoint):
     loaded = load_for_sampling(checkpoint)
-    balanced = GeneratedImages(loaded, 25, 0, "balanced", SamplerConfig(steps=2))
+    few = SamplerConfig(steps=2)
+    balanced = GeneratedImages(loaded, 25, config=few)
     assert np.bincount(balanced.labels).tolist() == [3] * 5 + [2] * 5
-    uniform = GeneratedImages(loaded, 2000, 0, "uniform", SamplerConfig(steps=2)).labels
+    uniform = GeneratedImages(loaded, 2000, labels="uniform", config=few).labels
     assert (np.abs(np.bincount(uniform, minlength=10) - 200) < 5 * 180**0.5).all()
-    assert (GeneratedImages(loaded, 10, 0, "uniform", SamplerConfig(steps=2)).labels == uniform[:10]).all()
+    assert (GeneratedImages(loaded, 10, labels="uniform", config=few).labels == uniform[:10]).all()

@@ -54,6 +54,7 @@ def test_it_is_unknown_until_it_is_installed():
         parse_mixers("shift")
 
 
+@pytest.mark.slow
 def test_it_is_trained_and_sampled_from(site, tmp_path):
     run(ROOT / "train.py", "--recipe", "digits", "--model", "SiT-XS/4", "--mixer", "shift:by=1,attention",
         "--steps", 3, "--batch-size", 8, "--log-every", 1, "--preview-every", 0, "--checkpoint-every", 3,

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sit.mixers import (
     MixerSpec,
+    Neighborhood,
     build_mixer,
     known_mixers,
     needs_positional_embedding,
@@ -24,7 +26,7 @@ from sit.mixers import (
 from sit.mixers.neighborhood import block_mask, dense_mask, skips_blocks
 from sit.model import SiT, create_model
 from sit.training.plan import multiply_accumulates
-from sit.utils.errors import UserError
+from sit.utils.errors import UserError, with_flags
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "mixers.md").read_text()
 
@@ -73,8 +75,20 @@ def test_bad_patterns(pattern, words):
     ],
 )
 def test_values_that_a_mixer_refuses_are_named(pattern, heads, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as caught:
         build_mixer(parse_mixers(pattern)[0], 10, heads)
+    assert "--" not in with_flags(str(caught.value))  # an option of a mixer is no flag of a command
+
+
+def test_the_former_spelling_in_a_configuration_is_read(tmp_path):
+    (spec,) = parse_mixers("neighbourhood:kernel_size=5")
+    assert spec == MixerSpec("neighborhood", {"kernel_size": 5})
+    assert "neighbourhood" not in known_mixers()
+    SiT(4, 1, 4, 8, depth=2, num_heads=2, num_classes=3, mixer="attention,neighborhood").save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    assert config.read_text().count("neighborhood") == 1
+    config.write_text(config.read_text().replace("neighborhood", "neighbourhood"))
+    assert isinstance(SiT.from_pretrained(tmp_path).blocks[1].attn, Neighborhood)
 
 
 def test_a_neighborhood_larger_than_the_grid_is_refused():
@@ -269,6 +283,28 @@ def test_half_precision(pattern):
         assert got.dtype == torch.bfloat16 and (got.float() - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("pattern", [*PATTERNS, "attention:qk_norm=true", "atconv", "atconv:backend=taps"])
+def test_forward_mode_derivatives_are_central_differences(pattern):
+    """By the tokens and every parameter at once. Attention's fused kernel has none, its plain operations have."""
+    mixer, grid = built(pattern), (5, 7)
+    names = list(dict(mixer.named_parameters()))
+    point = (torch.randn(2, 35, 12, dtype=torch.float64), *(value.detach() for value in mixer.parameters()))
+    towards = tuple(torch.randn_like(value) for value in point)
+
+    def call(x, *parameters):
+        return torch.func.functional_call(mixer, dict(zip(names, parameters, strict=True)), (x, grid))
+
+    def moved(step):
+        return call(*(value + step * direction for value, direction in zip(point, towards, strict=True)))
+
+    with sdpa_kernel(SDPBackend.MATH):
+        value, derivative = torch.func.jvp(call, point, towards)
+    with torch.no_grad():
+        expected = (moved(1e-6) - moved(-1e-6)) / 2e-6
+        torch.testing.assert_close(value, moved(0))
+    assert (derivative - expected).norm() < 1e-6 * expected.norm()
+
+
 def test_linear_attention_does_not_divide_by_zero():
     """A query without features (all ReLUs closed) answers with zeros and finite gradients."""
     mixer = built("linear_attention:feature_map=relu")
@@ -318,6 +354,7 @@ def test_a_mask_made_for_inference_may_be_trained_with():
     assert not block_mask(grid, 3, cpu).kv_indices.is_inference()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention is compiled for CUDA alone here")
 @pytest.mark.parametrize("head", [16, 72])
 def test_flex_attention_on_cuda(head):

@@ -13,12 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from sit.mixers import known_mixers
 from sit.model import SiT
-from sit.sampling.config import ODE_METHODS, SamplerConfig
+from sit.sampling.config import SamplerConfig
+from sit.sampling.ode import ODE_STEPS
 from sit.sampling.sampler import sample
 from sit.transport.transport import Transport
-
-ITERATING = ("implicit_adams", "fixed_adams")  # until they have converged, so they wait by nature
-STEPPING = [name for name in ODE_METHODS if not SamplerConfig("ode", method=name).adaptive and name not in ITERATING]
 
 
 class FakeGPU(TorchDispatchMode):
@@ -75,14 +73,14 @@ def test_that_waits_and_copies_are_found(gpu):
     [SamplerConfig(steps=3, method=method, diffusion_form=form)
      for method, form in (("euler", "sigma"), ("heun", "sbdm"), ("euler", "increasing-decreasing"))]
     + [SamplerConfig(steps=3, last_step=last) for last in ("tweedie", "euler", "none")]
-    + [SamplerConfig("ode", 7, name) for name in STEPPING]
+    + [SamplerConfig("ode", 7, name) for name in ODE_STEPS]
     + [SamplerConfig("ode", 3, "heun2", cfg_scale=1.5, cfg_interval=interval) for interval in ((0, 1), (0.2, 0.7))],
     ids=lambda config: f"{config.sampler}-{config.resolved_method}-{config.last_step}-{config.diffusion_form}",
 )  # fmt: skip
 def test_the_samplers_loop_waits_for_nothing(gpu, mixer, config):
     model, (noise, labels), seen = small(mixer, gpu), latents_and_labels(gpu), []
     on_step = lambda step, total, x, t: seen.append((x.device.type, gpu.copies))  # noqa: E731
-    out = sample(model, Transport(), noise, labels, config, None, on_step)
+    out = sample(model, Transport(), noise, labels, config, on_step=on_step)
     assert out.device.type == "cuda" and out.shape == noise.shape
     assert len(seen) == config.steps and set(seen) == {("cuda", seen[0][1])}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import formulas
 import numpy as np
@@ -10,12 +12,11 @@ import pytest
 import torch
 
 from sit.model import SiT
-from sit.sampling.config import LAST_STEPS, ODE_METHODS, SDE_METHODS, SamplerConfig
-from sit.sampling.diffusion import DIFFUSION_FORMS
+from sit.sampling.config import ODE_METHODS, SDE_METHODS, SamplerConfig
 from sit.sampling.guidance import times
 from sit.sampling.likelihood import bits_per_dimension, log_likelihood, random_signs
 from sit.sampling.sampler import KeyedNoise, generate, grouped, sample
-from sit.sampling.sde import sample_sde, sde_times
+from sit.sampling.sde import DIFFUSION_FORMS, LAST_STEPS, sample_sde, sde_times
 from sit.transport.interpolants import expand_t_like_x, get_interpolant
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
@@ -29,7 +30,7 @@ def network(x, t, y=None):
     return 0.7 * x - 0.3 * t * x / (1 + x**2) + t + (0 if y is None else 0.1 * y.reshape(-1, 1, 1, 1))
 
 
-network.null_class = 5
+network.null_label = 5
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -109,7 +110,7 @@ def test_sde_trajectories(interpolant, prediction):
                     assert (step, total) == (len(states) + 1, 6)
                     states.append(x.numpy())
 
-                end = sample(network, transport, normal(*SHAPE), labels, config, step_noise, on_step)
+                end = sample(network, transport, normal(*SHAPE), labels, config, step_noise=step_noise, on_step=on_step)
                 assert asked == list(range(6 if last_step == "none" else 5))
                 expected = loop(interpolant, prediction, config, normal(*SHAPE), noises, labels)
                 assert len(states) == len(expected) and np.array_equal(states[-1], end.numpy())
@@ -128,11 +129,15 @@ def test_float32_and_half_precision():
 
     half.dtype = torch.bfloat16
     labels, noises, config = torch.tensor([1, 3]), normal(20, *SHAPE, seed=1), SamplerConfig(steps=20)
-    exact = sample(network, Transport(), normal(*SHAPE), labels, config, lambda k: noises[k])
-    single = sample(network, Transport(), normal(*SHAPE).float(), labels, config, lambda k: noises[k].float())
+    exact = sample(network, Transport(), normal(*SHAPE), labels, config, step_noise=lambda k: noises[k])
+    single = sample(
+        network, Transport(), normal(*SHAPE).float(), labels, config, step_noise=lambda k: noises[k].float()
+    )
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), exact, rtol=1e-5, atol=1e-5)
-    rough = sample(half, Transport(), normal(*SHAPE).bfloat16(), labels, config, lambda k: noises[k].bfloat16())
+    rough = sample(
+        half, Transport(), normal(*SHAPE).bfloat16(), labels, config, step_noise=lambda k: noises[k].bfloat16()
+    )
     assert rough.dtype == torch.float32 and set(seen) == {(torch.bfloat16, torch.float32)}
     torch.testing.assert_close(rough.double(), exact, rtol=0, atol=0.1)
 
@@ -151,7 +156,7 @@ def test_what_steps_counts(sampler, method, last_step, evaluations):
 
     config = SamplerConfig(sampler=sampler, method=method, last_step=last_step, steps=7)
     on_step = lambda step, total, x, t: steps.append((step, total))  # noqa: E731
-    sample(counting, Transport(), normal(*SHAPE), torch.tensor([1, 2]), config, None, on_step)
+    sample(counting, Transport(), normal(*SHAPE), torch.tensor([1, 2]), config, on_step=on_step)
     assert len(calls) == evaluations and 0 <= min(calls) and max(calls) <= 1
     assert steps == [(step, 7) for step in range(1, 8)]
 
@@ -167,7 +172,7 @@ def test_the_time_of_each_state(sampler, method, reverse):
     on_step = lambda step, total, x, t: states.append((float(t), x.clone()))  # noqa: E731
     rise = lambda x, t, y: (1 + t).view(-1, 1, 1, 1).expand_as(x)  # noqa: E731
     start = normal(*SHAPE)
-    end = sample(rise, Transport(), start, torch.tensor([1, 2]), config, None, on_step, reverse)
+    end = sample(rise, Transport(), start, torch.tensor([1, 2]), config, on_step=on_step, reverse=reverse)
     first, last = (1.0, 0.0) if reverse else (0.0, 1.0)
     assert states[-1][0] == last and torch.equal(states[-1][1], end)
     before, rising = first, 0.0
@@ -317,7 +322,7 @@ def test_weak_order_of_sde_solvers(interpolant, method):
         alpha, sigma, _, _ = formulas.coefficients(interpolant, sde_times(transport, config)[0])
         start = torch.full((steps + 2, 1, 1, 1), float(alpha * MEAN), dtype=torch.float64)
         start[0] += math.hypot(alpha * DEVIATION, sigma)
-        out = sample(velocity, transport, start, None, config, impulse).flatten()
+        out = sample(velocity, transport, start, None, config, step_noise=impulse).flatten()
         mean, spread = out[-1], out[:-1] - out[-1]
         alpha, sigma, _, _ = formulas.coefficients(interpolant, sde_times(transport, config)[-1])
         variance = spread.square().sum().item()
@@ -333,7 +338,7 @@ def test_sde_reaches_the_mixture(interpolant, form):
     source, transport = torch.Generator().manual_seed(4), Transport(interpolant)
     draw = lambda step=0: torch.randn(1, 1, 1, 10_000, generator=source, dtype=torch.float64)  # noqa: E731
     config = SamplerConfig(steps=200, diffusion_form=form, last_step="mean", last_step_size=0.005)
-    x = sample(mixture(interpolant), transport, draw(), None, config, draw)
+    x = sample(mixture(interpolant), transport, draw(), None, config, step_noise=draw)
     moments = np.array([x.mean(), x.square().mean()])
     np.testing.assert_allclose(moments, mixture_moments(interpolant, 1 - 1e-6), atol=0.05)
 
@@ -349,7 +354,7 @@ def test_guidance():
         batches.append((float(t[0]), len(x)))
         return network(x, t, y)
 
-    watched.null_class = 5
+    watched.null_label = 5
     for channels in (3, 0):
         config = SamplerConfig("ode", 1, "euler", cfg_scale=2.5, cfg_channels=channels)
         ours = sample(watched, Transport(), x, labels, config) - x
@@ -362,12 +367,12 @@ def test_guidance():
 
     batches.clear()
     config = SamplerConfig(steps=11, last_step_size=0.1, cfg_scale=2.0, cfg_interval=(0.25, 0.65))
-    guided = sample(watched, Transport(), x, labels, config, lambda k: torch.zeros_like(x))
+    guided = sample(watched, Transport(), x, labels, config, step_noise=lambda k: torch.zeros_like(x))
     assert [size for _, size in batches] == [4 if 0.25 <= 1 - t <= 0.65 else 2 for t, _ in batches]
     assert {size for _, size in batches} == {2, 4}
     batches.clear()
     config = SamplerConfig(steps=11, last_step_size=0.1)
-    plain = sample(watched, Transport(), x, labels, config, lambda k: torch.zeros_like(x))
+    plain = sample(watched, Transport(), x, labels, config, step_noise=lambda k: torch.zeros_like(x))
     assert {size for _, size in batches} == {2} and not torch.allclose(plain, guided)
 
 
@@ -393,14 +398,14 @@ def test_the_bounds_of_the_guided_interval_belong_to_it(interval, guided):
         found.append((float(t[0]), len(x)))
         return network(x, t, y)
 
-    watched.null_class = 5
+    watched.null_label = 5
     config = SamplerConfig("ode", 4, "euler", cfg_scale=2.0, cfg_interval=interval)
     sample(watched, Transport(), normal(*SHAPE), torch.tensor([1, 3]), config)
     assert found == [(t, 4 if t in guided else 2) for t in (0.0, 0.25, 0.5, 0.75)]
 
 
 def test_guidance_needs_a_null_class():
-    model = SiT(4, 2, 4, 16, 1, 2, num_classes=3, class_dropout=0.0)
+    model = SiT(4, 2, 4, 16, 1, 2, num_classes=3, null_class=False)
     with pytest.raises(UserError, match="no null class"):
         sample(model, Transport(), torch.zeros(1, 4, 4, 4), torch.tensor([0]), SamplerConfig(cfg_scale=2.0))
 
@@ -441,8 +446,20 @@ def test_hutchinson_estimate():
     found, _ = log_likelihood(velocity, Transport(), x, SamplerConfig("ode", 20, "rk4"), probes)
     exact = torch.distributions.MultivariateNormal(torch.zeros(2, dtype=x.dtype), covariance).log_prob(x)
     torch.testing.assert_close(found, exact, rtol=0, atol=0.1)
-    with pytest.raises(UserError, match="--sampler ode"):
+    with pytest.raises(UserError, match="`sampler=ode`"):
         log_likelihood(velocity, Transport(), x, SamplerConfig(), probes)
+
+
+def test_the_example_of_the_docs():
+    """Inversion comes back to the latents, and the likelihood is a number."""
+    page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    latents, labels = normal(*SHAPE), torch.tensor([1, 3])
+    names = dict(torch=torch, model=network, transport=Transport(), latents=latents, labels=labels)
+    exec(compile(block, "docs/sampling.md", "exec"), names)
+    torch.testing.assert_close(names["again"], latents, rtol=0, atol=1e-3)
+    assert not torch.allclose(names["noise"], latents, atol=0.1)
+    assert names["bits"].shape == (2,) and names["bits"].isfinite().all()
 
 
 # ---------------------------------------------------------------------- samples by number
@@ -525,24 +542,24 @@ def test_keyed_noise():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(sampler="ddim"), "known samplers: sde, ode"),
+        (dict(sampler="ddim"), "`sampler=ddim` is none of sde, ode"),
         (dict(method="dopri5"), "euler, heun"),
         (dict(sampler="ode", method="heun"), "dopri5"),
         (dict(diffusion_form="cubic"), "constant, sbdm, sigma"),
         (dict(last_step="twice"), "mean, tweedie, euler, none"),
-        (dict(steps=0), "--steps"),
-        (dict(steps=-3), "--steps"),
-        (dict(steps=1), "--steps 1"),
-        (dict(diffusion_norm=-1.0), "--diffusion-norm"),
-        (dict(diffusion_norm=math.nan), "--diffusion-norm"),
-        (dict(last_step_size=0.0), "--last-step-size"),
-        (dict(last_step_size=1.5), "--last-step-size"),
-        (dict(atol=0.0), "--atol"),
-        (dict(rtol=math.nan), "--rtol"),
-        (dict(cfg_scale=-1.0), "--cfg-scale"),
-        (dict(cfg_channels=-1), "--cfg-channels"),
-        (dict(cfg_interval=(0.6, 0.3)), "--cfg-interval"),
-        (dict(cfg_interval=(0.0, 1.2)), "--cfg-interval"),
+        (dict(steps=0), "`steps`"),
+        (dict(steps=-3), "`steps`"),
+        (dict(steps=1), "`steps=1`"),
+        (dict(diffusion_norm=-1.0), "`diffusion_norm`"),
+        (dict(diffusion_norm=math.nan), "`diffusion_norm`"),
+        (dict(last_step_size=0.0), "`last_step_size`"),
+        (dict(last_step_size=1.5), "`last_step_size`"),
+        (dict(atol=0.0), "`atol`"),
+        (dict(rtol=math.nan), "`rtol`"),
+        (dict(cfg_scale=-1.0), "`cfg_scale`"),
+        (dict(cfg_channels=-1), "`cfg_channels`"),
+        (dict(cfg_interval=(0.6, 0.3)), "`cfg_interval=0.6 0.3`"),
+        (dict(cfg_interval=(0.0, 1.2)), "`cfg_interval=0.0 1.2`"),
     ],
 )
 def test_mistakes(arguments, message):
@@ -551,10 +568,10 @@ def test_mistakes(arguments, message):
 
 
 def test_more_mistakes():
-    with pytest.raises(UserError, match="--sampler ode"):
+    with pytest.raises(UserError, match="`sampler=ode`"):
         sample(network, Transport(), normal(*SHAPE), None, SamplerConfig(), reverse=True)
     config = SamplerConfig(diffusion_form="sbdm", last_step_size=0.9995)
-    with pytest.raises(UserError, match="--last-step-size"):
-        sample_sde(network, Transport(), normal(*SHAPE), config, lambda k: 0)
-    with pytest.raises(UserError, match="--batch-size"):
+    with pytest.raises(UserError, match="`last_step_size=0.9995`"):
+        sample_sde(network, Transport(), normal(*SHAPE), config, step_noise=lambda k: 0)
+    with pytest.raises(UserError, match="`batch_size`"):
         made(small_network("attention"), [0], 0, SamplerConfig(steps=2))

@@ -40,7 +40,7 @@ def test_what_may_be_replaced(kind, tmp_path):
 
 def test_a_folder_of_something_else_stays_as_it_is(tmp_path, monkeypatch, capsys):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match=f"--output-dir {tmp_path}"):
+    with pytest.raises(UserError, match=f"`output_dir={tmp_path}`"):
         make_digits_classifier.main(make_digits_classifier.Config(tmp_path, steps=1))
     monkeypatch.setattr(sys, "argv", ["make_digits_vae", "--steps", "1", "--output-dir", str(tmp_path)])
     with pytest.raises(SystemExit):

@@ -7,9 +7,11 @@ import dataclasses
 import pytest
 import yaml
 
+from sit.model import create_model
 from sit.training.cli import parse_train_arguments
-from sit.training.config import TrainConfig
+from sit.training.config import TrainConfig, fixed_fields
 from sit.training.recipes import check_same_run, from_mapping, known_recipes, load_recipe
+from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 
 
@@ -36,7 +38,7 @@ def test_a_resumed_run_has_its_own_config(tmp_path):
     config = parse_train_arguments(["--resume", str(tmp_path), "--steps", "5"]).config
     assert (config.mixer, config.steps, config.resume) == ("atconv", 5, str(tmp_path))
     check_same_run(config, tmp_path)
-    with pytest.raises(UserError, match="--mixer attention can't continue the run .* begun with atconv"):
+    with pytest.raises(UserError, match="`mixer=attention` can't continue the run .* begun with atconv"):
         check_same_run(dataclasses.replace(config, mixer="attention"), tmp_path)
 
 
@@ -52,6 +54,7 @@ FIXED = dict(
     interpolant="gvp",
     prediction="noise",
     loss_weight="likelihood",
+    time_distribution="logit-normal",
     train_eps=0.01,
     batch_size=128,
     betas=(0.8, 0.95),
@@ -96,16 +99,55 @@ FREE = dict(
 @pytest.mark.parametrize("name", FIXED)
 def test_what_a_run_keeps_to_its_end(tmp_path, name):
     (tmp_path / "config.yaml").write_text(TrainConfig().to_yaml())
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} .* can't continue the run .* begun with "):
+    with pytest.raises(UserError, match=f"`{name}=.*` can't continue the run .* begun with "):
         check_same_run(dataclasses.replace(TrainConfig(), **{name: FIXED[name]}), tmp_path)
 
 
-def test_what_may_change_when_a_run_goes_on(tmp_path):
+def test_every_setting_is_one_of_the_two():
     default = dataclasses.asdict(TrainConfig())
     assert FIXED.keys() | FREE.keys() == default.keys() and not FIXED.keys() & FREE.keys()
     assert not [name for name, value in (FIXED | FREE).items() if value == default[name]]
+    assert fixed_fields() == [name for name in default if name in FIXED]
+
+
+def test_what_may_change_when_a_run_goes_on(tmp_path):
     (tmp_path / "config.yaml").write_text(TrainConfig().to_yaml())
     check_same_run(dataclasses.replace(TrainConfig(), **FREE), tmp_path)
+
+
+def test_a_run_of_before_a_setting_was_there_has_its_default(tmp_path):
+    written = yaml.safe_load(TrainConfig().to_yaml())
+    del written["time_distribution"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    check_same_run(TrainConfig(), tmp_path)
+    with pytest.raises(UserError, match="`time_distribution=logit-normal` .* begun with uniform"):
+        check_same_run(TrainConfig(time_distribution="logit-normal"), tmp_path)
+
+
+def test_the_help_of_each_setting_is_shown(capsys):
+    with pytest.raises(SystemExit):
+        parse_train_arguments(["--help"])
+    shown = capsys.readouterr().out
+    for name in FIXED | FREE:
+        assert f"--{name.replace('_', '-')}" in shown
+    words = " ".join(shown.replace("│", " ").split())
+    assert "flip each image left to right with probability 0.5 (default: False)" in words
+    assert "how training draws t from its interval" in words and "optimizer steps of the whole run" in words
+
+
+def test_network_and_objective_get_the_settings():
+    """Each is there under its own name, with its value; the network's sizes come from the data."""
+    config = TrainConfig(
+        **{k: v for k, v in FIXED.items() if k != "loss_weight"}, sample_eps=0.02, loss_weight="velocity"
+    )
+    network = create_model(config.model, **config.network_options((3, 16, 12), 7)).config
+    assert (network.mixer, network.learn_sigma, network.patch_size) == ("atconv", True, 4)
+    other = TrainConfig(class_dropout=0.0, learn_sigma=False).network_options((4, 8, 8), 10)
+    assert network.null_class and (other["null_class"], other["learn_sigma"]) == (False, False)
+    assert (network.in_channels, tuple(network.input_size), network.num_classes) == (3, (16, 12), 7)
+    transport = Transport(**config.transport_options()).config
+    names = ("interpolant", "prediction", "loss_weight", "train_eps", "sample_eps", "time_distribution")
+    assert [transport[name] for name in names] == ["gvp", "noise", "velocity", 0.01, 0.02, "logit-normal"]
 
 
 @pytest.mark.parametrize(
@@ -114,16 +156,18 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
         ("stesp: 5", "unknown setting 'stesp'"),
         ("steps: many", "steps: 'many' is not an instance of int"),
         ("interpolant: cubic", "interpolant: 'cubic' is not any of"),
-        ("steps: 0", "--steps must be at least 1"),
-        ("cpu_threads: 0", "--cpu-threads must be at least 1, not 0"),
-        ("cpu_threads: -2", "--cpu-threads must be at least 1, not -2"),
-        ("class_dropout: 1.5", r"--class-dropout must be in \[0, 1\)"),
-        ("betas: [1.5, 0.9]", r"--betas must be two numbers in \[0, 1\), not 1.5 0.9"),
-        ("learning_rate: -1.0", "--learning-rate must be a number of at least 0, not -1.0"),
-        ("final_learning_rate: .nan", "--final-learning-rate must be a number of at least 0, not nan"),
-        ("preview_steps: 1", "--preview-steps 1 leaves the SDE no step before its last one"),
-        ("preview_cfg_scale: -1.5", "--preview-cfg-scale must be a number of at least 0, not -1.5"),
-        ("gradient_accumulation: 3\nbatch_size: 8", "--batch-size 8 can't be divided"),
+        ("steps: 0", "`steps` must be at least 1"),
+        ("cpu_threads: 0", "`cpu_threads` must be at least 1, not 0"),
+        ("cpu_threads: -2", "`cpu_threads` must be at least 1, not -2"),
+        ("class_dropout: 1.5", r"`class_dropout` must be in \[0, 1\)"),
+        ("betas: [1.5, 0.9]", r"`betas` must be two numbers in \[0, 1\), not 1.5 0.9"),
+        ("repa_weight: -0.5", "`repa_weight` must be at least 0, not -0.5"),
+        ("repa_block: 0", "`repa_block` must be at least 1, not 0"),
+        ("learning_rate: -1.0", "`learning_rate` must be a number of at least 0, not -1.0"),
+        ("final_learning_rate: .nan", "`final_learning_rate` must be a number of at least 0, not nan"),
+        ("preview_steps: 1", "`preview_steps=1` leaves the SDE no step before its last one"),
+        ("preview_cfg_scale: -1.5", "`preview_cfg_scale` must be a number of at least 0, not -1.5"),
+        ("gradient_accumulation: 3\nbatch_size: 8", "`batch_size=8` can't be divided"),
         ("- a", "must be a mapping"),
         ("a: [", "not readable YAML"),
     ],
@@ -138,10 +182,10 @@ def test_mistakes_in_a_recipe(tmp_path, content, words):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--recipe", "imaginary"], "--recipe imaginary: neither a file nor a recipe; the recipes are .*digits"),
-        (["--gpus", "0"], "--gpus must be at least 1"),
-        (["--images-per-second", "-1"], "--images-per-second must be positive"),
-        (["--resume", "/nowhere"], "--resume /nowhere: neither a run's folder"),
+        (["--recipe", "imaginary"], "`recipe=imaginary`: neither a file nor a recipe; the recipes are .*digits"),
+        (["--gpus", "0"], "`gpus` must be at least 1"),
+        (["--images-per-second", "-1"], "`images_per_second` must be positive"),
+        (["--resume", "/nowhere"], "`resume=/nowhere`: neither a run's folder"),
         (["--recipe", "digits", "--resume", "/nowhere"], "exclude each other"),
     ],
 )

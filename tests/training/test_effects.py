@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,21 @@ def test_times_are_drawn_from_the_training_interval(begin, seed):
     assert read_metrics(run / "metrics.jsonl")[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_logit_normal_times_are_drawn_if_asked_for(begin):
+    """As above, with the normal quantile of the uniform draw, through a sigmoid, in the place of that draw."""
+    run = begin(prediction="score", loss_weight="velocity", train_eps=0.2, time_distribution="logit-normal")
+    network = network_config(run)
+    losses = []
+    for position in range(BATCH):
+        source = generator(0, "train", position)
+        _, uniform, _ = torch.rand(3, generator=source).double()
+        _, noise = torch.randn(2, network["in_channels"], *network["input_size"], generator=source).double()
+        time = 1 / (1 + math.exp(-NormalDist().inv_cdf(uniform.item())))
+        losses.append(noise.square().mean() / (0.2 + 0.6 * time) ** 2)
+    expected = torch.stack(losses).mean().item()
+    assert read_metrics(run / "metrics.jsonl")[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_gradient_checkpointing_computes_the_blocks_twice_and_changes_nothing(begin, stepwise):
     calls = []
 
@@ -293,7 +309,7 @@ def test_a_run_is_not_continued_as_another(still):
     written = (still / "config.yaml").read_bytes()
     AcceleratorState._reset_state(reset_partial_state=True)
     config = dataclasses.replace(load_recipe(str(still / "config.yaml")), resume="auto", steps=7, seed=1)
-    with pytest.raises(UserError, match="--seed 1 can't continue the run .* begun with 0"):
+    with pytest.raises(UserError, match="`seed=1` can't continue the run .* begun with 0"):
         train(config)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert (still / "config.yaml").read_bytes() == written

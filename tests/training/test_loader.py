@@ -22,11 +22,11 @@ from sit.utils.errors import UserError
 CONFIG = {"scaling_factor": 0.5, "shift_factor": 0.1}
 
 
-def latent_data(count: int = 50, flips: bool = True) -> LatentData:
+def latent_data(count: int = 50, flip: bool = True) -> LatentData:
     source = torch.Generator().manual_seed(0)
     sides = [torch.randn(2, count, 2, 4, 4, generator=source).abs() for _ in range(2)]
     labels = np.arange(count) % 7
-    return LatentData(*sides[0], labels, list("abcdefg"), CONFIG, tuple(sides[1]), flips)
+    return LatentData(*sides[0], labels, list("abcdefg"), CONFIG, flipped=tuple(sides[1]), flip=flip)
 
 
 def take(data, count: int, **options) -> list[dict[str, torch.Tensor]]:
@@ -104,12 +104,12 @@ def test_the_global_random_state_is_left_alone():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_flips_show_about_half_mirrored_and_without_them_none():
+def test_about_half_are_flipped_and_without_flip_none():
     data = latent_data()
     data.moments[:, 0], data.moments[:, 1] = 0, 1
     share = joined(take(data, 50))["latents"].mean(dim=(1, 2, 3)).gt(0.1).float().mean()
     assert 0.4 < share < 0.6
-    data.flips = False
+    data.flip = False
     assert joined(take(data, 20))["latents"].abs().max() == np.float32(0.05)  # |0 − 0.1| · 0.5
 
 
@@ -126,39 +126,65 @@ def test_batches_that_were_handed_over_are_never_written_again():
 
 def test_a_batch_that_can_not_be_divided():
     for options in ({"global_batch": 10, "world": 4}, {"global_batch": 0}, {"accumulation": 5}):
-        with pytest.raises(UserError, match="--batch-size"):
+        with pytest.raises(UserError, match="`batch_size="):
             take(latent_data(), 1, **options)
 
 
 def test_encoding_while_training_shows_what_the_latents_in_memory_show():
     vae, images = load_vae("digits"), open_images("digits:heldout")
-    memory = take(encode_in_memory(images, vae, flips=True, progress=False), 3)
+    memory = take(encode_in_memory(images, vae, flip=True, progress=False), 3)
     for workers in (0, 1):
-        flying = take(PixelData(images, vae, flips=True), 3, workers=workers)
+        flying = take(PixelData(images, vae, flip=True), 3, workers=workers)
         for a, b in zip(memory, flying, strict=True):
             assert (a.pop("latents") - b.pop("latents")).abs().max() < 5e-3  # moments in memory are float16
             assert_same(a, b)
             a["latents"] = torch.zeros(1)
-        memory = take(encode_in_memory(images, vae, flips=True, progress=False), 3)
+        memory = take(encode_in_memory(images, vae, flip=True, progress=False), 3)
 
 
 def test_images_can_stay_beside_their_latents():
     vae, images = load_vae("digits"), open_images("digits:heldout")
-    batch = take(PixelData(images, vae, flips=True, keep_images=True), 1, workers=1)[0]
+    batch = take(PixelData(images, vae, flip=True, keep_images=True), 1, workers=1)[0]
     shown = [images[index][0] for index in batch["indices"].tolist()]
-    mirrored = [not torch.equal(a, b) for a, b in zip(batch["images"], shown, strict=True)]
-    assert 0 < sum(mirrored) < 12 and batch["images"].dtype == torch.uint8
-    assert all(torch.equal(a, b.flip(-1) if m else b) for a, b, m in zip(batch["images"], shown, mirrored, strict=True))
+    flipped = [not torch.equal(a, b) for a, b in zip(batch["images"], shown, strict=True)]
+    assert 0 < sum(flipped) < 12 and batch["images"].dtype == torch.uint8
+    assert all(torch.equal(a, b.flip(-1) if f else b) for a, b, f in zip(batch["images"], shown, flipped, strict=True))
 
 
-def test_mirrored_moments_are_those_of_the_mirrored_image():
+def test_flipped_moments_are_those_of_the_flipped_image():
     vae, images = load_vae("digits"), open_images("digits:heldout")
-    data = encode_in_memory(images, vae, flips=True, progress=False)
+    data = encode_in_memory(images, vae, flip=True, progress=False)
     mean, std = encode_images(vae, images[5][0].flip(-1)[None])
     assert torch.allclose(data.moments[5, 1].float(), torch.cat([mean, std]), rtol=2e-3, atol=2e-3)
     noise = torch.randn(1, 4, 8, 8)
-    data.fetch(np.array([5]), np.array([True]), shown := noise.clone())
-    assert torch.allclose(shown, sample_posterior(mean, std, noise, vae.config), atol=5e-3)
+    kept, out = noise.clone(), torch.empty_like(noise)
+    latents = data.fetch(np.array([5]), np.array([True]), noise)["latents"]
+    assert torch.allclose(latents, sample_posterior(mean, std, noise, vae.config), atol=5e-3)
+    assert torch.equal(noise, kept), "only `out` is written into"
+    for place in (out, noise):
+        assert data.fetch(np.array([5]), np.array([True]), noise, out=place)["latents"] is place
+        assert torch.equal(place, latents)
+
+
+class Simple:
+    """Data that makes its latents anew, whatever ``out`` is offered."""
+
+    def __init__(self, data: LatentData) -> None:
+        self.data, self.labels, self.flip, self.latent_shape = data, data.labels, data.flip, data.latent_shape
+
+    def fetch(self, indices: np.ndarray, flipped: np.ndarray, noise: torch.Tensor, out=None) -> dict[str, torch.Tensor]:
+        mean, std = self.data.moments[indices, flipped.astype(int)].float().unbind(1)
+        return {"latents": (mean + std * noise - 0.1) * 0.5}
+
+    def finish(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return batch
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_need_not_write_into_the_memory_they_are_offered(workers):
+    for own, plain in zip(take(Simple(latent_data()), 8, workers=workers), take(latent_data(), 8), strict=True):
+        assert torch.allclose(own["latents"], plain["latents"], atol=1e-6)
+        assert_same(own, plain | {"latents": own["latents"]})
 
 
 def test_a_corrupt_image_is_named_through_the_workers(tmp_path):

@@ -97,7 +97,7 @@ def test_a_vae_of_another_downsampling_is_planned_with_if_it_is_here(tmp_path):
     for folder in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae"):
         text = plan(TrainConfig(vae=str(folder), mixer="atconv"), 1, None)
         assert "3x16x16, 64" in text and "assumed" not in text
-    with pytest.raises(UserError, match=f"--vae {tmp_path}"):
+    with pytest.raises(UserError, match=f"`vae={tmp_path}`"):
         plan(TrainConfig(vae=str(tmp_path)), 1, None)
     (tmp_path / "pipeline" / "vae" / "config.json").write_text("{")
     with pytest.raises(UserError, match="is the folder whole"):
@@ -109,9 +109,9 @@ def test_what_is_assumed_of_a_vae_that_is_not_here_is_said(vae, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     config = replace(load_recipe("fashion-mnist"), vae=vae)
     last = plan(config, 1, None).splitlines()[-1]
-    assert last.startswith("assumed") and "1000 classes" in last and f"--vae {vae}" in last and "1/8" in last
+    assert last.startswith("assumed") and "1000 classes" in last and f"VAE {vae} is here" in last and "1/8" in last
     for unfit in (replace(config, mixer="atconv"), replace(config, image_size=100)):
-        with pytest.raises(UserError, match=f"assumed: .*--vae {vae}.*1/8") as caught:
+        with pytest.raises(UserError, match=f"assumed: .*VAE {vae} is here.*1/8") as caught:
             plan(unfit, 1, None)
         assert "\n" not in str(caught.value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -21,13 +22,16 @@ from sit.data.factory import open_images
 from sit.latents.datasets import PixelData, encode_in_memory
 from sit.latents.encode import Encode, encode
 from sit.latents.vae import load_vae
-from sit.model import SiT
+from sit.model import SiT, create_model
 from sit.training.config import TrainConfig
+from sit.training.data import open_training_data
 from sit.training.loader import training_batches
+from sit.training.objective import TransportObjective
 from sit.training.recipes import load_recipe
-from sit.training.repa import Encoder, attach_projector, cosine_similarity, load_encoder
+from sit.training.repa import Encoder, align, attach_projector, cosine_similarity, load_encoder
 from sit.training.run_folder import read_metrics
-from sit.training.trainer import Trainer, train
+from sit.training.trainer import train
+from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -136,18 +140,18 @@ def test_cosine_similarity_against_loops():
 
 def test_the_training_loss_against_float64(tmp_path, folder):
     """One step's loss, of a network with random weights, computed anew from its blocks' tokens in float64."""
-    trainer = Trainer(small(tmp_path / "a", folder, repa_weight=0.7, flip=True, class_dropout=0.5))
-    trainer.set_up_processes()
-    trainer.find_start()
-    trainer.open_data()
-    trainer.build_network()
+    config = small(tmp_path / "a", folder, repa_weight=0.7, flip=True, class_dropout=0.5)
+    data = open_training_data(config, torch.device("cpu"), progress=False).data
+    network = create_model(config.model, **config.network_options(data.latent_shape, 10))
+    base = TransportObjective(Transport(), config.class_dropout, null_label=10)
+    objective = align(base, network, config, device=torch.device("cpu"), autocast=contextlib.nullcontext)
     generator = torch.Generator().manual_seed(3)
-    for parameter in trainer.network.parameters():
+    for parameter in network.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    batch = next(trainer.batches())
-    loss, _, similarity = trainer.forward_backward(batch)
+    batch = next(training_batches(data, seed=config.seed, global_batch=config.batch_size))
+    loss, metrics = objective(network, batch)
 
-    network = trainer.network.double()
+    network = network.double()
     taken = []
     network.blocks[3].register_forward_hook(lambda module, inputs, output: taken.append(output))
     t = batch["t_uniform"].double()
@@ -162,25 +166,21 @@ def test_the_training_loss_against_float64(tmp_path, folder):
             projected = projected @ layer.weight.T + layer.bias
             if number < 4:
                 projected = projected / (1 + torch.exp(-projected))
-        features = trainer.encoder.features(batch["images"]).double()
+        features = objective.encoder.features(batch["images"]).double()
     cosine = (projected * features).sum(-1) / (projected.norm(dim=-1) * features.norm(dim=-1))
     expected = (out - (data - noise)).square().mean((1, 2, 3)) - 0.7 * cosine.mean(1)
-    torch.testing.assert_close(similarity.double(), cosine.mean(1), atol=1e-5, rtol=1e-4)
+    assert metrics.keys() == {"alignment"}
+    torch.testing.assert_close(metrics["alignment"].double(), cosine.mean(1), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_without_repa_the_network_and_its_first_loss_are_the_same_to_the_bit(tmp_path, folder, aligned):
+def test_without_repa_the_network_and_its_first_loss_are_the_same_to_the_bit(tmp_path, folder, aligned, monkeypatch):
     """Weight 0 on images encoded on the fly, and no projector there: the same run, beginning with the same draws."""
     train(small(tmp_path / "zero", folder, repa_weight=0.0))
     AcceleratorState._reset_state(reset_partial_state=True)
 
-    class Pixels(Trainer):
-        def open_data(self) -> None:
-            super().open_data()
-            images = open_images(self.config.data, self.config.image_size)
-            self.data = PixelData(images, self.opened.vae, self.config.flip)
-
-    Pixels(small(tmp_path / "none", None)).run()
+    monkeypatch.setattr("sit.latents.factory.MEMORY_LIMIT", 0)
+    train(small(tmp_path / "none", None))
     with_zero, without = state(tmp_path / "zero"), state(tmp_path / "none")
     assert losses(tmp_path / "zero") == losses(tmp_path / "none")
     assert all(torch.equal(with_zero[name], without[name]) for name in without)
@@ -190,45 +190,48 @@ def test_without_repa_the_network_and_its_first_loss_are_the_same_to_the_bit(tmp
 
 def test_the_images_come_with_the_draws_that_latents_in_memory_get():
     images, vae = open_images("digits", 32), load_vae("digits")
-    pixels = next(training_batches(PixelData(images, vae, flips=True, keep_images=True), seed=5, global_batch=6))
-    plain = next(training_batches(encode_in_memory(images, vae, flips=True, progress=False), seed=5, global_batch=6))
+    pixels = next(training_batches(PixelData(images, vae, flip=True, keep_images=True), seed=5, global_batch=6))
+    plain = next(training_batches(encode_in_memory(images, vae, flip=True, progress=False), seed=5, global_batch=6))
     for name in ("labels", "t_uniform", "noise", "drop", "indices"):
         assert torch.equal(pixels[name], plain[name]), name
     torch.testing.assert_close(pixels["latents"], plain["latents"], atol=1e-2, rtol=1e-2)  # moments kept in float16
     originals = torch.stack([images[int(index)][0] for index in pixels["indices"]])
-    mirrored = [not torch.equal(shown, own) for shown, own in zip(pixels["images"], originals, strict=True)]
-    assert 0 < sum(mirrored) < 6
-    for flip, shown, own in zip(mirrored, pixels["images"], originals, strict=True):
+    flipped = [not torch.equal(shown, own) for shown, own in zip(pixels["images"], originals, strict=True)]
+    assert 0 < sum(flipped) < 6
+    for flip, shown, own in zip(flipped, pixels["images"], originals, strict=True):
         assert torch.equal(shown, own.flip(-1) if flip else own)
 
 
 # ---------------------------------------------------------------- training
 
 
-def test_the_similarity_rises_and_the_encoder_stays(tmp_path, folder):
-    trainer = Trainer(small(tmp_path / "a", folder, steps=12, checkpoint_every=12, learning_rate=1e-3))
-    trainer.run()
+def test_the_similarity_rises_and_the_encoder_stays(tmp_path, folder, monkeypatch):
+    used = []
+    monkeypatch.setattr("sit.training.repa.load_encoder", lambda *args: used.append(load_encoder(*args)) or used[0])
+    train(small(tmp_path / "a", folder, steps=12, checkpoint_every=12, learning_rate=1e-3))
     alignment = losses(tmp_path / "a", "alignment")
     assert np.mean(alignment[-3:]) > np.mean(alignment[:3]) + 0.2
     fresh = load_encoder(str(folder), (4, 4)).network.state_dict()
-    now = trainer.encoder.network.state_dict()
+    (encoder,) = used
+    now = encoder.network.state_dict()
     assert all(torch.equal(fresh[name], now[name]) for name in fresh)
-    assert not trainer.encoder.network.training
-    assert not any(p.requires_grad or p.grad is not None for p in trainer.encoder.network.parameters())
+    assert not encoder.network.training
+    assert not any(p.requires_grad or p.grad is not None for p in encoder.network.parameters())
 
 
-def test_resuming_is_exact(tmp_path, folder, aligned):
-    trainer = Trainer(small(tmp_path / "b", folder))
-    original = trainer.forward_backward
+def test_resuming_is_exact(tmp_path, folder, aligned, monkeypatch):
+    calls, features = [], Encoder.features
 
-    def forward_backward(batch):
-        if trainer.step == 1:
+    def signalled(encoder, images):
+        calls.append(len(images))
+        if len(calls) == 3:  # in the second step: the first call is a trial
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(batch)
+        return features(encoder, images)
 
-    trainer.forward_backward = forward_backward
-    with pytest.raises(SystemExit):
-        trainer.run()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Encoder, "features", signalled)
+        train(small(tmp_path / "b", folder))
+    assert calls == [1, 8, 8]
     AcceleratorState._reset_state(reset_partial_state=True)
     train(small(tmp_path / "b", folder, resume="auto"))
     whole, resumed = state(aligned), state(tmp_path / "b")
@@ -269,34 +272,27 @@ def test_the_gradient_reaches_the_aligned_block_and_those_before_it_alone():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(repa="no_such_vit"), "--repa no_such_vit: neither a folder nor a timm model"),
-        (dict(repa="/no/such/folder"), "--repa /no/such/folder: neither a folder nor"),
-        (dict(repa_block=7), "--repa-block 7: the network has the blocks 1 to 6"),
-        (dict(data="cache"), "--repa needs the images"),
+        (dict(repa="no_such_vit"), "`repa=no_such_vit`: neither a folder nor a timm model"),
+        (dict(repa="/no/such/folder"), "`repa=/no/such/folder`: neither a folder nor"),
+        (dict(repa_block=7), "`repa_block=7`: the network has the blocks 1 to 6"),
+        (dict(data="cache"), "`repa` needs the images"),
     ],
 )
 def test_mistakes_leave_no_run_folder(tmp_path, folder, changes, words):
     if changes.get("data") == "cache":
-        encode(Encode(out=tmp_path / "cache", data="digits", image_size=32, mirror=False, workers=0))
+        encode(Encode(out=tmp_path / "cache", data="digits", image_size=32, flip=False, workers=0))
         changes = dict(data=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=words):
         train(small(tmp_path / "a", folder, **changes))
     assert not (tmp_path / "a").exists()
 
 
-def test_bad_numbers():
-    with pytest.raises(UserError, match="--repa-weight can't be negative"):
-        TrainConfig(repa_weight=-0.5)
-    with pytest.raises(UserError, match="--repa-block must be at least 1"):
-        TrainConfig(repa_block=0)
-
-
 def test_a_folder_without_its_files_is_named(tmp_path, folder):
     with pytest.raises(UserError, match="has no config.json"):
         load_encoder(str(tmp_path), (4, 4))
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(UserError, match="can't be loaded .* is the folder whole"):
+    with pytest.raises(UserError, match="can't be loaded .* is the folder complete"):
         load_encoder(str(tmp_path), (4, 4))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(UserError, match="can't be loaded .* is the folder whole"):
+    with pytest.raises(UserError, match="can't be loaded .* is the folder complete"):
         load_encoder(str(tmp_path), (4, 4))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from sit.training.run_folder import read_metrics
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.distributed
 
 PROGRAM = """
 import os, sys
@@ -27,7 +28,8 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from sit.model import SiT
-from sit.training.state import TrainingState, ema_weights
+from sit.training.ema import ema_weights
+from sit.training.state import TrainingState
 
 folder, world = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo")
@@ -90,13 +92,17 @@ import dataclasses, os, sys
 from pathlib import Path
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-import sit.training
-from sit.training.config import load_recipe
+import sit.training.distributed
+import sit.training.trainer
+from sit.model import SiT, TimestepEmbedder
+from sit.training.optimization import gradient_norm
+from sit.training.recipes import load_recipe
 
 folder = Path(sys.argv[1])
-given, seen = [], []
+given, seen, norms = [], [], []
 
 def on_a_cpu(**settings):
     # Accelerate itself shards on accelerators alone
@@ -110,25 +116,29 @@ def on_a_cpu(**settings):
         accelerator.state.fsdp_plugin, accelerator.state.distributed_type = plugin, DistributedType.FSDP
     return accelerator
 
-class Watched(sit.training.trainer.Trainer):
-    def build_network(self):
-        super().build_network()
-        self.network.register_forward_pre_hook(lambda module, args: given.append(args[1]), prepend=True)
-        self.network.t_embedder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+def note(module, args):
+    if isinstance(module, SiT):
+        given.append(args[1])
+    if isinstance(module, TimestepEmbedder):
+        seen.append(args[0])
 
-    def gradient_norm(self, parameters):
-        assert all(p.dtype == p.grad.dtype == torch.float32 for p in parameters)
-        if self.accelerator.num_processes > 1:
-            policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
-            assert policy.param_dtype == torch.bfloat16 and policy.reduce_dtype == torch.float32
-        return super().gradient_norm(parameters)
+def checked(parameters, limit):
+    norms.append(limit)
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in parameters)
+    if PartialState().num_processes > 1:
+        policy = AcceleratorState().fsdp_plugin.mixed_precision_policy
+        assert policy.param_dtype == torch.bfloat16 and policy.reduce_dtype == torch.float32
+    return gradient_norm(parameters, limit)
 
-sit.training.trainer.Accelerator = on_a_cpu
-Watched(dataclasses.replace(
+torch.nn.modules.module.register_module_forward_pre_hook(note)  # before a module's own, FSDP's among them
+sit.training.distributed.Accelerator = on_a_cpu
+sit.training.trainer.gradient_norm = checked
+sit.training.trainer.train(dataclasses.replace(
     load_recipe("digits"), model="SiT-XS/2", mixer="attention,atconv", steps=4, batch_size=8, log_every=1,
     preview_every=2, preview_steps=2, checkpoint_every=2, trackers=(), cpu_threads=1, mixed_precision="bf16",
     output_dir=str(folder / "run"), learning_rate=1e-3,
-)).run()
+))
+assert len(norms) == 4
 assert len(given) == len(seen) > 4
 for before, after in zip(given, seen):
     assert after.dtype == torch.float32 and torch.equal(before, after)

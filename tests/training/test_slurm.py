@@ -59,6 +59,7 @@ def start(folder: Path, program: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.distributed
 def test_a_signalled_job_saves_itself_and_goes_back_into_the_queue(tmp_path):
     train = f"{sys.executable} {ROOT}/tests/processes.py {tmp_path}/notes {ROOT}/train.py"
     program = f'#!/bin/bash\n[ "$1" = train.py ] || exit 3\nshift\nexec {train} "$@" {SMALL}\n'
@@ -77,6 +78,7 @@ def test_a_signalled_job_saves_itself_and_goes_back_into_the_queue(tmp_path):
     assert "Traceback" not in output
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("status", [0, 2])
 def test_a_job_that_ends_or_fails_does_not(tmp_path, status):
     assert start(tmp_path, f"#!/bin/bash\nexit {status}\n").wait(timeout=60) == status

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
@@ -22,13 +26,16 @@ from safetensors.torch import load_file
 
 from sit.checkpoint.integrity import INDEX, write_json
 from sit.checkpoint.load import load_for_sampling
+from sit.training.checkpoints import prune_checkpoints
 from sit.training.config import TrainConfig
 from sit.training.data import Opened
+from sit.training.loader import EpochPermutation
 from sit.training.recipes import load_recipe
-from sit.training.run_folder import prune_checkpoints, read_metrics
+from sit.training.run_folder import read_metrics
 from sit.training.schedule import learning_rate_at
 from sit.training.stop_signal import REQUEUE_EXIT
-from sit.training.trainer import Trainer, train
+from sit.training.trainer import train
+from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -88,13 +95,8 @@ def test_same_seed_same_weights_other_seed_others(finished, tmp_path):
     assert not same(weights(finished, 3), weights(tmp_path / "c", 3))
 
 
-def test_resuming_is_exact(finished, tmp_path):
-    config = small(tmp_path / "b", checkpoint_every=2)
-    trainer = Trainer(config)
-    stop_after(trainer, 4)
-    with pytest.raises(SystemExit) as stopped:
-        trainer.run()
-    assert stopped.value.code == REQUEUE_EXIT
+def test_resuming_is_exact(finished, tmp_path, monkeypatch):
+    train_until(4, small(tmp_path / "b", checkpoint_every=2), monkeypatch)
     AcceleratorState._reset_state(reset_partial_state=True)
     train(small(tmp_path / "b", checkpoint_every=2, resume="auto"))
     assert same(weights(finished, 6), weights(tmp_path / "b", 6))
@@ -104,31 +106,41 @@ def test_resuming_is_exact(finished, tmp_path):
     assert losses[0] == losses[1]
 
 
-def stop_after(trainer: Trainer, step: int) -> None:
-    """Send the process a SIGTERM in the middle of the given step."""
-    original = trainer.forward_backward
+def before_each_loss(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, torch.Tensor], None]) -> None:
+    """Let ``change(step, x1)`` act before each loss is computed, of a run from scratch without micro-batches."""
+    original, step = Transport.training_loss, itertools.count(1)
 
-    def forward_backward(batch):
-        if trainer.step == step - 1:
+    def changed(transport, model, x1, *args, **kwargs):
+        x1 = x1.clone()
+        change(next(step), x1)
+        return original(transport, model, x1, *args, **kwargs)
+
+    monkeypatch.setattr(Transport, "training_loss", changed)
+
+
+def train_until(step: int, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, and get a SIGTERM in the middle of the given step, counted from where the run starts."""
+
+    def signalled(now: int, x1: torch.Tensor) -> None:
+        if now == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(batch)
 
-    trainer.forward_backward = forward_backward
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        before_each_loss(patch, signalled)
+        train(config)
+    assert stopped.value.code == REQUEUE_EXIT
 
 
 def names(folder: Path) -> list[str]:
     return sorted(place.name for place in folder.iterdir())
 
 
-def test_an_older_checkpoint_goes_on_without_the_later_ones(finished, tmp_path, capsys):
+def test_an_older_checkpoint_goes_on_without_the_later_ones(finished, tmp_path, monkeypatch, capsys):
     """Later checkpoints of the abandoned trajectory are set aside: not continued, sampled from, or counted."""
     run = tmp_path / "a"
     shutil.copytree(finished, run)
     older = str(run / "checkpoints" / "step-0000003")
-    trainer = Trainer(small(run, resume=older, steps=9, keep_last=1, learning_rate=2e-3))
-    stop_after(trainer, 4)
-    with pytest.raises(SystemExit):
-        trainer.run()
+    train_until(1, small(run, resume=older, steps=9, keep_last=1, learning_rate=2e-3), monkeypatch)
     aside = run / "checkpoints-abandoned-1"
     assert f"the checkpoints beyond {older} are set aside in {aside}" in capsys.readouterr().out
     assert names(run / "checkpoints") == ["step-0000004"]
@@ -143,14 +155,11 @@ def test_an_older_checkpoint_goes_on_without_the_later_ones(finished, tmp_path, 
     assert names(run / "checkpoints") == ["step-0000004", "step-0000007"]
 
 
-def test_a_damaged_newest_checkpoint_does_not_outlive_the_whole_ones(finished, tmp_path):
+def test_a_damaged_newest_checkpoint_does_not_outlive_the_whole_ones(finished, tmp_path, monkeypatch):
     run = tmp_path / "a"
     shutil.copytree(finished, run)
     (run / "checkpoints" / "step-0000006" / "sit.json").unlink()
-    trainer = Trainer(small(run, resume="auto", steps=9, keep_last=1))
-    stop_after(trainer, 4)
-    with pytest.raises(SystemExit):
-        trainer.run()
+    train_until(1, small(run, resume="auto", steps=9, keep_last=1), monkeypatch)
     assert load_for_sampling(run).info.step == 4
     assert names(run / "checkpoints-abandoned-1") == ["metrics.jsonl", "step-0000006"]
 
@@ -176,6 +185,7 @@ def test_accumulated_micro_batches_are_one_batch(finished, tmp_path):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
+@pytest.mark.distributed
 def test_two_processes_are_one(tmp_path):
     """20 steps over gloo on two processes and on one: the same losses, and the same order of images."""
     common = ["--steps", "20", "--batch-size", "16", "--model", "SiT-XS/4", "--log-every", "1", "--preview-every", "0",
@@ -192,106 +202,106 @@ def test_two_processes_are_one(tmp_path):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-def test_a_step_that_is_not_finite_is_named_skipped_and_in_the_end_fatal(tmp_path, capsys):
-    trainer = Trainer(small(tmp_path / "a", steps=5, non_finite_limit=3))
-    original = trainer.forward_backward
-    poisoned = {1, 3, 4}
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_is_named_skipped_and_in_the_end_fatal(tmp_path, monkeypatch, capsys):
+    def poison(step: int, x1: torch.Tensor) -> None:
+        if step in (2, 4, 5):
+            x1[2] = float("nan")
 
-    def forward_backward(batch):
-        if trainer.step in poisoned:
-            batch["latents"][2] = float("nan")
-        poisoned_index.append(int(batch["indices"][2]))
-        return original(batch)
-
-    poisoned_index: list[int] = []
-    trainer.forward_backward = forward_backward
-    trainer.run()
+    with monkeypatch.context() as patch:
+        before_each_loss(patch, poison)
+        train(small(tmp_path / "a", steps=5, non_finite_limit=3))
     out = capsys.readouterr()
-    assert f"step 2: loss nan at images [{poisoned_index[1]}]; the step is skipped (1 in a row)" in out.out + out.err
+    third_of_second_step = EpochPermutation(1797, seed=0)(np.array([8 + 2])).item()
+    assert f"step 2: loss nan at images [{third_of_second_step}]; the step is skipped (1 in a row)" in out.out + out.err
     assert "step 5" in out.out + out.err and "(2 in a row)" in out.out + out.err
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "a", 5).values())
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = Trainer(small(tmp_path / "b", steps=5, non_finite_limit=2))
-    second = trainer.forward_backward
-    trainer.forward_backward = lambda batch: second(batch | {"latents": batch["latents"] * float("inf")})
-    with pytest.raises(UserError, match="step 2: loss nan .* --non-finite-limit is 2"):
-        trainer.run()
+    before_each_loss(monkeypatch, lambda step, x1: x1.mul_(float("inf")))
+    with pytest.raises(UserError, match="step 2: loss nan .* `non_finite_limit` is 2"):
+        train(small(tmp_path / "b", steps=5, non_finite_limit=2))
 
 
-def in_float16(config: TrainConfig, **scaling) -> Trainer:
-    """A trainer that autocasts to float16 and scales the loss, as Accelerate has it on GPUs; here on the CPU."""
-    trainer = Trainer(config)
-    set_up_processes = trainer.set_up_processes
+@pytest.fixture
+def in_float16(monkeypatch):
+    """A function after which training autocasts to float16 and scales the loss, as on GPUs; here on the CPU."""
 
-    def set_up_with_scaler():
-        set_up_processes()
-        accelerator = trainer.accelerator
-        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
-        accelerator.scaler = torch.amp.GradScaler("cpu", **scaling)
+    def scale(**scaling) -> None:
+        class InFloat16(Accelerator):
+            def prepare(self, *args):
+                self.native_amp, self.state._mixed_precision = True, "fp16"
+                self.scaler = torch.amp.GradScaler("cpu", **scaling)
+                return super().prepare(*args)
 
-    trainer.set_up_processes = set_up_with_scaler
-    return trainer
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr("sit.training.distributed.Accelerator", InFloat16)
+
+    return scale
 
 
-def test_float16_overflows_until_the_loss_scale_fits(tmp_path, capsys):
+def saved(run: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint holds for resuming besides the weights."""
+    return torch.load(run / "checkpoints" / f"step-{step:07d}" / "training" / "optimizer.pt", weights_only=True)
+
+
+def test_float16_overflows_until_the_loss_scale_fits(tmp_path, capsys, in_float16):
     """The scale falls by itself; neither the weights nor their average move until it fits, and no limit is reached."""
-    config = small(tmp_path / "a", steps=5, checkpoint_every=1, keep_last=0, non_finite_limit=1)
-    trainer = in_float16(config, init_scale=2.0**60, backoff_factor=2.0**-25)
-    trainer.run()
+    in_float16(init_scale=2.0**60, backoff_factor=2.0**-25)
+    train(small(tmp_path / "a", steps=5, checkpoint_every=1, keep_last=0, non_finite_limit=1))
     assert "step 2: gradient overflow at the loss scale 3.43597e+10; the step is skipped" in capsys.readouterr().out
-    assert trainer.accelerator.scaler.get_scale() == 2.0**10
-    assert trainer.state.ema.optimization_step == 3
+    assert saved(tmp_path / "a", 5)["scaler"]["scale"] == 2.0**10
+    assert saved(tmp_path / "a", 5)["ema_updates"] == 3
     first, second, third = (weights(tmp_path / "a", step) for step in (1, 2, 3))
     assert same(first, second) and not same(second, third)
     assert [row["step"] for row in read_metrics(tmp_path / "a" / "metrics.jsonl")] == [3, 4, 5]
 
 
-def test_float16_does_not_hide_a_loss_that_is_not_finite(tmp_path):
-    trainer = in_float16(small(tmp_path / "a", non_finite_limit=2))
-    original = trainer.forward_backward
-    trainer.forward_backward = lambda batch: original(batch | {"latents": batch["latents"] * float("nan")})
-    with pytest.raises(UserError, match="step 2: loss nan .* --non-finite-limit is 2"):
-        trainer.run()
+def test_float16_does_not_hide_a_loss_that_is_not_finite(tmp_path, monkeypatch, in_float16):
+    in_float16()
+    before_each_loss(monkeypatch, lambda step, x1: x1.mul_(float("nan")))
+    with pytest.raises(UserError, match="step 2: loss nan .* `non_finite_limit` is 2"):
+        train(small(tmp_path / "a", non_finite_limit=2))
 
 
-def test_float16_ends_when_no_loss_scale_fits(tmp_path):
-    trainer = in_float16(small(tmp_path / "a", non_finite_limit=2), init_scale=2.0)
-    original = trainer.gradient_norm
+def test_float16_ends_when_no_loss_scale_fits(tmp_path, monkeypatch, in_float16):
+    """At the scales 2 and 1 an overflow does not count; below it does. The losses themselves stay finite."""
+    original = Transport.training_loss
 
-    def gradient_norm(parameters):
-        parameters[-1].grad.fill_(float("inf"))
-        return original(parameters)
+    def overflowing(*args, **kwargs):
+        loss = original(*args, **kwargs)
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
 
-    trainer.gradient_norm = gradient_norm
-    with pytest.raises(UserError, match="step 4: gradient norm inf .* --non-finite-limit is 2"):
-        trainer.run()
+    in_float16(init_scale=2.0)
+    monkeypatch.setattr(Transport, "training_loss", overflowing)
+    with pytest.raises(UserError, match="step 4: gradient norm (inf|nan) .* `non_finite_limit` is 2"):
+        train(small(tmp_path / "a", non_finite_limit=2))
 
 
-def test_float16_resumes_exactly(tmp_path):
+@pytest.mark.slow
+def test_float16_resumes_exactly(tmp_path, monkeypatch, in_float16):
     scaling = dict(init_scale=2.0**10, growth_interval=3)
-    in_float16(small(tmp_path / "a"), **scaling).run()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    stopped = in_float16(small(tmp_path / "b"), **scaling)
-    stop_after(stopped, 4)
-    with pytest.raises(SystemExit):
-        stopped.run()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    resumed = in_float16(small(tmp_path / "b", resume="auto"), **scaling)
-    resumed.run()
-    assert resumed.accelerator.scaler.get_scale() == 2.0**12
+    in_float16(**scaling)
+    train(small(tmp_path / "a"))
+    in_float16(**scaling)
+    train_until(4, small(tmp_path / "b"), monkeypatch)
+    in_float16(**scaling)
+    train(small(tmp_path / "b", resume="auto"))
+    assert saved(tmp_path / "b", 6)["scaler"]["scale"] == 2.0**12
     assert same(weights(tmp_path / "a", 6), weights(tmp_path / "b", 6))
 
 
-def test_float16_goes_on_from_a_checkpoint_without_loss_scale(finished, tmp_path):
+def test_float16_goes_on_from_a_checkpoint_without_loss_scale(finished, tmp_path, in_float16):
     shutil.copytree(finished, tmp_path / "a")
-    resumed = in_float16(small(tmp_path / "a", steps=7, resume="auto"), init_scale=2.0**9)
-    resumed.run()
-    assert resumed.step == 7 and resumed.accelerator.scaler.get_scale() == 2.0**9
+    in_float16(init_scale=2.0**9)
+    train(small(tmp_path / "a", steps=7, resume="auto"))
+    assert saved(tmp_path / "a", 7)["scaler"]["scale"] == 2.0**9
 
 
 def test_the_objective_is_stored_in_the_checkpoint(tmp_path):
     objective = dict(interpolant="gvp", prediction="noise", loss_weight="velocity", train_eps=0.01, sample_eps=0.02)
+    objective["time_distribution"] = "logit-normal"
     train(small(tmp_path / "a", steps=1, **objective))
     config = load_for_sampling(tmp_path / "a").transport.config
     assert {name: config[name] for name in objective} == objective
@@ -342,12 +352,12 @@ def test_a_row_cut_off_in_the_writing_is_left_out(tmp_path):
     [
         (dict(mixer="mamba"), "unknown mixer 'mamba'"),
         (dict(model="SiT-XXL/2"), "unknown model 'SiT-XXL/2'"),
-        (dict(data="/no/such/folder"), "--data /no/such/folder"),
-        (dict(resume="auto", output_dir=None), "--resume auto needs --output-dir"),
+        (dict(data="/no/such/folder"), "`data=/no/such/folder`"),
+        (dict(resume="auto", output_dir=None), "`resume=auto` needs `output_dir`"),
         (dict(mixer="atconv:kernel_size=["), "is not a YAML scalar"),
-        (dict(mixed_precision="fp16"), "--mixed-precision fp16 is for GPUs, and this is a CPU: use bf16 or no"),
-        (dict(trackers=("foo",)), "--trackers foo: Accelerate has no such tracker; there are here: .*tensorboard"),
-        (dict(trackers=("tensorboard", "absent")), "--trackers absent: its package is not installed"),
+        (dict(mixed_precision="fp16"), "`mixed_precision=fp16` is for GPUs, and this is a CPU: use bf16 or no"),
+        (dict(trackers=("foo",)), "`trackers=foo`: Accelerate has no such tracker; here there are: .*tensorboard"),
+        (dict(trackers=("tensorboard", "absent")), "`trackers=absent`: its package is not installed"),
     ],
 )
 def test_mistakes_leave_no_run_folder(tmp_path, monkeypatch, changes, words):
@@ -388,6 +398,7 @@ def test_a_folder_with_another_run_is_refused(finished):
         train(small(finished))
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_same_to_the_bit():
     """The short form of scripts/kill_resume.py: SIGKILL at random moments."""
     script = [sys.executable, "scripts/kill_resume.py", "--kills", "2", "--steps", "40", "--mixer", "attention"]

@@ -78,5 +78,5 @@ def test_score_at_pure_noise(name):
 
 @pytest.mark.parametrize("name", ("Linear", "cosine", ""))
 def test_unknown(name):
-    with pytest.raises(UserError, match="known interpolants: linear, gvp, vp"):
+    with pytest.raises(UserError, match=f"`interpolant={name}` is none of linear, gvp, vp"):
         get_interpolant(name)

@@ -118,13 +118,14 @@ def test_round_trip_through_files(tmp_path):
     [
         (dict(interpolant="cosine"), "linear, gvp, vp"),
         (dict(interpolant="VP"), "linear, gvp, vp"),
-        (dict(prediction="data"), "velocity, score, noise"),
-        (dict(prediction="noise", loss_weight="snr"), "none, velocity, likelihood"),
-        (dict(loss_weight="likelihood"), "velocity has none"),
-        (dict(train_eps=-1e-3), "--train-eps"),
-        (dict(sample_eps=0.5), "--sample-eps"),
-        (dict(sample_eps=float("nan")), "--sample-eps"),
-        (dict(prediction="noise", sample_eps=0.0), "--sample-eps 0"),
+        (dict(prediction="data"), "`prediction=data` is none of velocity, score, noise"),
+        (dict(prediction="noise", loss_weight="snr"), "`loss_weight=snr` is none of none, velocity, likelihood"),
+        (dict(loss_weight="likelihood"), "`loss_weight=likelihood` .* velocity has none"),
+        (dict(time_distribution="beta"), "`time_distribution=beta` is none of uniform, logit-normal"),
+        (dict(train_eps=-1e-3), "`train_eps` must be"),
+        (dict(sample_eps=0.5), "`sample_eps` must be"),
+        (dict(sample_eps=float("nan")), "`sample_eps` must be"),
+        (dict(prediction="noise", sample_eps=0.0), "`sample_eps=0`"),
     ],
 )
 def test_mistakes(arguments, message):

@@ -18,6 +18,10 @@ class Arguments:
     number: int = 1
     choice: Literal["this one", "that one"] = "this one"
 
+    def __post_init__(self) -> None:
+        if self.number < 0:
+            raise UserError(f"`number={self.number}` is negative")
+
 
 @pytest.mark.parametrize(
     "arguments, words",
@@ -36,6 +40,11 @@ def test_one_line(arguments, words, capsys):
         tyro.cli(Arguments, args=arguments)
     message = str(told.value)
     assert "\n" not in message and not set(message) & set("│╭╰─") and capsys.readouterr().err == ""
+
+
+def test_the_errors_of_a_dataclass_are_raised_as_they_are():
+    with pytest.raises(UserError, match="^`number=-1` is negative$"), one_line_errors():
+        tyro.cli(Arguments, args=["--needed", "a", "--number", "-1"])
 
 
 def test_what_is_right_and_what_is_help_pass_through(capsys):

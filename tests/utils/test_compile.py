@@ -24,7 +24,7 @@ def test_the_flag_and_what_stands_in_its_way(monkeypatch):
     assert not should_compile(None, GPU, notices.append, helps=False) and not notices
     monkeypatch.setattr("sit.utils.compile.obstacle", lambda device: "install g++")
     assert not should_compile(None, GPU, notices.append) and "install g++" in notices[0]
-    with pytest.raises(UserError, match="--compile: install g"):
+    with pytest.raises(UserError, match="`compile`: install g"):
         should_compile(True, CPU, notices.append)
 
 

@@ -151,12 +151,12 @@ def test_the_systems_refusals_become_one_line(tmp_path, number, words):
 
 
 def test_an_output_folder_in_use_is_refused(tmp_path):
-    assert new_output(tmp_path / "new" / "deep", "--out").is_dir()
+    assert new_output(tmp_path / "new" / "deep", "out").is_dir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--out .* is not empty"):
-        new_output(tmp_path, "--out")
+    with pytest.raises(UserError, match="`out=.*` exists and is not empty"):
+        new_output(tmp_path, "out")
     with pytest.raises(UserError, match="a file stands"):
-        new_output(tmp_path / "file" / "inside", "--out")
+        new_output(tmp_path / "file" / "inside", "out")
 
 
 def test_an_entry_point_prints_one_line_and_exits_2(capsys):

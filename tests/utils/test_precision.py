@@ -30,7 +30,7 @@ def test_a_cpu_is_left_as_it_is():
     torch.set_float32_matmul_precision("highest")
     allow_tf32(CPU)
     assert for_sampling(None, CPU) is None and torch.get_float32_matmul_precision() == "highest"
-    with pytest.raises(UserError, match="--precision tf32 is for GPUs"):
+    with pytest.raises(UserError, match="`precision=tf32` is for GPUs"):
         for_sampling("tf32", CPU)
 
 

@@ -1,0 +1,49 @@
+"""From the name of a data set to the latents that training reads."""
+
+from __future__ import annotations
+
+from diffusers import AutoencoderKL
+
+from sit.data.factory import open_images
+from sit.latents.cache import CachedLatents, is_cache
+from sit.latents.datasets import PixelData, TrainingData, encode_in_memory
+from sit.utils.errors import UserError
+
+MEMORY_LIMIT = 20_000
+"""Data sets of at most so many images are encoded once, at the start; larger ones as they are needed."""
+
+
+def open_latents(
+    spec: str,
+    vae: AutoencoderKL,
+    vae_name: str,
+    *,
+    image_size: int | None = None,
+    flip: bool = False,
+    keep_images: bool = False,
+    progress: bool = True,
+) -> TrainingData:
+    """Open a latent cache, or the latents of images, encoded at the start or while training.
+
+    Args:
+        spec: the folder of a cache, or what :func:`~sit.data.factory.open_images` takes.
+        vae: encodes the images; the one that made the cache.
+        vae_name: the VAE's name, for messages.
+        image_size: side in pixels; None for the source's own.
+        flip: flip each image left to right with probability 0.5 every time it is read.
+        keep_images: batches hold the images beside their latents, so that all are encoded while training.
+        progress: show a bar while encoding.
+
+    Raises:
+        UserError: there is no such data, it and the VAE don't fit each other, or a cache is asked for images.
+    """
+    if is_cache(spec):
+        if keep_images:
+            raise UserError(f"`repa` needs the images, which the latent cache {spec} lacks; give their `data`")
+        cache = CachedLatents(spec, flip)
+        cache.check(vae, vae_name, image_size)
+        return cache
+    images = open_images(spec, image_size)
+    if keep_images or len(images) > MEMORY_LIMIT:
+        return PixelData(images, vae, flip, keep_images=keep_images)
+    return encode_in_memory(images, vae, flip, progress=progress)

@@ -1,0 +1,105 @@
+"""The checkpoints of a run: their writing, which are kept, and which are set aside when an older one goes on."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from sit.checkpoint.find import find_checkpoints
+from sit.checkpoint.info import CheckpointInfo, read_info
+from sit.checkpoint.integrity import is_complete
+from sit.checkpoint.save import save_checkpoint
+from sit.training.config import TrainConfig
+from sit.training.state import TrainingState
+from sit.transport.transport import Transport
+from sit.utils.files import explain_os_errors
+
+
+def write_checkpoint(
+    run: Path,
+    step: int,
+    config: TrainConfig,
+    *,
+    classes: list[str],
+    state: TrainingState,
+    transport: Transport,
+    accelerator: Accelerator,
+) -> None:
+    """Write ``checkpoints/step-…`` into the run's folder, and delete those that are not to be kept beside it.
+
+    Every process must call it, to gather the state; the main one writes.
+    """
+    averaged, raw, optimizer = state.gather()
+    if accelerator.is_main_process:
+        save_checkpoint(
+            run / "checkpoints" / f"step-{step:07d}",
+            model=state.model,
+            weights=averaged,
+            transport=transport,
+            vae_source=run / "vae" if (run / "vae").is_dir() else config.vae,
+            info=CheckpointInfo(
+                step=step,
+                images_seen=step * config.batch_size,
+                image_size=(config.image_size, config.image_size),
+                classes=len(classes),
+                label_names=list(classes),
+                data=config.data,
+                mixer=config.mixer,
+            ),
+            training_state=lambda inside: state.save(inside, raw, optimizer),
+        )
+        prune_checkpoints(find_checkpoints(run), config.keep_last, config.keep_every)
+    accelerator.wait_for_everyone()
+
+
+def set_aside_later(run: Path, checkpoint: Path) -> Path | None:
+    """Move the checkpoints of the same or a later step than ``checkpoint`` away, complete or damaged, but not that one.
+
+    A run that resumes from an older checkpoint, or from the one before a damaged one, is another run from there on:
+    the later checkpoints must be neither continued nor counted among its own. They go to ``checkpoints-abandoned-N``
+    in the run's folder, with a copy of the metrics so far.
+
+    Returns:
+        The folder that they went to; None if there was nothing to move.
+    """
+    begun = read_info(checkpoint).step
+    later = [place for step, place in find_checkpoints(run) if step >= begun and not place.samefile(checkpoint)]
+    if not later:
+        return None
+    numbers = itertools.count(1)
+    aside = next(place for n in numbers if not (place := run / f"checkpoints-abandoned-{n}").exists())
+    with explain_os_errors(aside):
+        aside.mkdir()
+        if (run / "metrics.jsonl").is_file():
+            shutil.copy2(run / "metrics.jsonl", aside)
+        for place in later:
+            place.rename(aside / place.name)
+    return aside
+
+
+def prune_checkpoints(checkpoints: list[tuple[int, Path]], keep_last: int, keep_every: int | None) -> None:
+    """Delete all complete checkpoints but the last ``keep_last`` and those of every ``keep_every``-th step.
+
+    Args:
+        checkpoints: (step, folder) of each. Incomplete ones are neither counted nor deleted.
+        keep_last: 0 keeps all.
+        keep_every: None keeps none besides the last.
+    """
+    if not keep_last:
+        return
+    last = 0
+    for step, folder in sorted(checkpoints, reverse=True):
+        if last == keep_last and keep_every and step % keep_every == 0:
+            continue
+        if not is_complete(folder):
+            continue
+        if last < keep_last:
+            last += 1
+            continue
+        # renamed first: a folder half deleted must not look like a checkpoint
+        doomed = folder.with_name(f".{folder.name}.deleted")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)

@@ -1,0 +1,35 @@
+"""The optimizer and the gradient that it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from sit.training.config import TrainConfig
+
+
+def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW on all parameters, as published, with the config's settings."""
+    return torch.optim.AdamW(
+        network.parameters(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> float:
+    """The Euclidean norm of the whole gradient; then the gradient is scaled down to ``limit``, if there is one.
+
+    Of sharded parameters too; every process must call it then. It waits for the device.
+    """
+    if limit is None:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()
+    return norm.item()

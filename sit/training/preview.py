@@ -1,0 +1,70 @@
+"""Previews: a grid of images that the averaged weights make, while the run trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+
+from sit.latents.vae import decode
+from sit.model import SiT
+from sit.sampling.config import SamplerConfig
+from sit.sampling.sampler import generate
+from sit.training.config import TrainConfig
+from sit.training.data import Opened
+from sit.training.ema import ema_weights
+from sit.transport.transport import Transport
+from sit.utils.image_grid import labeled_grid, save_png
+
+ROWS = 4
+COLUMNS = 10
+
+
+def save_preview(
+    path: Path,
+    config: TrainConfig,
+    opened: Opened,
+    *,
+    network: SiT,
+    ema: EMAModel,
+    transport: Transport,
+    accelerator: Accelerator,
+) -> None:
+    """Sample a grid with the averaged weights, a column a class, from the same noise each time; write it to ``path``.
+
+    Every process must call it; the main one writes.
+
+    Args:
+        path: the PNG file.
+        config: the run's, for guidance, steps and seed.
+        opened: the data, for its classes and the shape of its latents, and the VAE.
+        network: without the wrapper that sums gradients; in training mode before and after.
+        ema: the moving average of its weights.
+        transport: what it was trained on.
+        accelerator: for its device and precision.
+    """
+    classes = opened.data.classes
+    columns = min(len(classes), COLUMNS)
+    shown = [round(i * (len(classes) - 1) / max(1, columns - 1)) for i in range(columns)]
+    labels = torch.tensor(shown * ROWS)
+    scale = config.preview_cfg_scale if config.class_dropout else 1.0
+    network.eval()
+    with ema_weights(network, ema), torch.no_grad(), accelerator.autocast():
+        parts = generate(
+            network,
+            transport,
+            torch.arange(len(labels)),
+            labels,
+            seed=config.seed,
+            config=SamplerConfig(steps=config.preview_steps, cfg_scale=scale),
+            latent_shape=opened.data.latent_shape,
+            device=accelerator.device,
+            batch_size=len(labels),
+        )
+        latents = torch.cat([part for _, part in parts])
+    network.train()
+    if accelerator.is_main_process:
+        images = decode(opened.vae, latents).cpu().numpy()
+        save_png(labeled_grid(images, [classes[label] for label in labels.tolist()], columns), path)

@@ -1,0 +1,79 @@
+"""Where a run starts: anew, or from a checkpoint of the run that it continues."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sit.checkpoint.find import newest_checkpoint, resolve
+from sit.checkpoint.info import read_info
+from sit.mixers import parse_mixers
+from sit.model import MODELS, check_model_name
+from sit.training.config import TrainConfig
+from sit.training.recipes import check_same_run, run_folder
+from sit.training.repa import check_block
+from sit.training.run_folder import check_trackers, clear_start
+from sit.utils.errors import UserError
+from sit.utils.files import refuse_used
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        folder: of the run to continue; None for a new run.
+        checkpoint: what to go on from; None from scratch, which a begun run without a checkpoint does too.
+        step: the optimizer steps already done.
+    """
+
+    folder: Path | None = None
+    checkpoint: Path | None = None
+    step: int = 0
+
+
+def find_start(config: TrainConfig) -> Start:
+    """Find out where to start, and refuse what can be seen to be wrong before the data is read.
+
+    Raises:
+        UserError: names that are unknown, an output folder that is taken, or a run that can't be continued.
+    """
+    parse_mixers(config.mixer)
+    check_model_name(config.model)
+    check_trackers(config.trackers)
+    if config.repa is not None:
+        check_block(config.repa_block, MODELS[config.model]["depth"])
+
+    folder = _begun_folder(config)
+    if folder is not None:
+        check_same_run(config, folder)
+    elif config.output_dir is not None:
+        clear_start(config.output_dir)
+        refuse_used(config.output_dir, "output_dir")
+
+    checkpoint = _checkpoint(config)
+    return Start(folder, checkpoint, 0 if checkpoint is None else read_info(checkpoint).step)
+
+
+def _begun_folder(config: TrainConfig) -> Path | None:
+    """The folder of the run to continue; None for a new run."""
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        return run_folder(config.resume)
+    if config.output_dir is None:
+        raise UserError("`resume=auto` needs `output_dir`, the run to continue if it has begun")
+    folder = Path(config.output_dir)
+    return folder if (folder / "config.yaml").is_file() else None
+
+
+def _checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, with the state for it; None if there is none to be had."""
+    if config.resume is None:
+        return None
+    if config.resume == "auto":
+        return newest_checkpoint(config.output_dir, resumable=True)
+    checkpoint = resolve(config.resume)
+    if not (checkpoint / "training").is_dir():
+        raise UserError(f"`resume={checkpoint}`: it has no training/ to resume from")
+    return checkpoint

@@ -1,0 +1,3 @@
+"""The version of this package; everything else asks here."""
+
+__version__ = "0.2.0"

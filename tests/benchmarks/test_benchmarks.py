@@ -1,0 +1,226 @@
+"""Every benchmark runs in a short form, and says what it should."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from baselines import PublishedATConv
+from PIL import Image
+
+from atconv import ATConv
+from sit.utils.errors import UserError
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+frechet, loader, overhead, sampler_order, speed, xl_step = map(
+    importlib.import_module, ("frechet", "loader", "overhead", "sampler_order", "speed", "xl_step")
+)
+HELPERS = {"baselines", "checks"}
+MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """A benchmark's main function with a command line; what it printed, and its JSON, which says how it was made."""
+
+    def run(module, *words: object) -> tuple[str, dict]:
+        file = tmp_path / f"{module.__name__}.json"
+        command = [f"benchmarks/{module.__name__}.py", *map(str, words), "--json", str(file)]
+        monkeypatch.setattr(sys, "argv", command)
+        module.main()
+        found = json.loads(file.read_text())
+        assert found["command"] == shlex.join(["python", *command])
+        assert f"torch {torch.__version__}" in found["machine"] and found["date"][:2] == "20"
+        return capsys.readouterr().out, found
+
+    return run
+
+
+def test_frechet(run):
+    out, found = run(frechet, "--dimensions", 16, "--samples", 200, "--repeats", 1)
+    assert float(out.rsplit(" ", 1)[1]) < 1e-6, "both ways give the same distance"
+    assert set(found["seconds"]) == set(found["values"]) == {"symmetric eigenvalues", "scipy.linalg.sqrtm"}
+
+
+def test_loader(run, tmp_path):
+    words = ("--count", 40, "--batch-size", 8, "--batches", 2, "--rounds", 1, "--workers", 0, "--large", 1000)
+    out, found = run(loader, *words, "--folder", tmp_path)
+    assert "| latent cache | " in out and found["sparse_cache"]["entries"] == 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["loader.json"], "temporary files are removed"
+
+
+def test_overhead(run):
+    out, found = run(overhead, "--model", "SiT-XS/8", "--batch-size", 1, "--rounds", 1, "--checkpoint-every", 10)
+    rows = {line.split("  ")[0]: line.split() for line in out.splitlines()[1:]}
+    assert set(rows) == {"step", "moving average", "logging", "checkpoint", "together"}
+    seconds, shares = found["seconds"], found["shares"]
+    assert shares["checkpoint"] == pytest.approx(seconds["checkpoint"] / 10 / seconds["step"]), "spread over ten steps"
+    assert rows["checkpoint"][-4] == f"{shares['checkpoint']:.2%}"
+
+
+ORDER = ("--particles", 50, "--counts", 4, "--methods", "euler", "dopri5")
+
+
+def test_sampler_order(run, tmp_path, monkeypatch):
+    """All but the drawing."""
+    saved = {}
+    monkeypatch.setattr(sampler_order.Figure, "savefig", lambda self, path, **_: saved.update({path.name: self}))
+    out, found = run(sampler_order, "--out", tmp_path, *ORDER)
+    assert out.count("dopri5") == 3 and out.count("heun") > 3
+    (error,) = found["ode"]["vp"]["euler"].values()
+    assert f"| vp | euler | 4: {error:.1e} |" in out
+    assert set(saved) == {"sampler-order-ode.png", "sampler-order-sde.png"}
+    for axis in saved["sampler-order-ode.png"].axes:
+        assert [line.get_label() for line in axis.lines] == ["euler", "dopri5"]
+        assert list(axis.lines[0].get_xdata()) == [4], "Euler evaluates the network once a step"
+    labels = {line.get_label() for line in saved["sampler-order-sde.png"].axes[0].lines}
+    assert "as many exact samples" in labels and len(labels) == 2 * len(sampler_order.DIFFUSION_FORMS) + 1
+
+
+@pytest.mark.slow
+def test_sampler_order_is_drawn(run, tmp_path):
+    run(sampler_order, "--out", tmp_path, *ORDER)
+    for name in ("sampler-order-ode.png", "sampler-order-sde.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.size == (1280, 440)
+
+
+def test_the_exact_velocity_is_the_derivative_of_the_quantiles():
+    """A quantile of the mixture is carried along by the velocity."""
+    for name in ("linear", "gvp"):
+        velocity = sampler_order.ExactVelocity(name)
+        before, x, after = (sampler_order.quantiles(velocity.path, t, 9) for t in (0.599, 0.6, 0.601))
+        found = velocity(x, torch.full((9,), 0.6, dtype=torch.float64))
+        torch.testing.assert_close(found, (after - before) / 0.002, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_speed(run):
+    words = ("--models", "SiT-XS/8", "--pixels", 256, "--repeats", 1, "--rate-repeats", 1, "--steps", 1)
+    out, found = run(speed, *words)
+    assert {row["scope"] for row in found["rows"]} == {"mixer", "block", "network", "training", "sampling"}
+    assert found["machine"] in out
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(found["rows"]) and len({line.count("|") for line in table}) == 1
+    row = next(row for row in found["rows"] if row["scope"] == "sampling" and row["variant"] == "ours")
+    cells = [cell.strip() for cell in table[2 + found["rows"].index(row)].split("|")[1:-1]]
+    other = found["rows"][found["rows"].index(row) - 2]
+    assert other["variant"] == "attention" and cells[6] == "ours"
+    assert float(cells[9]) == pytest.approx(other["seconds"] / row["seconds"], abs=0.006)
+
+
+def test_speed_of_one_layer(run):
+    words = ("--scopes", "mixer", "--models", "SiT-XS/8", "--pixels", 256, "--repeats", 1, "--rate-repeats", 1)
+    out, _ = run(speed, *words)
+    table = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| mixer")]
+    assert [(row[0].strip(), row[6].strip()) for row in table] == [
+        (f"mixer, {what}", variant) for what in ("forward", "forward+backward") for variant in speed.VARIANTS
+    ]
+
+
+def test_multiply_accumulates_of_a_layer():
+    """Against the formulas: four products of C×C and two of N×N for attention; of ATConv two, and its kernels."""
+    arguments = speed.Arguments(models=("SiT-XS/8",), pixels=(256,), device="cpu")
+    case = speed.Case("mixer", "SiT-XS/8", 256, 3, "float32", False)
+    tokens, dim = (256 // 8 // 8) ** 2, speed.MODELS["SiT-XS/8"]["hidden_size"]
+    macs, moved = speed.work(case, "forward", "attention", arguments)
+    assert macs == 3 * (4 * tokens * dim**2 + 2 * tokens**2 * dim)
+    streams, weights = 2 * 3 * tokens * dim, 4 * dim**2 + 4 * dim
+    assert moved == 4 * (streams + weights)
+    three = (3 * macs, 3 * moved)
+    assert speed.work(case, "forward+backward", "attention", arguments) == three
+    ours, published = (speed.work(case, "forward", name, arguments)[0] for name in ("ours", "as published"))
+    assert published - ours == 3 * (tokens - 9) * dim**2, "projects every token where ours projects nine"
+
+
+def test_the_baseline_computes_what_atconv_does():
+    torch.manual_seed(0)
+    ours = ATConv(8)
+    theirs = PublishedATConv(8)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 20, 8)
+    torch.testing.assert_close(theirs(x, (4, 5)), ours(x, (4, 5)))
+
+
+def test_xl_step(run, monkeypatch, capsys):
+    """The command of each case is run here, and its output read."""
+
+    def here(command, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[1:])
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                xl_step.main()
+        return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
+
+    monkeypatch.setattr(xl_step.subprocess, "run", here)
+    out, found = run(xl_step, "--model", "SiT-XS/8", "--dtypes", "float32")
+    rows = [line for line in out.splitlines() if "float32" in line]
+    assert [row.split(" | ")[0] for row in rows] == ["| attention", "| atconv"]
+    assert all(row.count("GiB") == 2 and row.count(" s |") == 2 for row in rows)
+    assert [case["mixer"] for case in found["cases"]] == ["attention", "atconv"]
+    assert all(case["finite"] and 0 < case["imports_gib"] <= case["peak_gib"] for case in found["cases"])
+
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: no memory\n")
+    monkeypatch.setattr(xl_step.subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(UserError, match="atconv in bfloat16: RuntimeError: no memory"):
+        xl_step.in_own_process("SiT-XS/8", "atconv", "bfloat16")
+
+
+def test_machine_code(monkeypatch, capsys, tmp_path):
+    """The table, of what a compiler would have found; ``tests/atconv/test_triton.py`` compiles."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    module = importlib.import_module("machine_code")
+    monkeypatch.setattr(module, "compile_for", lambda build, target: b"")
+    monkeypatch.setattr(module, "look", lambda code: (64, 0, 800))
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    module.run(module.Arguments(images=2, channels=64, grids=(16,), json=tmp_path / "found.json"))
+    assert {kernel["registers"] for kernel in json.loads((tmp_path / "found.json").read_text())["kernels"]} == {64}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows[2:]] == ["convolve", "correlate", "average", "spread", "route"]
+    for row in rows[2:]:
+        assert row[7:10] == ["64", "32", "800"], "65536 registers are 32 warps of 32 threads with 64 each"
+    monkeypatch.setattr(module, "INTERPRETED", True)
+    with pytest.raises(UserError, match="TRITON_INTERPRET is set"):
+        module.run(module.Arguments())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_benchmark_says_what_it_is_for(name, monkeypatch, capsys):
+    """``--help``, and a mistake in one line."""
+    if name == "machine_code":
+        pytest.importorskip("triton", reason="Triton is not installed")
+    module = importlib.import_module(name)
+    for words, code in (["--help"], 0), (["--nonsense"], 2):
+        monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", *words])
+        with pytest.raises(SystemExit) as stopped:
+            module.main()
+        assert (stopped.value.code or 0) == code
+        told = capsys.readouterr()
+        assert told.out.startswith(f"usage: benchmarks/{name}.py") if code == 0 else told.err.startswith("error: ")
+    assert told.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "module, options, message",
+    [
+        (frechet, {"repeats": 0}, "`repeats` must be at least 1, not 0"),
+        (loader, {"rounds": 0}, "`rounds` must be at least 1, not 0"),
+        (frechet, {"samples": 1}, "`samples` must be at least 2, not 1"),
+        (overhead, {"rounds": 0}, "`rounds` must be at least 1, not 0"),
+        (sampler_order, {"methods": ("guess",)}, "`method=guess`"),
+        (speed, {"models": ("SiT-Q/2",)}, "unknown model 'SiT-Q/2'"),
+        (speed, {"pixels": (250,), "models": ("SiT-B/2",)}, "`pixels=250`: the side must be a multiple of 16"),
+        (xl_step, {"model": "SiT-Q/2"}, "unknown model 'SiT-Q/2'"),
+    ],
+)
+def test_what_cant_be_measured_is_refused(module, options, message):
+    with pytest.raises(UserError, match=message):
+        module.Arguments(**options)

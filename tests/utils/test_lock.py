@@ -1,0 +1,69 @@
+"""A folder is held by one process at a time, and by none that has ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sit.utils.errors import UserError
+from sit.utils.lock import LOCK, locked
+
+ROOT = Path(__file__).parents[2]
+HOLD = """
+import sys, time
+from sit.utils.lock import locked
+with locked(sys.argv[1], "output_dir"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_holder_is_named(holder, tmp_path):
+    with pytest.raises(UserError, match=f"`output_dir={tmp_path}` is in use by process {holder.pid} on .+ since 20"):
+        with locked(tmp_path, "output_dir"):
+            raise AssertionError("it is held twice")
+    assert (tmp_path / LOCK).is_file(), "who is refused must not remove it"
+
+
+def test_a_killed_holder_holds_nothing(holder, tmp_path):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    with locked(tmp_path, "output_dir"):
+        assert str(os.getpid()) in (tmp_path / LOCK).read_text()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forked_child_holds_nothing(tmp_path):
+    """DataLoader's workers may outlive a killed process for a while."""
+    with locked(tmp_path, "output_dir"):
+        child = os.fork()
+        if not child:
+            signal.pause()
+    try:
+        other = subprocess.run([sys.executable, "-c", HOLD.replace("60", "0"), str(tmp_path)], cwd=ROOT)
+        assert other.returncode == 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_block_that_fails_lets_go(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), locked(tmp_path, "out"):
+            raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
