@@ -259,11 +259,13 @@ def compare(arguments: Arguments) -> Path:
     if arguments.reference is None and usual != "digits":
         raise UserError("give `reference`: only runs on the digits have one by themselves")
     features = arguments.features or usual
-    classes = read_info(runs[0].checkpoints[-1][1]).classes or None  # of all runs: their data are the same
+    info = read_info(runs[0].checkpoints[-1][1])  # its classes are all runs': their data are the same
     tools = Tools(
         get_extractor(features, device, arguments.weights_files.of(features)),
         open_reference(arguments.reference or "digits", runs[0].config.image_size, device=device),
-        LabelClassifier.load(arguments.classifier, device, classes) if arguments.classifier else None,
+        None
+        if arguments.classifier is None
+        else LabelClassifier.load(arguments.classifier, device, info.classes or None, info.label_names),
         device,
         arguments.batch_size,
     )

@@ -14,19 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sit.utils.errors import UserError, first_line
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
-"""Endings of the files, in folders and tars, that are taken for images."""
+from sit.data.reading import read_rgb
 
 CROP = "adm-center"  # written into manifests: another crop gives other latents
-
-
-class BadImage(UserError):
-    """An image that can't be read. Survives DataLoader workers, which wrap the message in a traceback's text."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rpartition("BadImage: ")[2].strip())
 
 
 class Source(Protocol):
@@ -90,16 +80,8 @@ class ImageData(torch.utils.data.Dataset):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        try:
-            with self.source.read(index) as image:
-                return center_crop(image.convert("RGB"), self.image_size)
-        except UserError:
-            raise
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
-            raise BadImage(
-                f"corrupt image {self.source.describe(index)} in `data={self.name}` ({reason}); repair or remove it"
-            ) from error
+        where = f"{self.source.describe(index)} in `data={self.name}`"
+        return center_crop(read_rgb(lambda: self.source.read(index), where), self.image_size)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         pixels = np.array(self.image(int(index)), dtype=np.uint8)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sit.data.dataset import EXTENSIONS, hash_names
+from sit.data.dataset import hash_names
+from sit.data.reading import EXTENSIONS, image_files
 from sit.utils.errors import UserError
 
 
@@ -55,7 +56,7 @@ class FolderSource:
             raise UserError(f"`data={folder}` is a latent cache; images are needed here")
         try:
             self.classes = sorted(entry.name for entry in os.scandir(self.root) if _is_class(entry))
-            files = [self._files(name) for name in self.classes]
+            files = [image_files(self.root, name) for name in self.classes]
         except OSError as error:
             raise UserError(f"`data={folder}` can't be read: {error.strerror}: {error.filename}") from error
         if not self.classes:
@@ -68,22 +69,6 @@ class FolderSource:
         self.labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(inside) for inside in files])
         # one array, not a million str objects: forked workers would copy those page by page as they count references
         self.paths = np.array([path for inside in files for path in inside], dtype=np.bytes_)
-
-    def _files(self, class_name: str) -> list[bytes]:
-        found = []
-
-        def refuse(error: OSError) -> None:
-            raise error
-
-        for folder, subfolders, names in os.walk(self.root / class_name, followlinks=True, onerror=refuse):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            inside = os.path.relpath(folder, self.root)
-            found += [
-                os.fsencode(os.path.join(inside, name))
-                for name in names
-                if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-            ]
-        return sorted(found)
 
     def read(self, index: int) -> Image.Image:
         return Image.open(self.root / os.fsdecode(bytes(self.paths[index])))

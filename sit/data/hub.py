@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sit.data.dataset import BadImage, hash_names
+from sit.data.dataset import hash_names
+from sit.data.reading import BadImage
 from sit.utils.errors import UserError, first_line
 
 

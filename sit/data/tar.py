@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sit.data.dataset import EXTENSIONS, hash_names
+from sit.data.dataset import hash_names
 from sit.data.folder import only_tars
+from sit.data.reading import EXTENSIONS
 from sit.utils.errors import UserError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")

@@ -170,8 +170,9 @@ def sheet(images: np.ndarray) -> Image.Image:
 
 
 def strip(player: Player, trajectory: Trajectory) -> Image.Image:
-    """The way from noise to image: about eight states, decoded, with their times."""
-    chosen = trajectory.spread(STRIP)
+    """The way from noise to image: about eight states, decoded, with their times; none that is not finite."""
+    finite = trajectory.states.isfinite().flatten(1).all(1)
+    chosen = [number for number in trajectory.spread(STRIP) if finite[number]]
     images = decode(player.loaded.vae, trajectory.states[chosen].to(player.loaded.device)).cpu().numpy()
     height, width = images.shape[1:3]
     size = round(CELL * width / min(height, width)), round(CELL * height / min(height, width))

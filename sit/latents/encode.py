@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
+from accelerate import PartialState
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
@@ -31,7 +32,8 @@ from sit.latents.vae import encode_images, load_vae
 from sit.utils.cli import one_line_errors
 from sit.utils.device import leave_processes, process_state
 from sit.utils.errors import UserError, entry_point
-from sit.utils.files import atomic_write, explain_os_errors
+from sit.utils.files import LOCK, atomic_write, explain_os_errors
+from sit.utils.lock import locked
 
 NOTE = re.compile(r"chunk (\d+) of (\d+) done")
 
@@ -97,6 +99,14 @@ def encode(config: Encode, stop_after: int | None = None) -> Path:
             raise UserError(f"`{name}={getattr(config, name)}` must be positive")
     if config.workers < 0:
         raise UserError(f"`workers={config.workers}` must not be negative")
+    if config.out.is_file():
+        raise UserError(f"`out={config.out}` exists and holds no latent cache; choose a new folder")
+    with locked(config.out, "out") if state.is_main_process else contextlib.nullcontext():
+        return _encode(config, state, stop_after)
+
+
+def _encode(config: Encode, state: PartialState, stop_after: int | None) -> Path:
+    """What :func:`encode` does while the folder is its own."""
     images = open_images(config.data, config.image_size)
     vae = load_vae(config.vae, state.device, getattr(torch, config.precision))
     manifest = Manifest.describe(images, vae, config.vae, config.flip, config.shard_size)
@@ -129,7 +139,7 @@ def _resumable(out: Path, manifest: Manifest, plan: dict[str, object]) -> bool:
             there, wanted = in_todays_words(json.loads((out / PLAN).read_text())), json.loads(json.dumps(plan))
         except (ValueError, AttributeError) as error:
             raise UserError(f"{out / PLAN} is damaged; remove {out} and start again") from error
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(entry.name != LOCK for entry in out.iterdir())):
         raise UserError(f"`out={out}` exists and holds no latent cache; choose a new folder")
     else:
         return False

@@ -21,6 +21,10 @@ from sit.utils.errors import UserError, first_line
 DIGITS_VAE = Path(__file__).parents[1] / "assets" / "digits-vae"
 
 
+class NotFinite(UserError):
+    """Numbers that are to become an image, and are NaN or infinite."""
+
+
 def load_vae(
     name: str | Path | None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> AutoencoderKL:
@@ -183,6 +187,9 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int = 8) -> to
     On one device and number of threads, bitwise the same for one latent in any batch, given ``batch_size``:
     convolutions of another batch size may round differently, so the last chunk is filled up. Large images are decoded
     in smaller chunks.
+
+    Raises:
+        NotFinite: a pixel is NaN or infinite, which uint8 would show as black or white.
     """
     shift, scale = scaling(vae.config)
     factor = downsampling(vae)
@@ -191,6 +198,9 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int = 8) -> to
     for chunk in _padded_chunks(latents, fixed_batch(width, batch_size, vae.device)):
         unscaled = chunk.to(device=vae.device, dtype=torch.float32) / scale + shift
         pixels = vae.decode(unscaled.to(vae.dtype)).sample.float()
+        if not pixels.isfinite().all():
+            source = "the VAE" if unscaled.isfinite().all() else "the sampler"
+            raise NotFinite(f"{source} gives numbers that are not finite, so there is no image to show")
         images.append((127.5 * pixels + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu())
     return torch.cat(images)[: len(latents)]
 

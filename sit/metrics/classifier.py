@@ -8,6 +8,7 @@ Inception's.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,34 +83,55 @@ def load_classifier(folder: str) -> Classifier:
 
 @dataclass(frozen=True)
 class LabelClassifier:
-    """A classifier that predicts the classes of samples, independent of the features that distances are on."""
+    """A classifier that predicts the classes of samples, independent of the features that distances are on.
+
+    Attributes:
+        classifier: the network.
+        folder: where it was read from.
+        labels: the samples' label of each of its classes, which may stand in another order there.
+    """
 
     classifier: Classifier
     folder: str
+    labels: tuple[int, ...]
 
     @classmethod
-    def load(cls, folder: str, device: torch.device, classes: int | None = None) -> LabelClassifier:
-        """Read the classifier in ``folder``, for samples of ``classes`` classes (None: of unknown ones).
+    def load(
+        cls, folder: str, device: torch.device, classes: int | None = None, names: Sequence[str] = ()
+    ) -> LabelClassifier:
+        """Read the classifier in ``folder``, for samples of ``classes`` classes (None: of an unknown number).
+
+        Args:
+            folder: written by :func:`save_classifier`.
+            device: where it works.
+            classes: the samples'.
+            names: their names in the order of the labels, by which its own are found; empty if they are unknown.
 
         Raises:
-            UserError: there is no classifier, or it knows another number of classes.
+            UserError: there is no classifier, or it knows other classes.
         """
         classifier = load_classifier(folder).to(device)
-        known = len(classifier.config.classes)
-        if classes is not None and known != classes:
-            differ = f"knows {known} classes, and the samples have {classes}"
+        known = list(classifier.config.classes)
+        if classes is not None and len(known) != classes:
+            differ = f"knows {len(known)} classes, and the samples have {classes}"
             raise UserError(f"`classifier={folder}` {differ}: train one on their data")
-        return cls(classifier, folder)
+        if not names:
+            return cls(classifier, folder, tuple(range(len(known))))
+        if foreign := sorted(set(known) ^ set(names)):
+            differ = f"knows other classes than the samples have ({', '.join(foreign[:6])} are of one alone)"
+            raise UserError(f"`classifier={folder}` {differ}: train one on their data")
+        return cls(classifier, folder, tuple(list(names).index(name) for name in known))
 
     @property
     def identity(self) -> str:
-        """What tells its predictions from others': its folder, and the state of that on the disk."""
-        return f"{self.folder}, files {stamp(self.folder)}"
+        """What tells its predictions from others': its folder, the state of that on the disk, and the labels."""
+        return f"{self.folder}, files {stamp(self.folder)}, labels {self.labels}"
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """The predicted classes (B,) int64 of images (B, 3, H, W) uint8."""
-        return self.classifier(images)[1].argmax(dim=1)
+        """The predicted labels (B,) int64 of images (B, 3, H, W) uint8, in the samples' order of classes."""
+        predicted = self.classifier(images)[1].argmax(dim=1)
+        return torch.tensor(self.labels, device=predicted.device)[predicted]
 
     @property
     def description(self) -> str:

@@ -144,7 +144,7 @@ def evaluate_samples(arguments: Arguments) -> None:
     extractor = get_extractor(features, device, arguments.weights_files.of(features))
     classifier = None
     if arguments.classifier is not None:
-        classifier = LabelClassifier.load(arguments.classifier, device, samples.classes)
+        classifier = LabelClassifier.load(arguments.classifier, device, samples.classes, samples.class_names)
 
     report = evaluate(
         samples,

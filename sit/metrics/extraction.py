@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import zipfile
@@ -19,6 +20,7 @@ from sit.metrics.image_sets import Images
 from sit.utils.device import process_state
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_write
+from sit.utils.lock import locked
 
 CHUNK = 512
 """images whose features are written together: what a restart repeats at most, for each process"""
@@ -166,14 +168,14 @@ class WorkDirectory:
     def __enter__(self) -> Path:
         state = process_state()
         place = [self.named]
-        self.temporary = None
+        self.held = contextlib.ExitStack()
         if self.named is None and state.is_main_process:
-            self.temporary = tempfile.TemporaryDirectory(prefix="eval-")
-            place = [self.temporary.name]
+            place = [self.held.enter_context(tempfile.TemporaryDirectory(prefix="eval-"))]
+        elif state.is_main_process:
+            self.held.enter_context(locked(self.named, "work_dir"))
         if state.num_processes > 1:
             broadcast_object_list(place)
         return Path(place[0])
 
     def __exit__(self, *exception) -> None:
-        if self.temporary is not None:
-            self.temporary.cleanup()
+        self.held.close()

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
+import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch_fidelity.registry import DATASETS_REGISTRY
 
 from sit.checkpoint.load import Loaded
 from sit.checkpoint.published import FileHints
-from sit.data.dataset import EXTENSIONS, center_crop
+from sit.data.dataset import center_crop
 from sit.data.factory import open_images
 from sit.data.folder import has_classes, only_tars
+from sit.data.reading import EXTENSIONS, image_files, read_rgb
 from sit.latents.cache import MANIFEST, CachedLatents, is_cache
 from sit.latents.vae import decode, load_vae
 from sit.metrics.distances import Moments
@@ -35,6 +38,7 @@ class Images:
         count: how many there are.
         labels: (count,) integers, or None.
         classes: how many classes there are; None if unknown.
+        class_names: their names in the order of the labels; empty if unknown.
         identity: what tells them from others where the name does not suffice; empty where it does.
     """
 
@@ -43,6 +47,7 @@ class Images:
     count: int
     labels: np.ndarray | None = None
     classes: int | None = None
+    class_names: Sequence[str] = ()
 
     def __len__(self) -> int:
         return self.count
@@ -92,9 +97,12 @@ class FileImages(Images):
 
     def __init__(self, folder: Path, image_size: int | None = None) -> None:
         self.name, self.image_size = str(folder), image_size
-        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        try:
+            found = [folder / os.fsdecode(name) for name in image_files(folder)]
+        except OSError as error:
+            raise UserError(f"{folder} can't be read: {error.strerror}: {error.filename}") from error
         # the labeled overview that sample.py leaves among the samples is none of them
-        self.paths = [path for path in self.paths if path.name != "grid.png"]
+        self.paths = sorted(path for path in found if path.name != "grid.png")
         if not self.paths:
             raise UserError(f"{folder} has no images ({', '.join(EXTENSIONS)} are looked for)")
         self.count = len(self.paths)
@@ -106,11 +114,8 @@ class FileImages(Images):
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         arrays = []
         for number in numbers:
-            try:
-                with Image.open(self.paths[number]) as image:
-                    arrays.append(_pixels(image.convert("RGB"), self.image_size))
-            except (OSError, UnidentifiedImageError, SyntaxError) as error:
-                raise UserError(f"corrupt image {self.paths[number]} ({error}); repair or remove it") from error
+            path = self.paths[number]
+            arrays.append(_pixels(read_rgb(functools.partial(Image.open, path), str(path)), self.image_size))
         if len({array.shape for array in arrays}) > 1:
             raise UserError(f"the images of {self.name} are of different sizes: crop them by `image_size`")
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
@@ -122,7 +127,7 @@ class DataImages(Images):
     def __init__(self, spec: str, image_size: int | None) -> None:
         self.data = open_images(spec, image_size)
         self.name, self.count, self.labels = spec, len(self.data), np.asarray(self.data.labels)
-        self.classes = len(self.data.classes)
+        self.classes, self.class_names = len(self.data.classes), self.data.classes
 
     @functools.cached_property
     def identity(self) -> str:
@@ -177,7 +182,7 @@ class CacheImages(Images):
         self.vae = load_vae(name, device)
         cache.check(self.vae, name)
         self.cache, self.name, self.count, self.labels = cache, folder, len(cache), np.asarray(cache.labels)
-        self.classes = len(cache.classes)
+        self.classes, self.class_names = len(cache.classes), cache.classes
         self.identity = f"{folder}, VAE {name}, files {stamp(cache.folder / MANIFEST)}"
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
@@ -320,7 +325,7 @@ class GeneratedImages(Images):
         hints: FileHints | None = None,
     ) -> None:
         latent_shape_for(loaded, image_size)  # a size that doesn't fit is told before anything is made
-        self.classes = loaded.model.config.num_classes
+        self.classes, self.class_names = loaded.model.config.num_classes, loaded.info.label_names
         classes = range(self.classes)
         numbers = range(count)
         drawn = balanced_labels(numbers, classes) if labels == "balanced" else uniform_labels(numbers, classes, seed)

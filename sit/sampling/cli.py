@@ -16,7 +16,14 @@ from sit.checkpoint.load import Loaded, load_for_sampling
 from sit.checkpoint.published import FileHints
 from sit.latents.vae import decode
 from sit.sampling.config import OnStep, SamplerConfig
-from sit.sampling.images import ImageBatch, balanced_labels, check_labels, height_and_width, latent_shape_for
+from sit.sampling.images import (
+    ImageBatch,
+    balanced_labels,
+    check_finite,
+    check_labels,
+    height_and_width,
+    latent_shape_for,
+)
 from sit.sampling.sampler import generate
 from sit.sampling.writer import SampleWriter
 from sit.utils.cli import one_line_errors
@@ -87,6 +94,7 @@ def sample(arguments: Arguments) -> None:
             batch_size=arguments.batch_size,
             on_step=advancing(bar, count),
         ):
+            check_finite(loaded, latents, done, wanted[done], seed=arguments.seed, config=arguments.sampler)
             writer.add(ImageBatch(done, wanted[done], decode(loaded.vae, latents).cpu()))
             bar.update(writer.done - bar.n)
         writer.save_grid(loaded.info.label_names, columns=min(len(labels), 10))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sit.checkpoint.load import Loaded
-from sit.latents.vae import decode, downsampling
+from sit.latents.vae import NotFinite, decode, downsampling
 from sit.sampling.config import OnStep, SamplerConfig
 from sit.sampling.sampler import generate
 from sit.utils.errors import UserError
@@ -57,6 +57,55 @@ def latent_shape_for(loaded: Loaded, image_size: tuple[int, int] | None) -> tupl
     return channels, image_size[0] // factor, image_size[1] // factor
 
 
+def check_finite(
+    loaded: Loaded,
+    latents: torch.Tensor,
+    indices: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    seed: int,
+    config: SamplerConfig,
+) -> None:
+    """Raise NotFinite unless all samples are finite; the first that is not is sampled again, to name the step.
+
+    Args:
+        loaded: the checkpoint that they are of.
+        latents: (b, C, h, w).
+        indices, labels: (b,) int64, theirs.
+        seed: theirs.
+        config: the sampler.
+    """
+    finite = latents.isfinite().flatten(1).all(1).cpu()
+    if finite.all():
+        return
+    lost = slice(first := int((~finite).nonzero()[0]), first + 1)
+    steps: list[int] = []
+
+    def watch(step: int, total: int | None, x: torch.Tensor, t: float | torch.Tensor) -> None:
+        if not steps and not bool(x.isfinite().all()):
+            steps.append(step)
+
+    again = generate(
+        loaded.model,
+        loaded.transport,
+        indices[lost],
+        labels[lost],
+        seed=seed,
+        config=config,
+        latent_shape=tuple(latents.shape[1:]),
+        device=loaded.device,
+        batch_size=1,
+        on_step=watch,
+    )
+    for _ in again:
+        pass
+    when = f"from step {steps[0]} on" if steps else "at its end"
+    raise NotFinite(
+        f"sample {int(indices[first])} under seed {seed} is not finite {when}, as the network in {loaded.path} makes "
+        "it: take another checkpoint, more steps or less guidance"
+    )
+
+
 @dataclass
 class ImageBatch:
     """Some samples: ``indices`` (b,), ``labels`` (b,) int64 and ``images`` (b, H, W, 3) uint8, on the CPU."""
@@ -87,6 +136,9 @@ def sample_images(
         image_size: (height, width); None as trained.
         batch_size: samples held at a time.
         on_step: passed on to :func:`sit.sampling.sampler.generate`.
+
+    Raises:
+        NotFinite: a sample is NaN or infinite.
     """
     place = {int(index): position for position, index in enumerate(indices.tolist())}
     for done, latents in generate(
@@ -102,4 +154,5 @@ def sample_images(
         on_step=on_step,
     ):
         chosen = labels[[place[int(index)] for index in done]]
+        check_finite(loaded, latents, done, chosen, seed=seed, config=config)
         yield ImageBatch(done, chosen, decode(loaded.vae, latents).cpu())

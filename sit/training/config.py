@@ -81,7 +81,7 @@ class TrainConfig:
     weight_decay: float = fixed(0.0)
     """AdamW's weight decay"""
     max_grad_norm: float | None = None
-    """clip the gradient to this norm; None clips nothing"""
+    """clip the gradient to this norm; None or 0 clips nothing"""
     ema_decay: float = fixed(0.9999)
     """decay of the weights' moving average, after a warm-up of (1 + step) / (10 + step)"""
     seed: int = fixed(0)
@@ -179,7 +179,7 @@ CHECKS = (
         "at least 1",
     ),
     (
-        ("warmup_steps", "workers", "preview_every", "keep_last", "weight_decay", "repa_weight"),
+        ("warmup_steps", "workers", "preview_every", "keep_last", "weight_decay", "max_grad_norm", "repa_weight"),
         lambda value: value >= 0,
         "at least 0",
     ),

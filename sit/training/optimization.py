@@ -22,11 +22,11 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> float:
-    """The Euclidean norm of the whole gradient; then the gradient is scaled down to ``limit``, if there is one.
+    """The Euclidean norm of the whole gradient, which is then scaled down to ``limit``; None and 0 leave it.
 
     Of sharded parameters too; every process must call it then. It waits for the device.
     """
-    if limit is None:
+    if not limit:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     else:
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from tqdm import tqdm
 
-from sit.latents.vae import decode
+from sit.latents.vae import NotFinite, decode
 from sit.model import SiT
 from sit.sampling.config import SamplerConfig
 from sit.sampling.sampler import generate
@@ -34,7 +35,7 @@ def save_preview(
 ) -> None:
     """Sample a grid with the averaged weights, a column a class, from the same noise each time; write it to ``path``.
 
-    Every process must call it; the main one writes.
+    Every process must call it; the main one writes. Weights that give no finite images cost a line, not the run.
 
     Args:
         path: the PNG file.
@@ -66,5 +67,9 @@ def save_preview(
         latents = torch.cat([part for _, part in parts])
     network.train()
     if accelerator.is_main_process:
-        images = decode(opened.vae, latents).cpu().numpy()
+        try:
+            images = decode(opened.vae, latents).cpu().numpy()
+        except NotFinite as error:
+            tqdm.write(f"warning: no preview {path.name}: {error}")
+            return
         save_png(labeled_grid(images, [classes[label] for label in labels.tolist()], columns), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -48,8 +49,9 @@ def new_run_folder(output_dir: str | None, label: str) -> Path:
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{label}"
     for attempt in range(100):
         folder = Path("runs") / (stem if not attempt else f"{stem}-{attempt}")
-        if not folder.exists():
-            return new_output(folder, "output_dir")
+        with explain_os_errors(folder), contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)  # at once, so that two programs of one second take two
+            return folder
     raise UserError(f"runs/{stem} and a hundred names like it are taken; give `output_dir`")
 
 
@@ -98,14 +100,16 @@ class JsonLinesTracker(GeneralTracker):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line cut off in the writing is left out, a missing file has none."""
+    """The rows of a ``metrics.jsonl``; damaged lines are left out, and a missing file has none."""
     rows = []
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+                row = json.loads(line)
+            except ValueError:  # cut off in the writing, or not UTF-8
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from sit.training.repa import check_block
 from sit.training.run_folder import check_trackers, clear_start
 from sit.utils.errors import UserError
 from sit.utils.files import refuse_used
+from sit.utils.lock import locked
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,22 @@ class Start:
     folder: Path | None = None
     checkpoint: Path | None = None
     step: int = 0
+
+
+@contextlib.contextmanager
+def held_start(config: TrainConfig, is_main_process: bool) -> Iterator[Start]:
+    """:func:`find_start`, and no other program in the run's folder while the block runs.
+
+    Raises:
+        UserError: another program is in it, or as :func:`find_start`.
+    """
+    start = find_start(config)
+    place = start.folder or config.output_dir
+    if place is None or not is_main_process:
+        yield start
+    else:
+        with locked(place, "output_dir"):
+            yield find_start(config)  # as it is now that nobody else can change it
 
 
 def find_start(config: TrainConfig) -> Start:
@@ -52,7 +71,12 @@ def find_start(config: TrainConfig) -> Start:
         refuse_used(config.output_dir, "output_dir")
 
     checkpoint = _checkpoint(config)
-    return Start(folder, checkpoint, 0 if checkpoint is None else read_info(checkpoint).step)
+    step = 0 if checkpoint is None else read_info(checkpoint).step
+    if step > config.steps:
+        raise UserError(
+            f"`steps={config.steps}`: {checkpoint} has done {step} already; ask for more, or sample from it"
+        )
+    return Start(folder, checkpoint, step)
 
 
 def _begun_folder(config: TrainConfig) -> Path | None:

@@ -32,7 +32,7 @@ from sit.training.repa import align
 from sit.training.rows import Rows
 from sit.training.run_folder import JsonLinesTracker, make_run_folder
 from sit.training.schedule import learning_rate_at
-from sit.training.start import Start, find_start
+from sit.training.start import Start, held_start
 from sit.training.state import TrainingState
 from sit.training.stop_signal import REQUEUE_EXIT, StopSignal
 from sit.transport.transport import Transport
@@ -51,8 +51,12 @@ def train(config: TrainConfig) -> tuple[Path, bool]:
     """
     # Processes, and where to start: what is wrong is told before the data takes its time.
     accelerator = set_up_processes(config)
-    start = find_start(config)
+    with held_start(config, accelerator.is_main_process) as start:
+        return run(config, start, accelerator), accelerator.is_main_process
 
+
+def run(config: TrainConfig, start: Start, accelerator: Accelerator) -> Path:
+    """All phases from the data to the last checkpoint; returns the run's folder."""
     # Data.
     with accelerator.main_process_first():  # it may have to be downloaded
         opened = open_training_data(config, accelerator.device, progress=accelerator.is_main_process)
@@ -148,7 +152,7 @@ def train(config: TrainConfig) -> tuple[Path, bool]:
                 raise SystemExit(REQUEUE_EXIT)
     bar.close()
     accelerator.end_training()
-    return folder, accelerator.is_main_process
+    return folder
 
 
 # ---------------------------------------------------------------- before the loop

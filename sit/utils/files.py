@@ -15,6 +15,9 @@ from safetensors import SafetensorError
 
 from sit.utils.errors import UserError
 
+LOCK = ".lock"
+"""The file by which a program holds a folder (:mod:`sit.utils.lock`): a folder with nothing else is empty."""
+
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -148,7 +151,7 @@ def refuse_used(path: str | Path, argument: str) -> None:
     """Raise UserError unless the output folder that ``argument`` names is free: before any work is done for it."""
     path = Path(path)
     with explain_os_errors(path):
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
             raise UserError(f"`{argument}={path}` exists and is not empty; choose a new folder or remove it")
 
 

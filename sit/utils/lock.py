@@ -13,15 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sit.utils.errors import UserError
-from sit.utils.files import explain_os_errors
+from sit.utils.files import LOCK, explain_os_errors
 
-LOCK = ".lock"
 _HELD = {errno.EACCES, errno.EAGAIN}
 
 
 @contextlib.contextmanager
 def locked(folder: str | Path, argument: str) -> Iterator[None]:
-    """Hold ``folder``, which exists, for this process while the block runs.
+    """Hold ``folder``, made if need be, for this process while the block runs.
+
+    A folder that was made for it and is empty in the end goes again.
 
     The lock is the system's (``fcntl.lockf``), so it ends with its process however that ends, and forked workers do not
     hold it. It works between machines where the file system shares locks (NFS 4, Lustre).
@@ -33,13 +34,17 @@ def locked(folder: str | Path, argument: str) -> Iterator[None]:
         UserError: another process holds it; the message names its machine, number and beginning.
     """
     path = Path(folder) / LOCK
+    made = not path.parent.exists()
     with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _take(path, argument)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is still held: whoever opened it before looks whether it is still there
         os.close(descriptor)
+        if made and not any(path.parent.iterdir()):
+            path.parent.rmdir()
 
 
 def _take(path: Path, argument: str) -> int:

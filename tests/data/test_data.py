@@ -14,9 +14,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
-from sit.data.dataset import BadImage, center_crop
+from sit.data.dataset import center_crop
 from sit.data.digits import digits_split, shrink_digits
 from sit.data.factory import open_images
+from sit.data.reading import BadImage
 from sit.utils.errors import UserError
 
 

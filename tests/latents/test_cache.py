@@ -311,7 +311,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(wish, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
     with pytest.raises(UserError, match="MB free"):
         encode(wish)
-    assert not any(wish.out.iterdir())
+    assert not wish.out.exists()
 
 
 def test_a_disk_that_fills_up_leaves_a_restartable_encoding(wish, whole, monkeypatch):

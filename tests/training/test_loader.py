@@ -12,8 +12,9 @@ import pytest
 import torch
 from scipy import stats
 
-from sit.data.dataset import BadImage, ImageData
+from sit.data.dataset import ImageData
 from sit.data.factory import open_images
+from sit.data.reading import BadImage
 from sit.latents.datasets import LatentData, PixelData, encode_in_memory
 from sit.latents.vae import encode_images, load_vae, sample_posterior
 from sit.training.loader import EpochPermutation, draw, training_batches

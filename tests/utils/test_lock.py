@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from sit.utils.errors import UserError
-from sit.utils.lock import LOCK, locked
+from sit.utils.files import LOCK
+from sit.utils.lock import locked
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -67,3 +68,11 @@ def test_a_block_that_fails_lets_go(tmp_path):
         with pytest.raises(ZeroDivisionError), locked(tmp_path, "out"):
             raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_made_for_nothing_goes_again(tmp_path):
+    for name, kept in (("empty", False), ("used", True)):
+        with locked(tmp_path / name, "out"):
+            if kept:
+                (tmp_path / name / "result").touch()
+        assert (tmp_path / name).exists() == kept
