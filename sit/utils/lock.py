@@ -35,8 +35,9 @@ def locked(folder: str | Path, argument: str) -> Iterator[None]:
     """
     path = Path(folder) / LOCK
     made = not path.parent.exists()
-    with explain_os_errors(path):
+    with explain_os_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
+    with explain_os_errors(path):
         descriptor = _take(path, argument)
     try:
         yield

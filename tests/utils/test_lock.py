@@ -76,3 +76,9 @@ def test_a_folder_made_for_nothing_goes_again(tmp_path):
             if kept:
                 (tmp_path / name / "result").touch()
         assert (tmp_path / name).exists() == kept
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, where nobody can make a folder")
+def test_a_folder_that_can_not_be_made_is_named():
+    with pytest.raises(UserError, match="/proc/nowhere can't be made there"), locked("/proc/nowhere", "output_dir"):
+        raise AssertionError
