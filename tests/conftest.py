@@ -10,8 +10,16 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers on the same cores wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 from accelerate.state import AcceleratorState  # noqa: E402 - it may import Triton
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """A worker a core, and no more than four, since each needs a gigabyte."""
+    return min(os.cpu_count() or 1, 4)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import json
@@ -16,11 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
-from processes import environment, everyone, launch, noted
+from processes import Connected
 
 from sit.data.factory import open_images
 from sit.latents.cache import CachedLatents, Manifest, is_cache
@@ -109,21 +107,12 @@ def test_an_encoding_that_stopped_goes_on_to_the_same_bytes(wish, whole, stops):
 def test_killed_at_any_moment_and_on_two_processes(wish, whole, tmp_path):
     words = ["--out", wish.out, "--data", wish.data, "--image-size", 16, "--workers", 0]
     words += ["--batch-size", 4, "--chunk", 8, "--shard-size", 19]
-    command = launch(tmp_path / "notes", 2, "-m", "sit.latents", "encode", *words)
-    running = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and running.poll() is None and not any(wish.out.glob("journal-*")):
+    command = "-m", "sit.latents", "encode", *words
+    running, deadline = Connected(2, *command), time.monotonic() + 60
+    while time.monotonic() < deadline and running.running() and not any(wish.out.glob("journal-*")):
         time.sleep(0.01)
-    # the launcher puts each process into a group of its own
-    for process in [*psutil.Process(running.pid).children(recursive=True), running]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    running.wait()
-    shutil.rmtree(tmp_path / "notes", ignore_errors=True)
-    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr
-    assert noted(tmp_path / "notes") == everyone(2)
-    assert ended.stdout.count("46 images") == 1
+    running.kill()
+    assert Connected(2, *command).output().count("46 images") == 1
     assert contents(wish.out) == contents(whole)
 
 
@@ -132,10 +121,7 @@ def test_two_processes_share_the_chunks_and_one_finishes(wish, whole, tmp_path):
     """Stopped after two chunks each, as their journals note."""
     program = tmp_path / "program.py"
     program.write_text(SHARED)
-    words = [program, wish.out, wish.data]
-    done = subprocess.run(launch(tmp_path / "notes", 2, *words), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert noted(tmp_path / "notes") == everyone(2)
+    Connected(2, program, wish.out, wish.data).output()
     journals = {file.name: file.read_text().split("\n") for file in wish.out.glob("journal-*")}
     assert {name: [line for line in lines if line] for name, lines in journals.items()} == {
         "journal-00000.txt": ["chunk 0 of 6 done", "chunk 2 of 6 done"],

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import environment, everyone, launch, noted
+from processes import Connected
 from torch_fidelity import calculate_metrics, register_feature_extractor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -377,13 +376,10 @@ def test_from_a_checkpoint_on_one_process_and_on_two(checkpoint, tmp_path):
     """Sampled on the fly: the same numbers however many processes share the work."""
     values = []
     for processes in (1, 2):
-        out, notes = tmp_path / f"{processes}.json", tmp_path / f"notes of {processes}"
+        out = tmp_path / f"{processes}.json"
         words = ["--ckpt", checkpoint, "--num-samples", 1040, "--reference", "digits:heldout", "--steps", 2]
-        command = launch(notes, processes, "eval_fid.py", *words, "--json", out)
-        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert noted(notes) == everyone(processes)
-        assert done.stdout.count("1040 samples of") == 1
+        said = Connected(processes, "eval_fid.py", *words, "--json", out).output()
+        assert said.count("1040 samples of") == 1
         values.append([number["value"] for number in json.loads(out.read_text())["numbers"]])
     np.testing.assert_allclose(values[0], values[1], rtol=1e-6)
 
@@ -416,10 +412,7 @@ np.save(folder / f"seen-{PartialState().process_index}.npy", seen)
 @pytest.mark.distributed
 def test_two_processes_make_every_other_chunk_each(tmp_path):
     (tmp_path / "program.py").write_text(SHARES)
-    command = launch(tmp_path / "notes", 2, tmp_path / "program.py", tmp_path)
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert noted(tmp_path / "notes") == everyone(2)
+    Connected(2, tmp_path / "program.py", tmp_path).output()
     first, second = (np.load(tmp_path / f"seen-{process}.npy").tolist() for process in range(2))
     assert first == [*range(CHUNK), *range(2 * CHUNK, 3 * CHUNK)]
     assert second == [*range(CHUNK, 2 * CHUNK), *range(3 * CHUNK, 3 * CHUNK + 5)]
@@ -429,11 +422,7 @@ def test_two_processes_make_every_other_chunk_each(tmp_path):
 def test_a_reference_is_made_by_two_processes_as_by_one(tmp_path):
     words = ["eval_fid.py", "reference", "--data", "digits:heldout", "--features", "digits", "--images", "100", "--out"]
     run_command([*words, str(tmp_path / "one.npz")])
-    command = launch(tmp_path / "notes", 2, *words, tmp_path / "two.npz")
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert noted(tmp_path / "notes") == everyone(2)
-    assert done.stdout.count("reference: ") == 1
+    assert Connected(2, *words, tmp_path / "two.npz").output().count("reference: ") == 1
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         assert np.array_equal(one["arr_0"], two["arr_0"]) and set(one) == set(two)
         np.testing.assert_allclose(one["mu"], two["mu"], rtol=1e-6)
@@ -506,12 +495,10 @@ def test_samples_of_another_size_than_the_training(checkpoint, tmp_path, capsys)
 
 @pytest.mark.slow
 def test_a_latent_cache_is_a_reference_through_its_vae(tmp_path, monkeypatch):
+    from sit.latents.encode import Encode, encode
     from sit.latents.vae import decode, encode_images, load_vae
 
-    command = [sys.executable, "-m", "sit.latents", "encode", "--data", "digits:heldout", "--vae", "digits",
-               "--image-size", "32", "--out", str(tmp_path / "cache")]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    encode(Encode(out=tmp_path / "cache", data="digits:heldout", vae="digits", image_size=32))
     images = open_samples(str(tmp_path / "cache"))
     data, vae = open_images("digits:heldout"), load_vae("digits")
     assert len(images) == len(data) and (images.labels == data.labels).all()

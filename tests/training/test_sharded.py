@@ -5,13 +5,11 @@ Previews, which make no backward pass, come in between and change nothing.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Connected
 from safetensors.torch import load_file
 
 from sit.training.run_folder import read_metrics
@@ -149,15 +147,7 @@ os._exit(0)
 def run(folder: Path, processes: int, program: str = PROGRAM) -> Path:
     folder.mkdir()
     (folder / "program.py").write_text(program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*command, str(folder / "program.py"), str(folder), str(processes)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    Connected(processes, folder / "program.py", folder, processes).output()
     return folder
 
 

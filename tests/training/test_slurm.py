@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import everyone, noted
+from processes import noted
 
 from sit.checkpoint.find import newest_checkpoint
 from sit.checkpoint.info import read_info
@@ -71,7 +71,7 @@ def test_a_signalled_job_saves_itself_and_goes_back_into_the_queue(tmp_path):
         os.kill(int(task), signal.SIGUSR1)
     output, _ = job.communicate(timeout=300)
     assert job.returncode == REQUEUE_EXIT, output
-    assert noted(tmp_path / "notes") == everyone(2)
+    assert noted(tmp_path / "notes") == [(0, 2), (1, 2)]
     assert (tmp_path / "scontrol").read_text() == "requeue 7"
     last = read_metrics(run / "metrics.jsonl")[-1]["step"]
     assert read_info(newest_checkpoint(run, resumable=True)).step == last < 100000

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
-from processes import environment, everyone, launch, noted
+from processes import Connected
 from safetensors.torch import load_file
 
 from sit.checkpoint.integrity import INDEX, write_json
@@ -192,11 +192,8 @@ def test_two_processes_are_one(tmp_path):
               "--cpu-threads", "1", "--trackers"]  # fmt: skip
     losses = []
     for processes in (1, 2):
-        run, notes = tmp_path / str(processes), tmp_path / f"notes of {processes}"
-        command = launch(notes, processes, "train.py", "--output-dir", run, *common)
-        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert noted(notes) == everyone(processes)
+        run = tmp_path / str(processes)
+        Connected(processes, "train.py", "--output-dir", run, *common).output()
         losses.append([row["loss"] for row in read_metrics(run / "metrics.jsonl")])
     assert len(losses[0]) == 20
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)

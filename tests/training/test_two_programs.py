@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from processes import holder_of
 
 from sit.latents.encode import Encode, encode
 from sit.metrics.extraction import WorkDirectory
@@ -22,26 +21,12 @@ from sit.training.run_folder import new_run_folder, read_metrics
 from sit.training.trainer import train
 from sit.utils.errors import UserError
 
-ROOT = Path(__file__).parents[2]
-HOLD = """
-import sys, time
-from sit.utils.lock import locked
-with locked(sys.argv[1], "held"):
-    print("held", flush=True)
-    time.sleep(120)
-"""
-
 
 @pytest.fixture
 def other(tmp_path):
     """Another program that holds ``tmp_path / "place"``."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "place")], stdout=subprocess.PIPE, cwd=ROOT, text=True
-    )
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
+    with holder_of(tmp_path / "place") as process:
+        yield process
 
 
 def few(folder: Path, **changes) -> TrainConfig:

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import holder_of
 
 from sit.utils.errors import UserError
 from sit.utils.files import LOCK
 from sit.utils.lock import locked
 
-ROOT = Path(__file__).parents[2]
-HOLD = """
-import sys, time
-from sit.utils.lock import locked
-with locked(sys.argv[1], "output_dir"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
 
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the folder."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
-    assert process.stdout.readline() == b"held\n"
-    yield process
-    process.kill()
-    process.wait()
+    with holder_of(tmp_path) as process:
+        yield process
 
 
 def test_the_holder_is_named(holder, tmp_path):
@@ -56,8 +43,8 @@ def test_a_forked_child_holds_nothing(tmp_path):
         if not child:
             signal.pause()
     try:
-        other = subprocess.run([sys.executable, "-c", HOLD.replace("60", "0"), str(tmp_path)], cwd=ROOT)
-        assert other.returncode == 0
+        with holder_of(tmp_path):
+            pass
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
