@@ -1,6 +1,6 @@
 """Evaluate samples against a reference: ``python eval_fid.py --ckpt RUN --reference digits``."""
 
-from sit.metrics.cli import main
+from sit.eval import main
 
 if __name__ == "__main__":
     main()

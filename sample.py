@@ -1,6 +1,6 @@
 """Sample from a checkpoint: ``python sample.py --ckpt RUN --steps 250``; ``--help`` lists the flags."""
 
-from sit.sampling.cli import main
+from sit.sample import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """Train a SiT: ``accelerate launch train.py --mixer atconv``; ``--help`` lists the flags."""
 
-from sit.training.cli import main
+from sit.train import main
 
 if __name__ == "__main__":
     main()

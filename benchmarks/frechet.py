@@ -17,7 +17,8 @@ import tyro
 from checks import at_least_one
 from scipy import linalg
 
-from sit.metrics.distances import Moments, frechet_distance
+from sit.metrics.distances import frechet_distance
+from sit.metrics.moments import Moments
 from sit.utils.cli import one_line_errors
 from sit.utils.errors import UserError, entry_point
 from sit.utils.record import machine, write_record

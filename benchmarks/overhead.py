@@ -83,7 +83,7 @@ def measure(arguments: Arguments) -> dict[str, float]:
                 transport=transport,
                 vae_source=DIGITS_VAE,
                 info=CheckpointInfo(classes=1000),
-                training_state=lambda folder: state.save(folder, raw, moments),
+                training_state=lambda folder: state.save(folder, raw, moments, {}),
             )
 
         for number in range(arguments.rounds + 1):

@@ -20,7 +20,8 @@ from sit.checkpoint.load import load_for_sampling
 from sit.latents.vae import decode, encode_images, load_vae, sample_posterior
 from sit.metrics.evaluate import evaluate
 from sit.metrics.features import get_extractor
-from sit.metrics.image_sets import DataImages, GeneratedImages, Images
+from sit.metrics.generated import GeneratedImages
+from sit.metrics.image_sets import DataImages, Images
 from sit.metrics.report import Report
 from sit.model import SiT
 from sit.sampling.config import SamplerConfig

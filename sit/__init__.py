@@ -10,6 +10,7 @@ from sit.version import __version__
 # imported when first asked for, so that `import sit` stays light; diffusers finds pipeline components by these names,
 # and looks for their base classes in the same library
 _HOMES = {
+    "PixelCodec": "sit.latents.pixels",
     "SiT": "sit.model",
     "Transport": "sit.transport.transport",
     "SiTPipeline": "sit.pipeline",
@@ -17,7 +18,7 @@ _HOMES = {
     "SchedulerMixin": "diffusers",
 }
 
-__all__ = ["SiT", "SiTPipeline", "Transport", "__version__"]
+__all__ = ["PixelCodec", "SiT", "SiTPipeline", "Transport", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,9 +22,11 @@ from sit.utils.constant_tensors import made_once
 from sit.utils.errors import UserError
 from sit.utils.random import draw_seed, generator, global_generator, key
 
-# depth, hidden size, heads (those of DiT and SiT; XS is ours, for data of a few thousand small images)
+# depth, hidden size, heads (those of DiT and SiT; XS is ours, for data of a few thousand small images, XS12 is twice as
+# deep)
 SIZES = {
     "XS": (6, 128, 4),
+    "XS12": (12, 128, 4),
     "S": (12, 384, 6),
     "B": (12, 768, 12),
     "L": (24, 1024, 16),
@@ -204,6 +206,10 @@ class SiT(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        check_sizes(height=height, width=width, patch_size=patch_size, in_channels=in_channels, depth=depth,
+                    hidden_size=hidden_size, num_heads=num_heads, num_classes=num_classes)  # fmt: skip
+        if not 1 <= hidden_size * mlp_ratio < math.inf:
+            raise UserError(f"`mlp_ratio={mlp_ratio}` must be positive and finite")
         specs = parse_mixers(mixer)
         if positional_embedding is None:
             positional_embedding = needs_positional_embedding(specs)
@@ -341,6 +347,13 @@ class SiT(ModelMixin, ConfigMixin):
         x = x.reshape(-1, *grid, patch, patch, self.out_channels)
         x = x.permute(0, 5, 1, 3, 2, 4)
         return x.reshape(-1, self.out_channels, grid[0] * patch, grid[1] * patch)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise UserError, which names the first, unless all sizes are at least 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"`{name}` must be at least 1, not {size}")
 
 
 def check_model_name(name: str) -> None:

@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from sit.latents.vae import decode, downsampling, load_vae
+from sit.latents.pixels import PixelCodec
+from sit.latents.vae import check_channels, decode, downsampling, load_vae
 from sit.model import SiT
 from sit.sampling.config import SamplerConfig
 from sit.sampling.sampler import sample
@@ -39,7 +40,8 @@ class SiTPipeline(DiffusionPipeline):
     Args:
         transformer: the network.
         transport: what it was trained to predict, and along which path.
-        vae: the decoder; None loads ``vae_name`` when the first image is decoded.
+        vae: the decoder, or a :class:`~sit.latents.pixels.PixelCodec`; None loads ``vae_name`` when the first image is
+            decoded.
         vae_name: a VAE on the Hub or in a local folder.
         id2label: class names by label; a name may list synonyms, separated by commas.
     """
@@ -57,9 +59,10 @@ class SiTPipeline(DiffusionPipeline):
         id2label: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, transport=transport, vae=vae)
+        self.register_modules(transformer=transformer, transport=transport)
         # diffusers would note the modules that define them; these names outlive a move of the code
         self.register_to_config(transformer=("sit", "SiT"), transport=("sit", "Transport"))
+        self._register_vae(vae)
         self.register_to_config(vae_name=vae_name, id2label=id2label)
         self.labels: dict[str, int] = {}
         for label, names in sorted((id2label or {}).items(), key=lambda item: int(item[0])):
@@ -141,6 +144,9 @@ class SiTPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != len(labels):
             raise UserError(f"{len(generator)} generators for {len(labels)} labels: give one for each, or one for all")
 
+        if output_type != "latent":
+            vae, channels = self._vae(), self.transformer.config.in_channels
+            check_channels(vae, self.config.vae_name or "vae/", channels, "the transformer")
         shape = (len(labels), self.transformer.config.in_channels, *self._latent_size(height, width))
         device = self._execution_device
         draw = lambda: randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)  # noqa: E731
@@ -230,8 +236,13 @@ class SiTPipeline(DiffusionPipeline):
         if self.vae is None:
             if self.config.vae_name is None:
                 raise UserError("this pipeline has no VAE: pass vae=… to from_pretrained, or use output_type='latent'")
-            self.register_modules(vae=load_vae(self.config.vae_name, self._execution_device))
+            self._register_vae(load_vae(self.config.vae_name, self._execution_device))
         return self.vae
+
+    def _register_vae(self, vae: AutoencoderKL | None) -> None:
+        self.register_modules(vae=vae)
+        if isinstance(vae, PixelCodec):
+            self.register_to_config(vae=("sit", "PixelCodec"))
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         images = decode(self._vae(), latents)

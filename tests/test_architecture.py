@@ -20,10 +20,14 @@ CODE = [
     *(path for part in ("benchmarks", "experiments", "scripts", "tests") for path in ROOT.glob(f"{part}/**/*.py")),
 ]
 TRITON = ROOT / "atconv" / "triton"
-COMMANDS = {"cli.py", "page.py", "encode.py", "convert.py", "train_vae.py", "train_classifier.py", "compare.py"}
+COMMANDS = {
+    "arguments.py", "cli.py", "compare.py", "eval.py", "flags.py", "page.py", "train.py", "train_classifier.py",
+    "train_vae.py",
+}  # fmt: skip
 """modules that hold a command line"""
 FLAGS_OF_OTHERS = {
     ("sit/demo/session.py", "command"),  # writes a sample.py command
+    ("sit/study/schedule.py", "command"),  # writes its own, and accelerate's
     ("sit/utils/errors.py", ""),  # says how arguments become flags,
     ("sit/utils/errors.py", "_flag"),  # and does it
     ("sit/utils/device.py", "process_state"),  # a flag of accelerate's

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+import tarfile
 import warnings
+import zipfile
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 import pytest
@@ -45,3 +52,65 @@ def test_deprecations_in_our_own_code_are_errors(kind):
             warnings.warn_explicit("old", kind, "file.py", 1, module)
     for module in ("torch.nn", "sitter", "atconvolution"):
         warnings.warn_explicit("old", kind, "file.py", 1, module)
+
+
+BUILD = """
+import os, sys, tarfile
+from setuptools import build_meta
+sdist = build_meta.build_sdist("dist")
+with tarfile.open(os.path.join("dist", sdist)) as archive:
+    archive.extractall("unpacked", filter="data")
+os.chdir(os.path.join("unpacked", sdist.removesuffix(".tar.gz")))
+build_meta.build_wheel(os.path.join("..", "..", "dist"))
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """The folder of an sdist, and of the wheel that is made of it alone."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("sit", "atconv"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    done = subprocess.run([sys.executable, "-c", BUILD], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return source / "dist"
+
+
+def files_of_the_packages() -> set[str]:
+    paths = [path for name in ("sit", "atconv") for path in (ROOT / name).rglob("*")]
+    return {path.relative_to(ROOT).as_posix() for path in paths if path.is_file() and path.suffix != ".pyc"}
+
+
+def test_sdist_and_wheel_have_every_file_of_the_packages(built):
+    (sdist,), (wheel,) = built.glob("*.tar.gz"), built.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    with zipfile.ZipFile(wheel) as archive:
+        installed = set(archive.namelist())
+    wanted = files_of_the_packages()
+    assert {"sit/py.typed", "sit/recipes/digits.yaml", "atconv/attnet.py"} < wanted
+    assert wanted - packed == wanted - installed == set()
+    assert {"pyproject.toml", "README.md", "LICENSE"} <= packed
+    strays = {name for name in installed - wanted if ".dist-info/" not in name}
+    assert strays == set(), "what is in no package is not installed"
+
+
+def test_what_is_installed_brings_the_commands_and_runs_anywhere(built, tmp_path):
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    (distribution,) = distributions(path=[str(tmp_path / "site")])
+    assert isinstance(distribution, Distribution) and distribution.version == sit.__version__
+    commands = {point.name: point for point in distribution.entry_points if point.group == "console_scripts"}
+    files = {"sit-train": "train.py", "sit-sample": "sample.py", "sit-eval": "eval_fid.py"}
+    assert set(commands) == set(files)
+    for name, file in files.items():
+        module, function = commands[name].value.split(":")
+        assert f"from {module} import {function}\n" in (ROOT / file).read_text()
+        assert callable(commands[name].load())
+    words = [sys.executable, "-P", "-m", "sit.train", "--recipe", "imagenet256-xl2-400k", "--stesp", "3"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: there is no --stesp; did you mean --steps?\n")

@@ -4,54 +4,30 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from sit.checkpoint.arguments import Convert, Inspect
 from sit.checkpoint.export import to_layout
 from sit.checkpoint.find import find_checkpoints, is_run, resolve
-from sit.checkpoint.info import WEIGHTS, CheckpointInfo, read_info, read_json
+from sit.checkpoint.hints import Hints
+from sit.checkpoint.info import CheckpointInfo, read_info, read_vae_name
 from sit.checkpoint.integrity import INDEX, flaw
-from sit.checkpoint.published import Hints, read_published
+from sit.checkpoint.load import read_network, transport_options
+from sit.checkpoint.published import read_published
 from sit.checkpoint.save import save_checkpoint
-from sit.model import MODELS, current_config
-from sit.utils.cli import one_line_errors
-from sit.utils.errors import UserError, entry_point, with_flags
-from sit.utils.files import atomic_write
+from sit.model import MODELS
+from sit.utils.errors import UserError, with_flags
+from sit.utils.files import atomic_write, save_torch
+from sit.utils.reading import read_json
 from sit.utils.tables import text_table
 
 PUBLISHED_CLASS_DROPOUT = 0.1
 """What the published training script has for a network with a null class; a network doesn't say what it was."""
-
-
-@dataclass
-class Convert:
-    """Write a checkpoint in another layout. Weights are never changed in value; there and back is bitwise."""
-
-    source: tyro.conf.Positional[Path]
-    """a published .pt or .safetensors file, or a run or checkpoint folder of ours"""
-    target: tyro.conf.Positional[Path]
-    """what to write: a folder in our layout, else a .pt or .safetensors file; must not exist"""
-    layout: Literal["ours", "published", "training", "repa"] = "ours"
-    """ours: a diffusers folder. published: the bare state dict of SiT, of ATConv's SiT variant and of the hybrid.
-    training: the same inside a training checkpoint (model, ema, args). repa: the bare state dict of ATConv's REPA
-    variant"""
-    vae: str | None = None
-    """in our layout: the VAE to name, a Hub name, or a folder to take in"""
-    hints: Annotated[Hints, tyro.conf.arg(name="")] = field(default_factory=Hints)
-
-
-@dataclass
-class Inspect:
-    """Print what a file or folder is."""
-
-    path: tyro.conf.Positional[Path]
-    """any weights file, checkpoint or run"""
-    hints: Annotated[Hints, tyro.conf.arg(name="")] = field(default_factory=Hints)
 
 
 def convert(options: Convert) -> Path:
@@ -75,7 +51,7 @@ def convert(options: Convert) -> Path:
 def _to_ours(source: Path, options: Convert) -> Path:
     if source.is_dir():
         raise UserError(f"{source} is in our layout already; choose `layout=published`, training or repa")
-    published = read_published(source, options.hints)
+    published = read_published(source, options.hints, options.vae)
     return save_checkpoint(
         options.target,
         model=published.build(),
@@ -87,11 +63,9 @@ def _to_ours(source: Path, options: Convert) -> Path:
 
 def _to_file(source: Path, options: Convert) -> Path:
     if source.is_dir():
-        network = source / "transformer" if (source / "transformer").is_dir() else source
-        config, info = current_config(read_json(network / "config.json")), read_info(source)
-        state = load_file(network / WEIGHTS)
-        transport = network.parent / "transport" / "transport_config.json"
-        transport = read_json(transport) if transport.is_file() else {}
+        network = read_network(_network_folder(source))
+        config, state, info = dict(network.config), network.state_dict(), read_info(source)
+        transport = transport_options(source)
     else:
         published = read_published(source, options.hints)
         config, info = dict(published.build().config), published.info
@@ -102,7 +76,7 @@ def _to_file(source: Path, options: Convert) -> Path:
         weights = {"model": weights, "ema": weights, "args": _arguments(config, info, transport), "steps": info.step}
     with atomic_write(options.target) as temporary:
         if options.target.suffix == ".pt":
-            torch.save(weights, temporary)
+            save_torch(weights, temporary)
         else:
             save_file(weights, temporary, metadata={"format": "pt"})
     return options.target
@@ -150,30 +124,23 @@ def inspect(options: Inspect) -> str:
             return "\n".join([*lines, "  no checkpoint yet"])
         path = resolve(path)
         return "\n".join([*lines, "", _describe_folder(path)])
-    place = resolve(path)
+    place = resolve(path, unread=None)
     return _describe_folder(place) if place.is_dir() else _describe_file(place, options.hints)
 
 
 def _describe_folder(place: Path) -> str:
-    network = place / "transformer" if (place / "transformer").is_dir() else place
-    config = current_config(read_json(network / "config.json"))
-    if config.get("_class_name") != "SiT":
-        return f"{place}: a diffusers folder of {config.get('_class_name')}, not of SiT"
-    transport_file = place / "transport" / "transport_config.json"
-    transport = read_json(transport_file) if transport_file.is_file() else {}
+    if (name := read_json(_network_folder(place) / "config.json").get("_class_name")) != "SiT":
+        return f"{place}: a diffusers folder of {name}, not of SiT"
+    network = read_network(_network_folder(place))
+    config, tensors, transport, info = network.config, network.state_dict(), transport_options(place), read_info(place)
     kind = "a checkpoint of ours, complete" if (place / INDEX).is_file() else "a diffusers folder"
-    tensors = {}
-    for file in sorted(network.glob("*.safetensors")):
-        tensors |= load_file(file)
-    info = read_info(place)
-    vae = "in the folder" if (place / "vae").is_dir() else _vae_name(place)
+    vae = "in the folder" if (place / "vae").is_dir() else read_vae_name(place)
     resumes = "yes" if (place / "training").is_dir() else "no (no training/)"
     return "\n".join([f"{place}: {kind}", _table(config, tensors, transport, info, vae), f"  resumable: {resumes}"])
 
 
-def _vae_name(place: Path) -> str | None:
-    index = place / "model_index.json"
-    return read_json(index).get("vae_name") if index.is_file() else None
+def _network_folder(place: Path) -> Path:
+    return place / "transformer" if (place / "transformer").is_dir() else place
 
 
 def _describe_file(path: Path, hints: Hints) -> str:
@@ -194,7 +161,7 @@ def _describe_file(path: Path, hints: Hints) -> str:
 
 
 def _table(
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     tensors: dict[str, torch.Tensor],
     transport: dict[str, Any],
     info: CheckpointInfo,
@@ -219,19 +186,3 @@ def _table(
         "training": f"step {info.step:,}, {info.images_seen:,} images seen{f', on {info.data}' if info.data else ''}",
     }
     return text_table([(f"{name}:", value) for name, value in rows.items()], indent="  ")
-
-
-@entry_point
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    with one_line_errors():
-        options = tyro.cli(
-            Annotated[Convert, tyro.conf.subcommand("convert")] | Annotated[Inspect, tyro.conf.subcommand("inspect")],
-            args=arguments,
-            prog="python -m sit.checkpoint",
-            description=__doc__,
-        )
-    if isinstance(options, Convert):
-        print(f"wrote {convert(options)}")
-    else:
-        print(inspect(options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -12,15 +13,31 @@ from sit.utils.errors import UserError
 
 _STEP = re.compile(r"step-(\d+)$")
 
+FOR_SAMPLING = "training/"
+"""what sampling does not read, and its checksums are not compared then"""
+
+FOR_RESUMING = "vae/"
+"""what resuming does not read: the run names its VAE"""
+
 
 logger = logging.getLogger(__name__)
 
 
 def find_checkpoints(run: str | Path) -> list[tuple[int, Path]]:
-    """The checkpoints of a run folder, complete or not, as (step, folder), by step."""
-    folders = (Path(run) / "checkpoints").glob("step-*")
-    found = [(int(match[1]), folder) for folder in folders if (match := _STEP.match(folder.name)) and folder.is_dir()]
-    return sorted(found)
+    """The checkpoints of a run folder, complete or not, as (step, folder), by step.
+
+    Raises:
+        UserError: ``checkpoints/`` is there and can't be read.
+    """
+    place = Path(run) / "checkpoints"
+    try:
+        names = os.listdir(place)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{place} can't be read ({error.strerror}), so the run's checkpoints can't be found") from error
+    found = [(int(match[1]), place / name) for name in names if (match := _STEP.match(name))]
+    return sorted((step, folder) for step, folder in found if folder.is_dir())
 
 
 def newest_checkpoint(run: str | Path, resumable: bool = False) -> Path | None:
@@ -28,12 +45,16 @@ def newest_checkpoint(run: str | Path, resumable: bool = False) -> Path | None:
 
     Damaged ones are skipped with a notice; with ``resumable``, so are those without ``training/``.
 
+    Args:
+        run: the run's folder.
+        resumable: whether it is to be resumed, which does not read its VAE; sampling does not read ``training/``.
+
     Raises:
-        UserError: there are checkpoints, but none can be used.
+        UserError: there are checkpoints, but none can be used, or one must not be read.
     """
     checkpoints = find_checkpoints(run)
     for _, folder in reversed(checkpoints):
-        reason = flaw(folder)
+        reason = flaw(folder, unread=FOR_RESUMING if resumable else FOR_SAMPLING)
         if reason is None and resumable and not (folder / "training").is_dir():
             reason = "it has no training/ to resume from"
         if reason is None:
@@ -49,8 +70,12 @@ def is_run(path: Path) -> bool:
     return (path / "checkpoints").is_dir() or (path / "config.yaml").is_file()
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, unread: str | None = FOR_SAMPLING) -> Path:
     """The checkpoint that a path means: a run's newest complete one, a checkpoint folder, or a single weights file.
+
+    Args:
+        path: as above.
+        unread: what will not be read of a checkpoint, as in :func:`sit.checkpoint.integrity.flaw`.
 
     Raises:
         UserError: nothing is there, nothing usable is there, or it is something else.
@@ -67,12 +92,12 @@ def resolve(path: str | Path) -> Path:
     if not path.exists():
         raise UserError(f"{path}: no such run, checkpoint folder or file")
     if is_run(path):
-        newest = newest_checkpoint(path)
+        newest = newest_checkpoint(path, resumable=unread == FOR_RESUMING)
         if newest is None:
             raise UserError(f"the run {path} has no checkpoint yet")
         return newest
     if (path / INDEX).exists():
-        if reason := flaw(path):
+        if reason := flaw(path, unread):
             raise UserError(f"the checkpoint {path} is not complete: {reason}; use another one")
         return path
     if (path / "model_index.json").is_file() or (path / "config.json").is_file():

@@ -1,15 +1,14 @@
-"""What a checkpoint says about itself, and the JSON files that it says it in."""
+"""What a checkpoint says about itself, in the files of its folder."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import get_type_hints
 
-from sit.checkpoint.integrity import INDEX
+from sit.checkpoint.integrity import INDEX, read_index
 from sit.utils.errors import UserError
+from sit.utils.reading import read_json, typed
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -41,35 +40,38 @@ def read_info(place: Path) -> CheckpointInfo:
     """What a folder says about itself: in ``sit.json``, else in diffusers' own files.
 
     Raises:
-        UserError: a file is missing or unreadable.
+        UserError: a file is missing or unreadable, or says nonsense.
     """
+    hints = get_type_hints(CheckpointInfo)
     if (place / INDEX).is_file():
-        index = read_json(place / INDEX)
-        info = CheckpointInfo(**{f.name: index[f.name] for f in dataclasses.fields(CheckpointInfo) if f.name in index})
-        info.image_size = tuple(info.image_size) if info.image_size else None
-        return info
+        index = read_index(place)
+        return CheckpointInfo(**typed({name: index[name] for name in hints if name in index}, hints, place / INDEX))
     pipeline = (place / "model_index.json").is_file()
-    config = read_json((place / "transformer" if pipeline else place) / "config.json")
-    info = CheckpointInfo(classes=config.get("num_classes", 0), mixer=config.get("mixer", ""))
+    path = (place / "transformer" if pipeline else place) / "config.json"
+    config = read_json(path)
+    said = {"classes": config.get("num_classes", 0), "mixer": config.get("mixer", "")}
+    info = CheckpointInfo(**typed(said, hints, path))
     if pipeline:
-        id2label = read_json(place / "model_index.json").get("id2label") or {}
-        names = {int(label): name for label, name in id2label.items()}
-        info.label_names = [names[label] for label in range(len(names)) if label in names]
+        info.label_names = _label_names(place / "model_index.json")
     return info
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_vae_name(place: Path) -> str | None:
+    """The VAE on the Hub that a pipeline's folder names; None if it names none.
 
     Raises:
-        UserError: the file can't be read, or holds something else.
+        UserError: its ``model_index.json`` is damaged.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path} is cut off or not JSON") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return content
+    path = place / "model_index.json"
+    if not path.is_file():
+        return None
+    return typed({"vae_name": read_json(path).get("vae_name")}, {"vae_name": str | None}, path)["vae_name"]
+
+
+def _label_names(path: Path) -> list[str]:
+    """The names of the labels 0, 1, … in a ``model_index.json``; none if it has none."""
+    told = read_json(path).get("id2label") or {}
+    names = typed({"id2label": told}, {"id2label": dict[str, str]}, path)["id2label"]
+    if sorted(names) != sorted(map(str, range(len(names)))):
+        raise UserError(f"{path}: id2label must name the labels from 0 on, each once")
+    return [names[str(label)] for label in range(len(names))]

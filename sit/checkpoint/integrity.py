@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import zlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sit.utils.checksums import crc32_of_file, sealed, unsealed
+from sit.utils.errors import UserError
+
 INDEX = "sit.json"
 
+FORMAT = 2
+"""1, of version 0.1.0: checksums of blocks of each file, and none of the index itself"""
 
-FORMAT = 1
-
-
-_BLOCK = 1 << 16  # bytes; a checksum reads at most _BLOCKS of them, spread evenly over the file
-
-
+_BLOCK = 1 << 16  # bytes; in format 1 a checksum was of at most _BLOCKS of them, spread evenly over the file
 _BLOCKS = 64
 
 
@@ -24,60 +25,114 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def fingerprint(path: Path) -> dict[str, int]:
-    """A file's size in bytes and a CRC-32 of at most 64 blocks of 64 KiB spread evenly over it, ends included.
-
-    Files up to 4 MiB are read in full. Reading a multi-gigabyte file costs milliseconds; what it can miss is a change
-    of a few bytes between the blocks, which neither a crash nor a full disk makes.
-    """
-    size = path.stat().st_size
-    crc = 0
-    with path.open("rb") as file:
-        if size <= _BLOCK * _BLOCKS:
-            crc = zlib.crc32(file.read())
-        else:
-            for index in range(_BLOCKS):
-                file.seek((size - _BLOCK) * index // (_BLOCKS - 1))
-                crc = zlib.crc32(file.read(_BLOCK), crc)
-    return {"size": size, "crc32": crc}
+def write_index(folder: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint's ``sit.json``: ``content``, the format, every file's size and checksum, and its own."""
+    index = {"format": FORMAT, **content, "files": fingerprints(folder)}
+    (folder / INDEX).write_text(sealed(index), encoding="utf-8")
 
 
 def fingerprints(folder: Path) -> dict[str, dict[str, int]]:
-    """The :func:`fingerprint` of every file below ``folder``, by its path in it."""
+    """Size in bytes and CRC-32, over every byte, of every file below ``folder``, by its path in it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
 
 
-def flaw(folder: str | Path) -> str | None:
+def fingerprint(path: Path) -> dict[str, int]:
+    """A file's size in bytes and the CRC-32 of all of it."""
+    return {"size": path.stat().st_size, "crc32": crc32_of_file(path)}
+
+
+def earlier_fingerprint(path: Path) -> dict[str, int]:
+    """That of format 1: the CRC-32 of at most 64 blocks of 64 KiB spread evenly over the file, ends included."""
+    size = path.stat().st_size
+    if size <= _BLOCK * _BLOCKS:
+        return fingerprint(path)
+    starts = [(size - _BLOCK) * index // (_BLOCKS - 1) for index in range(_BLOCKS)]
+    return {"size": size, "crc32": crc32_of_file(path, [(start, _BLOCK) for start in starts])}
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The object in a checkpoint's ``sit.json``.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        UserError: it must not be read, or it is damaged or of a newer version.
+    """
+    try:
+        text = (folder / INDEX).read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _refused(folder / INDEX, error) from error
+    try:
+        index, has_checksum = unsealed(text)
+        earlier = index["format"] == 1
+        files = index["files"]
+        numbers = [entry[name] for entry in files.values() for name in ("size", "crc32")]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / INDEX} is cut off or damaged") from error
+    if not isinstance(index["format"], int) or index["format"] > FORMAT:
+        raise UserError(f"{folder} is of format {index['format']}, newer than this program")
+    if has_checksum == earlier or not all(isinstance(number, int) for number in numbers):
+        raise UserError(f"{folder / INDEX} is damaged")
+    return index
+
+
+def flaw(folder: str | Path, unread: str | None = None, contents: bool = True) -> str | None:
     """Why a checkpoint folder of ours is not complete, as one phrase; None if it is.
 
     One whose ``training/`` was removed, to make it small, is complete: it samples, and does not resume.
+
+    Args:
+        folder: which.
+        unread: the beginning of the paths of files that are not to be read; their sizes are looked at.
+        contents: False looks at the sizes of all files and reads only the index.
+
+    Raises:
+        UserError: a file must not be read, so that nothing can be said.
     """
     folder = Path(folder)
-    slim = not (folder / "training").exists()
+    slim = not os.path.lexists(folder / "training")
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        files = index["files"]
+        index = read_index(folder)
     except FileNotFoundError:
         return f"{INDEX} is missing"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{INDEX} is cut off or unreadable"
-    if index.get("format", 0) > FORMAT:
-        return f"it is of format {index['format']}, newer than this program"
-    for name, expected in files.items():
-        path = folder / name
+    except UserError as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise
+        return str(error).removeprefix(f"{folder}/").removeprefix(f"{folder} ")
+    compute = earlier_fingerprint if index["format"] == 1 else fingerprint
+    for name, expected in index["files"].items():
         if slim and name.startswith("training/"):
             continue
-        if not path.is_file():
-            return f"{name} is missing"
-        size = path.stat().st_size
-        if size != expected["size"]:
-            return f"{name} has {size} bytes instead of {expected['size']}"
-        if fingerprint(path) != expected:
-            return f"{name} has been changed or damaged"
+        read = contents and not (unread and name.startswith(unread))
+        if reason := _flaw_of_file(folder / name, name, expected, compute if read else None):
+            return reason
     return None
 
 
+def _flaw_of_file(
+    path: Path, name: str, expected: dict[str, int], compute: Callable[[Path], dict[str, int]] | None
+) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != expected["size"]:
+            return f"{name} has {size} bytes instead of {expected['size']}"
+        if compute is not None and compute(path)["crc32"] != expected["crc32"]:
+            return f"{name} has been changed or damaged"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except PermissionError as error:
+        raise _refused(path, error) from error
+    except OSError as error:
+        return f"{name} can't be read ({error.strerror})"
+    return None
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} can't be read ({error.strerror})")
+
+
 def is_complete(folder: str | Path) -> bool:
-    """Whether every file of a checkpoint is there as it was written."""
-    return flaw(folder) is None
+    """Whether every file of a checkpoint is there with its size, and the index is whole."""
+    return flaw(folder, contents=False) is None

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
 
 from sit.checkpoint.find import resolve
-from sit.checkpoint.info import WEIGHTS, CheckpointInfo, read_info, read_json
-from sit.checkpoint.published import Hints, read_published
-from sit.latents.vae import load_vae
-from sit.model import SiT
+from sit.checkpoint.hints import Hints
+from sit.checkpoint.info import CheckpointInfo, read_info, read_vae_name
+from sit.checkpoint.posthoc_ema import Reconstruction, find_reconstruction
+from sit.checkpoint.published import read_published
+from sit.checkpoint.weights_file import folder_weights, load_folder_weights, stored_shapes
+from sit.latents.vae import check_channels, load_vae
+from sit.model import SiT, current_config
 from sit.transport.transport import Transport
-from sit.utils.errors import UserError, first_line
+from sit.utils.errors import UserError
+from sit.utils.reading import read_json, reading, typed
+
+LARGEST_LATENT = 1 << 13
+"""sides of the latents that a configuration may name: 65,536 pixels with a downsampling of 8"""
 
 
 @dataclass
 class Loaded:
     """A checkpoint ready for sampling: the network in evaluation mode on its device, and what goes with it.
 
-    ``vae`` is loaded from ``vae_source`` (a folder, or a name on the Hub) when it is first asked for.
+    ``vae`` is loaded from ``vae_source`` (a folder, or a name on the Hub) when it is first asked for. ``average`` is
+    what the weights were put together from, if they are not those that the checkpoint stores.
     """
 
     model: SiT
@@ -33,22 +42,32 @@ class Loaded:
     vae_source: str | None
     device: torch.device
     path: Path
+    average: Reconstruction | None = None
+
+    @property
+    def weights_name(self) -> str:
+        """Where the weights are from, and which average they are."""
+        which = "as stored" if self.average is None else f"{self.average}, step {self.info.step}"
+        return f"{self.path}, {which}"
 
     @cached_property
     def vae(self) -> AutoencoderKL:
         """The VAE, on the network's device.
 
         Raises:
-            UserError: the checkpoint names none, or it can't be had.
+            UserError: the checkpoint names none, can't be had, or has latents of other channels than the network's.
         """
         if self.vae_source is None:
             raise UserError(f"{self.path} does not say which VAE it belongs to: give `vae`, a name or a folder")
-        return load_vae(self.vae_source, self.device)
+        vae = load_vae(self.vae_source, self.device)
+        check_channels(vae, self.vae_source, self.model.config["in_channels"], f"the network in {self.path}")
+        return vae
 
 
 def load_for_sampling(
     path: str | Path,
     *,
+    ema: float | None = None,
     vae: str | Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -59,20 +78,24 @@ def load_for_sampling(
     Args:
         path: a run folder (its newest complete checkpoint is taken), a checkpoint or diffusers folder, or a published
             ``.pt`` or ``.safetensors`` file (see :mod:`sit.checkpoint.published`).
+        ema: relative length of the average to reconstruct at the checkpoint's step from its run's snapshots
+            (:mod:`sit.checkpoint.posthoc_ema`), instead of the weights that the checkpoint stores.
         vae: a folder or a name on the Hub, instead of the VAE that the checkpoint names.
         device: where the network goes.
         dtype: its dtype; None keeps the file's.
-        **overrides: fields of :class:`sit.checkpoint.published.Hints`, for published files that leave something open.
+        **overrides: fields of :class:`sit.checkpoint.hints.Hints`, for published files that leave something open.
 
     Returns:
         The network in evaluation mode, without gradients; its transport; the VAE on request; and the information.
 
     Raises:
-        UserError: nothing usable at ``path``, or a file that is cut off, unsafe to open or of another architecture.
+        UserError: nothing usable at ``path``, or a file that is cut off, unsafe to open or of another architecture; an
+            average that can't be reconstructed.
     """
     place = resolve(path)
+    average = None if ema is None else find_reconstruction(place, ema)
     if place.is_file():
-        foreign = read_published(place, Hints(**overrides))
+        foreign = read_published(place, Hints(**overrides), vae)
         model, transport, info, vae_source = foreign.build(), foreign.transport(), foreign.info, foreign.vae_name
     else:
         model, transport, info, vae_source = _read_folder(place)
@@ -80,22 +103,21 @@ def load_for_sampling(
         if unused := sorted(told - {"image_size"}):  # which may be meant for the images to come
             names = ", ".join(f"`{name}`" for name in unused)
             raise UserError(f"{place} says itself what it is; {names} only serve for published weights files")
+    if average is not None:
+        average.load_into(model)
     model = model.to(device).eval().requires_grad_(False)
     if dtype is not None:
         # not model.to: diffusers warns there of layers kept in float32, even if there are none
         torch.nn.Module.to(model, dtype=dtype)
     source = str(vae) if vae is not None else vae_source
-    return Loaded(model, transport, info, source, torch.device(device), place)
+    return Loaded(model, transport, info, source, torch.device(device), place, average)
 
 
 def _read_folder(place: Path) -> tuple[SiT, Transport, CheckpointInfo, str | None]:
     is_pipeline = (place / "model_index.json").is_file()
     model = read_network(place / "transformer" if is_pipeline else place)
-    has_transport = (place / "transport" / Transport.config_name).is_file()
-    transport = Transport.from_pretrained(place / "transport") if has_transport else Transport()
-    model_index = read_json(place / "model_index.json") if is_pipeline else {}
-    vae = str(place / "vae") if (place / "vae").is_dir() else model_index.get("vae_name")
-    return model, transport, read_info(place), vae
+    vae = str(place / "vae") if (place / "vae").is_dir() else read_vae_name(place)
+    return model, Transport(**transport_options(place)), read_info(place), vae
 
 
 def read_network(folder: Path) -> SiT:
@@ -104,15 +126,79 @@ def read_network(folder: Path) -> SiT:
     Raises:
         UserError: the folder holds another class of network, or a file is missing, cut off or does not fit.
     """
-    config = read_json(folder / "config.json")
-    if config.get("_class_name") != "SiT":
-        raise UserError(f"{folder / 'config.json'} is that of {config.get('_class_name')}, not of SiT")
-    if not any(folder.glob("diffusion_pytorch_model*.safetensors*")):
-        raise UserError(f"{folder} has no {WEIGHTS}")
-    try:
-        model, report = SiT.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the network in {folder} can't be read: {first_line(error)}") from error
-    if wrong := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
+    files = folder_weights_of(folder)
+    model, shapes = empty_network(folder, files)
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if wrong := [name for name in sorted(own.keys() | shapes.keys()) if own.get(name) != shapes.get(name)]:
         raise UserError(f"the weights in {folder} do not fit its config.json: {len(wrong)} keys, such as {wrong[0]}")
-    return model
+    state = load_folder_weights(files)
+    with reading(folder):
+        model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def folder_weights_of(folder: Path) -> list[Path]:
+    """:func:`sit.checkpoint.weights_file.folder_weights` of a SiT's folder.
+
+    Raises:
+        UserError: there are none, or its ``config.json`` is that of another class.
+    """
+    network_config(folder)
+    return folder_weights(folder)
+
+
+def empty_network(folder: Path, files: list[Path]) -> tuple[SiT, dict[str, tuple[int, ...]]]:
+    """The network that a folder's ``config.json`` describes, on the meta device, and the shapes of its weights.
+
+    A configuration may name any size: this takes no memory for it, and no more blocks than the files hold.
+    """
+    config, shapes = network_config(folder), stored_shapes(files)
+    blocks = {match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
+    if config.get("depth", len(blocks)) != len(blocks):
+        raise UserError(
+            f"the weights in {folder} do not fit its config.json: {len(blocks)} blocks for a depth of {config['depth']}"
+        )
+    with reading(folder / "config.json"), torch.device("meta"):
+        return SiT(**config), shapes
+
+
+def network_config(folder: Path) -> dict[str, Any]:
+    """The arguments of the network in a folder's ``config.json``, with today's names.
+
+    Raises:
+        UserError: it can't be read, is that of another class, or says nonsense.
+    """
+    path = folder / "config.json"
+    stored = read_json(path)
+    if stored.get("_class_name") != "SiT":
+        raise UserError(f"{path} is that of {stored.get('_class_name')}, not of SiT")
+    with reading(path):
+        config = _arguments(current_config(stored), SiT, path)
+    size = config.get("input_size", 32)
+    if max((size,) if isinstance(size, int) else size) > LARGEST_LATENT:
+        raise UserError(f"{path}: input_size {size} is beyond any latent's")
+    return config
+
+
+def transport_options(place: Path) -> dict[str, Any]:
+    """The arguments of the transport in a checkpoint's folder; none if it has no transport.
+
+    Raises:
+        UserError: its configuration can't be read, or says nonsense.
+    """
+    path = place / "transport" / Transport.config_name
+    if not path.is_file():
+        return {}
+    options = _arguments(read_json(path), Transport, path)
+    with reading(path):
+        Transport(**options)
+    return options
+
+
+def _arguments(stored: Mapping[str, Any], made: type, path: Path) -> dict[str, Any]:
+    """What a diffusers configuration says as arguments of the class ``made``; an unknown name is refused."""
+    said = {name: value for name, value in stored.items() if not name.startswith("_")}
+    if "quantization_config" in said:
+        raise UserError(f"{path}: quantized weights are not read here; save them in a floating-point type")
+    hints = {name: hint for name, hint in get_type_hints(made.__init__).items() if name not in ("return", "seed")}
+    return typed(said, hints, path)

@@ -13,17 +13,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from sit.checkpoint.hints import Hints
 from sit.checkpoint.info import CheckpointInfo
 from sit.checkpoint.weights_file import WeightsFile, read_weights
+from sit.latents.vae import downsampling, empty_vae
 from sit.model import MODELS, SIZES, SiT, sincos_table
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
+from sit.utils.reading import reading, typed
 
-DOWNSAMPLING = 8  # pixels per latent of the VAE that all published networks use
+DOWNSAMPLING = 8  # pixels per latent of the VAE that all published networks use, unless another is named
 
 
 VAE_NAMES = {name: f"stabilityai/sd-vae-ft-{name}" for name in ("ema", "mse")}
@@ -47,33 +50,25 @@ _PREDICTIONS = {"velocity": "velocity", "v": "velocity", "score": "score", "nois
 _REPA_ARGUMENTS = {"enc_type", "proj_coeff", "encoder_depth"}
 
 
+_ARGUMENTS = {
+    "model": str | None,
+    "image_size": int | tuple[int, int] | None,
+    "resolution": int | tuple[int, int] | None,
+    "num_classes": int | None,
+    "class_dropout_prob": float | None,
+    "path_type": str | None,
+    "prediction": str | None,
+    "loss_weight": str | None,
+    "train_eps": float | None,
+    "sample_eps": float | None,
+    "vae": str | None,
+    "data_path": str | None,
+    "data_dir": str | None,
+}
+"""What is read of the training's command line in a file, and of which type it is."""
+
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FileHints:
-    """For published weights files: what they may leave open. None means "as the file says"."""
-
-    weights: Literal["ema", "model"] = "ema"
-    """which weights of a training checkpoint"""
-    num_heads: int | None = None
-    """attention heads, where the width is not that of a published size"""
-    num_classes: int | None = None
-    """classes, not counting the null class; without it the last row of the label table is taken for the null class"""
-    time_reversed: bool | None = None
-    """whether the network's time runs from data to noise (REPA)"""
-    interpolant: Literal["linear", "gvp", "vp"] | None = None
-    """path of the training"""
-    prediction: Literal["velocity", "score", "noise"] | None = None
-    """what the network predicts"""
-
-
-@dataclass(frozen=True)
-class Hints(FileHints):
-    """:class:`FileHints` and the image size, for commands that have no other use for it."""
-
-    image_size: int | tuple[int, int] | None = None
-    """image size of the training in pixels, for networks without a positional table"""
 
 
 @dataclass
@@ -112,7 +107,7 @@ class Published:
         """
         if self.questions:
             raise UserError(f"{self.path}: {'; '.join(self.questions)}")
-        with torch.device("meta"):
+        with reading(self.path), torch.device("meta"):
             network = SiT(**self.config)
         own = network.state_dict()
         for name in own.keys() | self.state.keys():
@@ -134,15 +129,17 @@ class Published:
 
     def transport(self) -> Transport:
         """The transport that the network was trained with, as far as the file says; else the published default."""
-        return Transport(**self.transport_config)
+        with reading(self.path):
+            return Transport(**self.transport_config)
 
 
-def read_published(path: str | Path, hints: Hints | None = None) -> Published:
+def read_published(path: str | Path, hints: Hints | None = None, vae: str | Path | None = None) -> Published:
     """Read a published file and tell what it is.
 
     Args:
         path: a ``.pt`` or ``.safetensors`` file: a bare state dict or a training checkpoint.
         hints: what the user knows better.
+        vae: the VAE of its latents, which says how many pixels a latent is; if None or not here, as published ones.
 
     Raises:
         UserError: the file is unreadable or of another architecture. What it merely leaves open is listed in
@@ -150,12 +147,14 @@ def read_published(path: str | Path, hints: Hints | None = None) -> Published:
     """
     hints = hints or Hints()
     file = read_weights(Path(path), hints.weights)
-    return infer(file, Path(path), hints)
+    codec = None if vae is None else empty_vae(vae)
+    with reading(path):
+        return infer(file, Path(path), hints, DOWNSAMPLING if codec is None else downsampling(codec))
 
 
-def infer(file: WeightsFile, path: Path, hints: Hints) -> Published:
+def infer(file: WeightsFile, path: Path, hints: Hints, factor: int = DOWNSAMPLING) -> Published:
     """Tell the architecture from keys and shapes; see :func:`read_published`."""
-    state, arguments = dict(file.state), file.arguments
+    state, arguments = dict(file.state), _known_arguments(file.arguments, path)
     _refuse_other_architectures(state, path)
     result = Published(path, "published", file.container, {}, state, {}, CheckpointInfo(step=file.step), None)
 
@@ -166,7 +165,7 @@ def infer(file: WeightsFile, path: Path, hints: Hints) -> Published:
         result.notices.append(f"dropped {len(projectors)} weights of projector heads, which only REPA's loss uses")
 
     hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    depth = 1 + max(int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name)))
+    depth = _depth(state, path)
     mixers = [_mixer(state, index, hidden, path) for index in range(depth)]
     is_repa = bool(projectors) or any("silu" in mixer for mixer in mixers) or bool(_REPA_ARGUMENTS & set(arguments))
     result.layout = "repa" if is_repa else "published"
@@ -193,9 +192,9 @@ def infer(file: WeightsFile, path: Path, hints: Hints) -> Published:
     )
     if "pos_embed" not in state and any(mixer.startswith("attention") for mixer in mixers):
         result.notices.append("attention without a positional table: it sees no order among its tokens")
-    if grid := _grid(state, hidden, patch, arguments=arguments, hints=hints, result=result):
+    if grid := _grid(state, patch, factor, arguments=arguments, hints=hints, result=result):
         result.config["input_size"] = tuple(side * patch for side in grid)
-        result.info.image_size = tuple(side * DOWNSAMPLING for side in result.config["input_size"])
+        result.info.image_size = tuple(side * factor for side in result.config["input_size"])
 
     result.transport_config = _transport(arguments, hints, path)
     if result.config["time_reversed"] and result.transport_config.get("prediction", "velocity") != "velocity":
@@ -224,8 +223,35 @@ def _refuse_other_architectures(state: Mapping[str, torch.Tensor], path: Path) -
     if missing:
         first = next(iter(state))
         raise UserError(f"{path} is not a SiT: it has no {missing[0]}, and keys such as {first}")
-    if state["x_embedder.proj.weight"].dim() != 4 or state["t_embedder.mlp.0.weight"].shape[1:] != (_FREQUENCIES,):
+    for name in _NEEDED:
+        if state[name].dim() != (4 if name == "x_embedder.proj.weight" else 2):
+            raise UserError(f"{path} is a SiT of another make: its {name} is of shape {tuple(state[name].shape)}")
+    if state["t_embedder.mlp.0.weight"].shape[1] != _FREQUENCIES:
         raise UserError(f"{path} is a SiT of another make: its embedders have other shapes than the published ones")
+    if (table := state.get("pos_embed")) is not None and (table.dim() != 3 or len(table) != 1):
+        raise UserError(f"{path} is a SiT of another make: its pos_embed is of shape {tuple(table.shape)}")
+
+
+def _known_arguments(arguments: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Of the training's command line, what is read here.
+
+    Raises:
+        UserError: a value of another type, or the training was not that of a SiT.
+    """
+    known = {name: arguments[name] for name in arguments if name in _ARGUMENTS}
+    known = typed(known, _ARGUMENTS, f"{path}: its args")
+    model = known.get("model") or "SiT"
+    if not model.startswith("SiT"):
+        raise UserError(f"{path} is not a SiT: its args say that it was trained as {model}, which is sampled otherwise")
+    return known | {name: arguments[name] for name in _REPA_ARGUMENTS & set(arguments)}
+
+
+def _depth(state: Mapping[str, torch.Tensor], path: Path) -> int:
+    """The number of blocks, which must be those from 0 on."""
+    blocks = {match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
+    if beyond := blocks - {str(number) for number in range(len(blocks))}:
+        raise UserError(f"{path} is a SiT of another make: it has a block {min(beyond)[:20]}, and {len(blocks)} in all")
+    return len(blocks)
 
 
 def _mixer(state: Mapping[str, torch.Tensor], index: int, hidden: int, path: Path) -> str:
@@ -290,8 +316,8 @@ def _classes(rows: int, arguments: Mapping[str, Any], hints: Hints, path: Path) 
 
 def _grid(
     state: Mapping[str, torch.Tensor],
-    hidden: int,
     patch: int,
+    factor: int,
     *,
     arguments: Mapping[str, Any],
     hints: Hints,
@@ -313,7 +339,7 @@ def _grid(
         )
         return None
     height, width = (size, size) if isinstance(size, int) else size
-    unit = patch * DOWNSAMPLING
+    unit = patch * factor
     if height < unit or width < unit or height % unit or width % unit:
         raise UserError(f"{result.path}: `image_size={height} {width}` must be multiples of {unit} (patches × VAE)")
     return height // unit, width // unit

@@ -9,13 +9,13 @@ A checkpoint of ours is a diffusers pipeline folder with two additions::
     training/…                                                       what resuming needs; whatever the loop puts there
     sit.json                                                         what this is, and the size and checksum of the rest
 
-``sit.json`` is written last and its closing brace is the last byte, so a checkpoint cut off anywhere is recognized.
+``sit.json`` is written last and has a checksum of itself too, so a checkpoint that was cut off or changed anywhere is
+recognized.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -26,14 +26,19 @@ import torch
 from safetensors.torch import save_file
 
 from sit.checkpoint.info import WEIGHTS, CheckpointInfo
-from sit.checkpoint.integrity import FORMAT, INDEX, fingerprints, write_json
+from sit.checkpoint.integrity import write_index, write_json
 from sit.checkpoint.weights_file import plain_key
+from sit.latents.pixels import is_pixels, pixel_codec
 from sit.latents.vae import DIGITS_VAE
 from sit.model import SiT
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_folder
+from sit.utils.reading import read_json
 from sit.version import __version__
+
+VAE_CLASSES = {"AutoencoderKL": ["diffusers", "AutoencoderKL"], "PixelCodec": ["sit", "PixelCodec"]}
+"""the class that a VAE's config names → where diffusers finds it"""
 
 
 def save_checkpoint(
@@ -42,7 +47,7 @@ def save_checkpoint(
     model: SiT,
     weights: Mapping[str, torch.Tensor] | None = None,
     transport: Transport,
-    vae_source: str | Path | None,
+    vae_source: str | Path | Callable[[Path], object] | None,
     info: CheckpointInfo,
     training_state: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -54,7 +59,8 @@ def save_checkpoint(
         weights: the weights to sample with (the EMA's), by the network's keys, buffers optional; None takes the
             network's own.
         transport: the training objective, a component of the pipeline.
-        vae_source: a local folder, whose files are hard-linked (copied where the disk can't), or a name on the Hub.
+        vae_source: a local folder, whose files are copied; ``digits`` or ``none``; a name on the Hub; or a function
+            that writes the VAE's folder, or returns its name on the Hub.
         info: what the checkpoint is.
         training_state: called with the folder ``training/`` to fill it; None for a checkpoint that only samples.
 
@@ -96,18 +102,19 @@ def save_network(folder: Path, model: SiT, weights: Mapping[str, torch.Tensor] |
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def is_local_vae(source: str | Path) -> bool:
-    """Whether a VAE source is a folder here rather than a name on the Hub."""
-    return Path(source).is_dir()
-
-
-def _put_vae(place: Path, source: str | Path | None) -> str | None:
-    """Link a local VAE into the checkpoint, and return None; or return the name of one on the Hub."""
+def _put_vae(place: Path, source: str | Path | Callable[[Path], object] | None) -> str | None:
+    """Put a VAE that is not on the Hub into the checkpoint, and return None; or return the name of one on the Hub."""
     if source is None:
+        return None
+    if callable(source):
+        name = source(place)
+        return None if place.is_dir() else str(name)
+    if is_pixels(source):
+        pixel_codec(str(source)).save_pretrained(place)
         return None
     if str(source) == "digits":
         source = DIGITS_VAE
-    if not is_local_vae(source):
+    if not Path(source).is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
             raise UserError(f"`vae={source}`: no such folder, and not a Hub name like stabilityai/sd-vae-ft-ema")
         return str(source)
@@ -117,34 +124,24 @@ def _put_vae(place: Path, source: str | Path | None) -> str | None:
         raise UserError(f"the VAE folder {source} has no config.json with safetensors weights beside it")
     place.mkdir()
     for file in files:
-        try:
-            os.link(file.resolve(), place / file.name)
-        except OSError:
-            shutil.copyfile(file, place / file.name)
+        shutil.copyfile(file, place / file.name)  # no link: damage to one would be damage to all
     return None
 
 
 def _model_index(place: Path, vae_name: str | None, info: CheckpointInfo) -> dict[str, Any]:
     import diffusers
 
-    has_vae = (place / "vae").is_dir()
+    vae = read_json(place / "vae" / "config.json") if (place / "vae").is_dir() else None
     return {
         "_class_name": "SiTPipeline",
         "_diffusers_version": diffusers.__version__,
         "transformer": ["sit", "SiT"],
         "transport": ["sit", "Transport"],
-        "vae": ["diffusers", "AutoencoderKL"] if has_vae else [None, None],
+        "vae": [None, None] if vae is None else VAE_CLASSES.get(vae.get("_class_name"), VAE_CLASSES["AutoencoderKL"]),
         "vae_name": vae_name,
         "id2label": {str(label): name for label, name in enumerate(info.label_names)} or None,
     }
 
 
 def _write_index(place: Path, vae_name: str | None, info: CheckpointInfo) -> None:
-    index = {
-        "format": FORMAT,
-        "written_by": f"sit-atconv {__version__}",
-        **dataclasses.asdict(info),
-        "vae": vae_name,
-        "files": fingerprints(place),
-    }
-    write_json(place / INDEX, index)
+    write_index(place, {"written_by": f"sit-atconv {__version__}", **dataclasses.asdict(info), "vae": vae_name})

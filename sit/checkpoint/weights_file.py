@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from sit.checkpoint.info import WEIGHTS
 from sit.utils.errors import UserError, first_line
+from sit.utils.reading import read_json, reading
 
 # what a training checkpoint calls its weights; the first one found is taken
 CONTAINERS = {"ema": ("ema", "model_ema"), "model": ("model", "state_dict", "module")}
@@ -60,14 +64,15 @@ def read_weights(path: Path, prefer: Literal["ema", "model"] = "ema") -> Weights
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     if _is_state(content):
-        return WeightsFile({plain_key(k): v for k, v in content.items()}, "bare", {}, 0)
+        return WeightsFile(_plain_weights(content, path), "bare", {}, 0)
     arguments = content.get("args", {})
-    arguments = dict(arguments) if isinstance(arguments, dict) else dict(getattr(arguments, "__dict__", {}))
-    step = next((content[name] for name in _STEPS if isinstance(content.get(name), int)), 0)
+    arguments = arguments if isinstance(arguments, dict) else getattr(arguments, "__dict__", {})
+    arguments = {name: value for name, value in arguments.items() if isinstance(name, str)}
+    step = next((content[name] for name in _STEPS if type(content.get(name)) is int and content[name] >= 0), 0)
     for kind in (prefer, *(set(CONTAINERS) - {prefer})):
         for name in CONTAINERS[kind]:
             if _is_state(content.get(name)):
-                return WeightsFile({plain_key(k): v for k, v in content[name].items()}, name, arguments, step)
+                return WeightsFile(_plain_weights(content[name], path), name, arguments, step)
     found = ", ".join(map(str, list(content)[:6])) or "nothing"
     raise UserError(f"{path} is neither a state dict nor a training checkpoint; it holds {found}")
 
@@ -80,19 +85,94 @@ def _is_state(content: Any) -> bool:
     )
 
 
+def _plain_weights(state: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """The weights by :func:`plain_key`.
+
+    Raises:
+        UserError: one has no numbers, whole numbers, or fewer numbers in the file than its shape says.
+    """
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or not tensor.numel():
+            raise UserError(f"{path} is not a SiT: {name} has {tensor.dtype} numbers of shape {tuple(tensor.shape)}")
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise UserError(f"{path}: {name} is not stored whole")
+    return {plain_key(name): tensor for name, tensor in state.items()}
+
+
+def folder_weights(folder: Path) -> list[Path]:
+    """The files of a folder's weights as diffusers writes them: one, shards, or either of a single variant (``fp16``).
+
+    Raises:
+        UserError: there are none, a shard is missing, or there are several variants.
+    """
+    stem = WEIGHTS.removesuffix(".safetensors")
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    indices = [folder / f"{WEIGHTS}.index.json"]
+    indices = indices if indices[0].is_file() else sorted(folder.glob(f"{WEIGHTS}.index.*.json"))
+    singles = [path for path in sorted(folder.glob(f"{stem}.*.safetensors")) if "-of-" not in path.name]
+    found = indices + singles
+    if not found:
+        raise UserError(f"{folder} has no {WEIGHTS}")
+    if len(found) > 1:
+        raise UserError(f"{folder} has several variants of its weights ({', '.join(p.name for p in found)}); keep one")
+    if singles:
+        return singles
+    shards = read_json(indices[0]).get("weight_map")
+    with reading(indices[0]):
+        files = [folder / name for name in sorted(set(shards.values()))]
+        if any(file.parent != folder for file in files):
+            raise ValueError("a shard that is not beside it")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{folder} has no {file.name}, which {indices[0].name} names")
+    return files
+
+
+def stored_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights in safetensors files by their keys, from their headers alone.
+
+    Raises:
+        UserError: a file can't be read or is cut off, or weights are whole numbers.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        with _explained(path), safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                part = file.get_slice(name)
+                if not part.get_dtype().startswith(("F", "BF")):
+                    raise UserError(f"{path}: {name} has {part.get_dtype()} numbers, which are no weights of a SiT")
+                shapes[name] = tuple(part.get_shape())
+    return shapes
+
+
+def load_folder_weights(files: list[Path]) -> dict[str, torch.Tensor]:
+    """The weights in :func:`folder_weights` files, by their keys, in the dtype of the files."""
+    state: dict[str, torch.Tensor] = {}
+    for path in files:
+        state |= _read_safetensors(path)
+    return state
+
+
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
+    with _explained(path):
         return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is cut off or not a safetensors file ({first_line(error)})") from error
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    with reading(path):
+        try:
+            yield
+        except SafetensorError as error:
+            raise UserError(f"{path} is cut off or not a safetensors file ({first_line(error)})") from error
 
 
 def _read_pickle(path: Path) -> Any:
     """``torch.load`` with ``weights_only``; of all classes only the ``argparse.Namespace`` of ``args`` is let in."""
     try:
-        is_zip = zipfile.is_zipfile(path)
+        if is_zip := zipfile.is_zipfile(path):
+            _check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it warns of, it then refuses
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -107,9 +187,36 @@ def _read_pickle(path: Path) -> Any:
         ) from error
     except PermissionError as error:
         raise UserError(f"{path} can't be read ({error.strerror})") from error
-    except (OSError, EOFError, RuntimeError, KeyError, ValueError, AttributeError, TypeError, IndexError) as error:
-        # torch raises any of these on a file that ends early or was never written by torch.save
+    except UserError:
+        raise
+    except Exception as error:  # torch raises any kind on a file that ends early or was never written by torch.save
         raise UserError(f"{path} is cut off or not a weights file") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the zip file that torch.save writes with its checksums, which torch.load doesn't look at.
+
+    Raises:
+        UserError: a member is damaged; or is packed, which torch.save does not do, and could unpack to any size.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        for member in members:
+            if member.flag_bits & 1 or member.compress_type != zipfile.ZIP_STORED:
+                raise UserError(f"{path} is not of torch.save: {member.filename} in it is compressed or encrypted")
+        damaged = [member.filename for member in members if not _is_whole(archive, member)]
+    if damaged and len(damaged) < len(members):  # all of them: torch.serialization.set_crc32_options(False) wrote none
+        raise UserError(f"{path} is damaged: {damaged[0]} in it doesn't have its checksum")
+
+
+def _is_whole(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(member) as file:
+            while file.read(1 << 20):
+                pass
+    except (zipfile.BadZipFile, EOFError):
+        return False
+    return True
 
 
 def _starts_as_pickle(path: Path) -> bool:

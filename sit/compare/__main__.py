@@ -1,6 +1,6 @@
 """``python -m sit.compare``: evaluate runs side by side."""
 
-from sit.compare.compare import main
+from sit.compare.cli import main
 
 if __name__ == "__main__":
     main()

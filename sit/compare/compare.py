@@ -3,162 +3,52 @@
 One Markdown file with its plots and grids, and all numbers in a JSON file: metrics at each checkpoint, loss curves,
 parameters, multiply-accumulates, the speed of training and sampling on this machine, and samples of the same seeds.
 Runs that differ by their seed alone are one group, with intervals over the seeds and differences paired by seed.
+
+``python -m sit.compare curves …`` draws what such evaluations left (:mod:`sit.compare.curves`).
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import math
 import shlex
 import statistics
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import numpy as np
 import torch
-import tyro
 from scipy import stats
 
-from sit.checkpoint.find import find_checkpoints
+from sit.checkpoint.hints import FileHints
 from sit.checkpoint.info import read_info
-from sit.checkpoint.integrity import is_complete
 from sit.checkpoint.load import Loaded, load_for_sampling
-from sit.compare.report import markdown, plot_losses, plot_metrics
+from sit.checkpoint.posthoc_ema import find_reconstruction
+from sit.compare.arguments import Arguments
+from sit.compare.plots import plot_losses, plot_metrics
+from sit.compare.report import markdown
+from sit.compare.runs import Run, grouped, open_runs
 from sit.compare.speed import measure_speed
 from sit.metrics.classifier import LabelClassifier
-from sit.metrics.evaluate import evaluate
-from sit.metrics.extraction import WorkDirectory, extract
-from sit.metrics.features import Extractor, FeatureWeights, default_features, get_extractor
-from sit.metrics.image_sets import GeneratedImages, Images, Statistics, open_reference
+from sit.metrics.estimate import Estimate
+from sit.metrics.evaluate import Against, Measured, measure
+from sit.metrics.features import default_features, get_extractors
+from sit.metrics.generated import GeneratedImages
+from sit.metrics.paired import Difference, over_samples, over_seeds
 from sit.metrics.report import Number, Report
+from sit.metrics.statistics_files import open_reference
+from sit.metrics.verdict import verdicts
+from sit.metrics.work_folder import WorkDirectory
 from sit.model import SiT
-from sit.sampling.config import SamplerConfig
 from sit.sampling.images import balanced_labels, latent_shape_for, sample_images
-from sit.training.config import TrainConfig
 from sit.training.plan import multiply_accumulates
-from sit.training.recipes import load_recipe
 from sit.training.run_folder import read_metrics
-from sit.utils.cli import one_line_errors
-from sit.utils.device import pick_device
-from sit.utils.errors import UserError, entry_point
-from sit.utils.files import atomic_folder, atomic_write
+from sit.utils.device import pick_device, process_state
+from sit.utils.errors import UserError
+from sit.utils.files import atomic_folder
 from sit.utils.image_grid import labeled_grid, save_png
-from sit.utils.precision import allow_tf32
+from sit.utils.precision import for_sampling
 from sit.utils.record import machine
-
-
-@dataclass
-class Arguments:
-    """Compare runs on the same data."""
-
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    """runs' folders"""
-    out: str
-    """new folder for the report"""
-    reference: str | None = None
-    """as eval_fid.py takes it; None takes digits for runs on digits"""
-    features: str | None = None
-    """as eval_fid.py takes it; None takes digits for runs on digits, else inception"""
-    classifier: str | None = None
-    """a folder of sit.train_classifier, which predicts the samples' classes: class accuracy"""
-    at_steps: tuple[int, ...] = ()
-    """checkpoints to evaluate, by their step; none given means all"""
-    num_samples: int = 1000
-    """samples for each checkpoint's metrics"""
-    seed: int = 0
-    """of the samples; the same for all runs"""
-    batch_size: int = 64
-    """images made and evaluated at a time, also in the measurement of speed"""
-    speed_repeats: int = 5
-    """rounds of the measurement of speed; 0 leaves it out"""
-    work_dir: str | None = None
-    """keeps finished evaluations, so that the same command goes on after a crash"""
-    device: str | None = None
-    """None takes the accelerator, if there is one"""
-    weights_files: Annotated[FeatureWeights, tyro.conf.OmitArgPrefixes] = field(default_factory=FeatureWeights)
-    sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
-
-
-@dataclass(frozen=True, eq=False)
-class Tools:
-    """What samples are evaluated with."""
-
-    extractor: Extractor
-    reference: Images | Statistics
-    classifier: LabelClassifier | None
-    device: torch.device
-    batch_size: int
-
-    @property
-    def identity(self) -> tuple[str, str, str]:
-        """What tells their numbers from those of other tools."""
-        classifier = self.classifier.identity if self.classifier else ""
-        return self.reference.identity or self.reference.name, self.extractor.identity, classifier
-
-    @functools.cache  # noqa: B019  (there is one, for the whole program)
-    def reference_features(self) -> dict[str, np.ndarray] | None:
-        """The features of the reference's images, made once for all evaluations; None if it has none."""
-        images = self.reference if isinstance(self.reference, Images) else self.reference.images
-        if images is None:
-            return None
-        with WorkDirectory(None) as work:
-            making = dict(device=self.device, batch_size=self.batch_size, description="reference")
-            return extract(images, self.extractor, work, **making)
-
-
-@dataclass
-class Run:
-    """A run's folder, its config, and its complete checkpoints as (step, folder)."""
-
-    folder: Path
-    config: TrainConfig
-    checkpoints: list[tuple[int, Path]]
-    name: str = ""
-
-
-def open_run(path: str, at_steps: tuple[int, ...]) -> Run:
-    """Open a run's folder.
-
-    Raises:
-        UserError: it is none, or has no complete checkpoint at the steps that were asked for.
-    """
-    folder = Path(path)
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is not a run's folder: it has no config.yaml")
-    complete = [(step, place) for step, place in find_checkpoints(folder) if is_complete(place)]
-    chosen = [(step, place) for step, place in complete if not at_steps or step in at_steps]
-    if not chosen:
-        have = ", ".join(str(step) for step, _ in complete) or "none"
-        raise UserError(f"{folder} has no complete checkpoint to compare; its steps are: {have}")
-    return Run(folder, load_recipe(str(folder / "config.yaml")), chosen)
-
-
-def open_runs(paths: tuple[str, ...], at_steps: tuple[int, ...]) -> list[Run]:
-    """Open all runs, and name them by what tells them apart; runs that differ by their seed alone share a name.
-
-    Raises:
-        UserError: there is none, or they were trained on different data.
-    """
-    if not paths:
-        raise UserError("give at least one run's folder")
-    runs = [open_run(path, at_steps) for path in paths]
-    for run in runs[1:]:
-        for setting in ("data", "image_size"):
-            ours, first = getattr(run.config, setting), getattr(runs[0].config, setting)
-            if ours != first:
-                raise UserError(f"{run.folder} was trained with {setting} {ours} and {runs[0].folder} with {first}")
-    for run in runs:
-        run.name = f"{run.config.model} {run.config.mixer}"
-    different = {run.name: replace(run.config, seed=0, output_dir=None, resume=None) for run in runs}
-    if any(replace(run.config, seed=0, output_dir=None, resume=None) != different[run.name] for run in runs) or (
-        len({(run.name, run.config.seed) for run in runs}) < len(runs)
-    ):  # they are not repetitions of each other with other seeds
-        for run in runs:
-            run.name += f" ({run.folder.name})"
-    return runs
 
 
 def describe(run: Run, loaded: Loaded) -> dict[str, Any]:
@@ -176,34 +66,16 @@ def describe(run: Run, loaded: Loaded) -> dict[str, Any]:
 
 
 def sample_grid(run: Run, loaded: Loaded, arguments: Arguments, path: Path) -> None:
-    """Two samples of each of up to ten classes; the same numbers and seed for every run."""
+    """Two samples of each of up to ten classes; the same numbers for every run."""
     classes = min(10, loaded.model.config.num_classes)
     indices = torch.arange(2 * classes)
     labels = balanced_labels(indices.tolist(), range(classes))
-    options = dict(seed=arguments.seed, config=arguments.sampler, batch_size=arguments.batch_size)
+    seed = run.evaluation_seed(arguments.evaluation_seed)
+    options = dict(seed=seed, config=arguments.sampler, batch_size=arguments.batch_size)
     made = list(sample_images(loaded, indices, labels, **options))
     names = loaded.info.label_names or [str(label) for label in range(classes)]
     images = torch.cat([batch.images for batch in made]).numpy()
     save_png(labeled_grid(images, [names[label] for label in labels.tolist()], classes), path)
-
-
-def evaluate_checkpoint(loaded: Loaded, tools: Tools, arguments: Arguments) -> Report:
-    """The evaluation of one checkpoint: kept in the work folder, and read from there if it has been made."""
-    samples = GeneratedImages(loaded, arguments.num_samples, seed=arguments.seed, config=arguments.sampler)
-    kept = None
-    if arguments.work_dir is not None:
-        what = (samples.identity, arguments.num_samples, *tools.identity)
-        kept = Path(arguments.work_dir) / f"{hashlib.blake2b(repr(what).encode(), digest_size=12).hexdigest()}.json"
-        if kept.is_file():
-            report = json.loads(kept.read_text())
-            return Report(**report | {"numbers": [Number(**number) for number in report["numbers"]]})
-    options = dict(batch_size=arguments.batch_size, classifier=tools.classifier, real=tools.reference_features())
-    report = evaluate(samples, tools.reference, tools.extractor, device=loaded.device, **options)
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(kept) as temporary:
-            temporary.write_text(report.to_json())
-    return report
 
 
 def mean_over_seeds(values: list[float], error: float | None) -> dict[str, Any]:
@@ -228,76 +100,159 @@ def summarize(runs: dict[int, dict[int, Report]]) -> dict[int, dict[str, dict[st
     return summary
 
 
-def differences(groups: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Each later group's metrics at its last step less the first group's, paired by the seeds that both have."""
-    (_, first), *others = groups.items()
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+def differences(reports: dict[str, dict[int, dict[int, Report]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Each later group's metrics at the last step that it shares with the first group, less the first's.
+
+    Paired by the training seeds that both have. Where that is one alone, by groups of its samples, which share labels
+    and noise; that holds for these weights only. The verdicts are Holm's over the whole table.
+    """
+    (_, first), *others = reports.items()
+    found: dict[tuple[str, str], Difference] = {}
+    steps: dict[str, int] = {}
     for name, group in others:
-        seeds = [seed for seed in first["seeds"] if seed in group["seeds"]]
-        step = max(group["metrics"])
-        if len(seeds) < 2 or step != max(first["metrics"]):
+        seeds = [seed for seed in first if seed in group]
+        shared = [set(first[seed]) & set(group[seed]) for seed in seeds]
+        if not shared or not set.intersection(*shared):
             continue
-        found[name] = {}
-        for metric in [metric for metric in group["metrics"][step] if metric in first["metrics"][step]]:
-            ours, theirs = (
-                dict(zip(one["seeds"], one["metrics"][step][metric]["values"], strict=True)) for one in (group, first)
-            )
-            found[name][metric] = mean_over_seeds([ours[seed] - theirs[seed] for seed in seeds], None)
-    return found
+        steps[name] = step = max(set.intersection(*shared))
+        ours, theirs = (
+            {seed: {number.name: number for number in one[seed][step].numbers} for seed in seeds}
+            for one in (group, first)
+        )
+        for metric in ours[seeds[0]]:
+            if all(metric in numbers[seed] for numbers in (ours, theirs) for seed in seeds):
+                paired = _paired(*({seed: one[seed][metric] for seed in seeds} for one in (theirs, ours)))
+                if paired is not None:
+                    found[name, metric] = paired
+    said = verdicts(found, {key: key[1] for key in found})
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for (name, metric), one in found.items():
+        cell = {"value": one.value, "error": one.error, "over": one.over, "count": one.count}
+        table.setdefault(name, {})[metric] = cell | {"step": steps[name], "verdict": said[name, metric]}
+    return table
 
 
-def compare(arguments: Arguments) -> Path:
+def _paired(first: dict[int, Number], second: dict[int, Number]) -> Difference | None:
+    """The second's numbers less the first's, by training seed; None if nothing tells its spread."""
+    if len(first) > 1:
+        return over_seeds(*({seed: number.value for seed, number in one.items()} for one in (first, second)))
+    (one,), (other,) = first.values(), second.values()
+    if len(one.replicates) < 2 or len(one.replicates) != len(other.replicates):
+        return None
+    return over_samples(*(Estimate(number.value, number.replicates) for number in (one, other)))
+
+
+def compare(arguments: Arguments) -> Path | None:
     """Measure everything and write the report's folder.
+
+    Every process of a launch calls it with the same arguments. They make features together; the numbers, the speed and
+    the report are the main process's.
+
+    Returns:
+        The folder, on the main process; None on the others.
 
     Raises:
         UserError: runs that can't be compared, a reference or features that can't be had, or a folder that is taken.
     """
-    runs = open_runs(arguments.runs, arguments.at_steps)
-    device = pick_device(arguments.device)
-    allow_tf32(device)
-    usual = default_features(runs[0].config.data)
-    if arguments.reference is None and usual != "digits":
-        raise UserError("give `reference`: only runs on the digits have one by themselves")
-    features = arguments.features or usual
-    info = read_info(runs[0].checkpoints[-1][1])  # its classes are all runs': their data are the same
-    tools = Tools(
-        get_extractor(features, device, arguments.weights_files.of(features)),
-        open_reference(arguments.reference or "digits", runs[0].config.image_size, device=device),
-        None
-        if arguments.classifier is None
-        else LabelClassifier.load(arguments.classifier, device, info.classes or None, info.label_names),
-        device,
-        arguments.batch_size,
-    )
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.name, []).append(run)
+    state = process_state()
+    device = pick_device(arguments.device) if arguments.device else state.device
+    dtype = for_sampling(None, device)
+    if Path(arguments.out).exists():
+        raise UserError(f"{arguments.out} exists already; it is not overwritten")
+    groups = grouped(open_runs(arguments.runs, arguments.at_steps))
+    ema = _average(arguments, groups)
+    against = _against(arguments, groups, device)
 
-    with atomic_folder(arguments.out) as place:
-        found: dict[str, Any] = {"machine": machine(device), "sampler": asdict(arguments.sampler), "groups": {}}
+    with WorkDirectory(arguments.work_dir) as work:
+        measured: dict[str, dict[int, dict[int, Measured]]] = {}
         newest: dict[str, Loaded] = {}
         for name, members in groups.items():
-            reports: dict[int, dict[int, Report]] = {}
             for run in members:
-                reports[run.config.seed] = {}
+                of_run = measured.setdefault(name, {}).setdefault(run.config.seed, {})
                 for step, checkpoint in run.checkpoints:
-                    loaded = load_for_sampling(checkpoint, device=device)
-                    reports[run.config.seed][step] = evaluate_checkpoint(loaded, tools, arguments)
-                if run is members[0]:
+                    state.print(f"{run.folder}, step {step}")
+                    loaded = load_for_sampling(checkpoint, ema=arguments.ema, device=device, dtype=dtype)
+                    done = measure(_samples(run, loaded, arguments), against, work)
+                    if done is not None:
+                        of_run[step] = done
+                if run is members[0] and state.is_main_process:
                     newest[name] = loaded
-                    sample_grid(run, loaded, arguments, place / f"samples-{len(newest)}.png")
-            metrics = summarize(reports)
-            found["groups"][name] = {**describe(members[0], newest[name]), "seeds": list(reports), "metrics": metrics}
+        if not state.is_main_process:
+            return None
+        return _write(arguments, groups, measured, newest, against, ema=ema)
+
+
+def _average(arguments: Arguments, groups: dict[str, list[Run]]) -> dict[str, float] | None:
+    """The average of the weights that is asked for, and how near it comes; None for the checkpoints' own.
+
+    Raises:
+        UserError: a checkpoint can't have it.
+    """
+    if arguments.ema is None:
+        return None
+    every = [place for members in groups.values() for run in members for _, place in run.checkpoints]
+    errors = [find_reconstruction(place, arguments.ema).error for place in every]
+    return {"sigma_rel": arguments.ema, "largest_profile_error": max(errors)}
+
+
+def _against(arguments: Arguments, groups: dict[str, list[Run]], device: torch.device) -> Against:
+    """What all samples are evaluated with."""
+    first = next(iter(groups.values()))[0]
+    usual = default_features(first.config.data)
+    if arguments.reference is None and usual != "digits":
+        raise UserError("give `reference`: only runs on the digits have one by themselves")
+    info = read_info(first.checkpoints[-1][1])  # its classes are all runs': their data are the same
+    classifier = None
+    if arguments.classifier is not None:
+        classifier = LabelClassifier.load(arguments.classifier, device, info.classes or None, info.label_names)
+    extractors = get_extractors(arguments.features or (usual,), device, arguments.weights_files)
+    reference = open_reference(arguments.reference or "digits", first.config.image_size, device=device)
+    return Against(reference, extractors, classifier, device, arguments.batch_size)
+
+
+def _samples(run: Run, loaded: Loaded, arguments: Arguments) -> GeneratedImages:
+    return GeneratedImages(
+        loaded,
+        arguments.num_samples,
+        seed=run.evaluation_seed(arguments.evaluation_seed),
+        labels=arguments.label_order,
+        config=arguments.sampler,
+        hints=FileHints(),
+    )
+
+
+def _write(
+    arguments: Arguments,
+    groups: dict[str, list[Run]],
+    measured: dict[str, dict[int, dict[int, Measured]]],
+    newest: dict[str, Loaded],
+    against: Against,
+    *,
+    ema: dict[str, float] | None,
+) -> Path:
+    """Make all numbers, time the networks, and write the report's folder; the main process's work."""
+    reports = {
+        name: {seed: {step: one.report() for step, one in steps.items()} for seed, steps in seeds.items()}
+        for name, seeds in measured.items()
+    }
+    with atomic_folder(arguments.out) as place:
+        sampler = asdict(arguments.sampler)
+        found: dict[str, Any] = {"machine": machine(against.device), "sampler": sampler, "ema": ema, "groups": {}}
+        for number, (name, members) in enumerate(groups.items(), start=1):
+            sample_grid(members[0], newest[name], arguments, place / f"samples-{number}.png")
+            about = describe(members[0], newest[name])
+            seeds = {"seeds": list(reports[name]), "metrics": summarize(reports[name])}
+            found["groups"][name] = about | seeds
         if arguments.speed_repeats:
             speeds = measure_speed(newest, arguments.sampler, arguments.batch_size, arguments.speed_repeats)
             for name, speed in speeds.items():
                 found["groups"][name]["images_per_second"] = speed
-        found["differences"] = differences(found["groups"])
-        curves = {name: [losses(run) for run in members] for name, members in groups.items()}
-        plot_losses({name: lines for name, lines in curves.items() if all(lines)}, place / "loss.png")
+        found["differences"] = differences(reports)
+        lines = {name: [losses(run) for run in members] for name, members in groups.items()}
+        plot_losses({name: rows for name, rows in lines.items() if all(rows)}, place / "loss.png")
         plots = plot_metrics(found["groups"], place)
         (place / "numbers.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-        (place / "README.md").write_text(markdown(found, plots, command(arguments), setting(arguments, tools)))
+        (place / "README.md").write_text(markdown(found, plots, command(arguments), setting(arguments, against)))
     return Path(arguments.out)
 
 
@@ -323,21 +278,19 @@ def command(arguments: Arguments) -> str:
     return "python -m sit.compare " + shlex.join(parts)
 
 
-def setting(arguments: Arguments, tools: Tools) -> str:
+def setting(arguments: Arguments, against: Against) -> str:
     """How the samples were made and evaluated, in a sentence or two."""
     sampler = arguments.sampler
     guidance = f"guidance {sampler.cfg_scale:g}" if sampler.cfg_scale != 1 else "no guidance"
-    accuracy = f" Class accuracy by {tools.classifier.description}." if tools.classifier else ""
+    given = arguments.evaluation_seed
+    weights = "" if arguments.ema is None else f"EMA of relative length {arguments.ema:g}, "
+    seed = "each run's own training seed for its samples"
+    if given is not None:
+        seed = f"evaluation seed {given} for all (intervals over training seeds leave the spread of samples out)"
+    accuracy = f" Class accuracy by {against.classifier.description}." if against.classifier else ""
+    labels = "; ".join(extractor.label for extractor in against.extractors)
     return (
-        f"{arguments.num_samples} samples a checkpoint, seed {arguments.seed}, {sampler.sampler.upper()} "
-        f"{sampler.resolved_method}, {sampler.steps} steps, {guidance}. Reference: {tools.reference.name}; "
-        f"{tools.extractor.label}.{accuracy}"
+        f"{arguments.num_samples} samples a checkpoint, {weights}{arguments.label_order} labels, {seed}, "
+        f"{sampler.sampler.upper()} {sampler.resolved_method}, {sampler.steps} steps, {guidance}. "
+        f"Reference: {against.reference.name}; {labels}.{accuracy}"
     )
-
-
-@entry_point
-def main() -> None:
-    with one_line_errors():
-        arguments = tyro.cli(Arguments, prog="python -m sit.compare")
-    folder = compare(arguments)
-    print(f"report: {folder / 'README.md'}")

@@ -1,72 +1,11 @@
-"""The text and the images of :mod:`sit.compare`: everything is given, nothing is measured here."""
+"""The text of :mod:`sit.compare`: everything is given, nothing is measured here."""
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-
 from sit.utils.tables import markdown_table
-
-
-def plot_losses(curves: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
-    """Loss curves, a color a group and a line a run, each smoothed by an exponential average over its rows."""
-    figure = Figure(figsize=(7, 4))  # not pyplot's, which would choose a backend for the whole program
-    axes = figure.subplots()
-    for index, (name, runs) in enumerate(curves.items()):
-        color = f"C{index}"
-        for number, rows in enumerate(runs):
-            steps, losses = [row["step"] for row in rows], np.array([row["loss"] for row in rows])
-            smooth, average = [], losses[0]
-            for loss in losses:
-                average = 0.9 * average + 0.1 * loss
-                smooth.append(average)
-            axes.plot(steps, smooth, color=color, label=name if number == 0 else None, linewidth=1)
-            if len(curves) * len(runs) <= 3:  # more would hide each other
-                axes.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
-    axes.set(xlabel="step", ylabel="training loss")
-    axes.legend()
-    _save(figure, path)
-
-
-def plot_metric(name: str, curves: dict[str, list[tuple[int, float, float | None]]], path: Path) -> None:
-    """One metric against steps with its errors, a curve a group."""
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
-    for group, points in curves.items():
-        steps, values, errors = zip(*points, strict=True)
-        axes.errorbar(steps, values, yerr=[error or 0 for error in errors], label=group, marker="o", capsize=3)
-    axes.set(xlabel="step", ylabel=name)
-    axes.legend()
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
-def plot_metrics(groups: dict[str, Any], place: Path) -> list[tuple[str, str]]:
-    """A plot for each metric that all groups have: (metric, file name)."""
-    names = list(next(iter(next(iter(groups.values()))["metrics"].values())))
-    plots = []
-    for index, name in enumerate(names):
-        curves = {
-            group: [
-                (step, numbers[name]["value"], numbers[name]["error"])
-                for step, numbers in found["metrics"].items()
-                if name in numbers
-            ]
-            for group, found in groups.items()
-        }
-        if all(curves.values()):
-            file = f"metric-{index}.png"
-            plot_metric(name, curves, place / file)
-            plots.append((name, file))
-    return plots
 
 
 def markdown(found: dict[str, Any], plots: list[tuple[str, str]], command: str, setting: str) -> str:
@@ -94,7 +33,7 @@ def markdown(found: dict[str, Any], plots: list[tuple[str, str]], command: str, 
         lines += [
             "",
             "± after several seeds is the half-width of the 95 % interval of the mean over seeds (Student's t); after "
-            "one it is the metric's own error over samples.",
+            "one it is that over samples of these weights.",
         ]
     lines += [
         "",
@@ -138,21 +77,27 @@ def _last_step(groups: dict[str, Any]) -> str:
 
 
 def _differences(found: dict[str, Any]) -> list[str]:
-    """What each group has more than the first, paired by seed."""
+    """What each group has more than the first, paired, with its verdict."""
     if not found["differences"]:
         return []
     first, names = next(iter(found["groups"])), list(found["differences"])
     lines = [
-        f"## Difference to {first}, paired by seed, at the last step",
+        f"## Difference to {first}, paired, at the last step that both have",
         "",
-        "Mean and 95 % interval over seeds; runs of one seed saw the same data in the same order with the same noise.",
+        "With its 95 % interval: over training seeds where there are several, else over samples of these weights. Runs "
+        "of one training seed saw the same data in the same order with the same noise, and their samples share labels "
+        "and noise. The verdicts allow for the number of comparisons in this table (Holm).",
         "",
     ]
     rows = []
-    for metric in next(iter(found["differences"].values())):
+    for metric in dict.fromkeys(metric for table in found["differences"].values() for metric in table):
         cells = [found["differences"][name].get(metric) for name in names]
-        rows.append((metric, *(f"{cell['value']:+.4g} ± {cell['error']:.2g}" if cell else "" for cell in cells)))
+        rows.append((metric, *(_difference(cell) if cell else "" for cell in cells)))
     return [*lines, markdown_table(["", *names], rows), ""]
+
+
+def _difference(cell: dict[str, Any]) -> str:
+    return f"{cell['value']:+.4g} ± {cell['error']:.2g}: {cell['verdict']}"
 
 
 def _by_step(groups: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ them by name.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -15,8 +15,12 @@ import torch
 from PIL import Image
 
 from sit.data.reading import read_rgb
+from sit.utils.errors import UserError
 
 CROP = "adm-center"  # written into manifests: another crop gives other latents
+
+COMPARED = 64
+"""images, spread evenly over a data set, of which :func:`hash_contents` reads the bytes"""
 
 
 class Source(Protocol):
@@ -27,12 +31,14 @@ class Source(Protocol):
         classes: label names, in the order of the labels.
         labels: (count,) int64.
         native_size: side in pixels where no image size is asked for.
+        test_set: the spec of the images that the set's makers hold out of training; None if there are none.
     """
 
     name: str
     classes: list[str]
     labels: np.ndarray
     native_size: int
+    test_set: str | None
 
     def read(self, index: int) -> Image.Image:
         """Image ``index``, of any size and mode; what Pillow and the file system raise is not caught here."""
@@ -42,8 +48,22 @@ class Source(Protocol):
         """Where image ``index`` lies, for messages."""
         ...
 
+    def place(self, index: int) -> str:
+        """What tells image ``index`` from all others, the same in every source of its kind that has it."""
+        ...
+
     def fingerprint(self) -> str:
         """Hash of which images these are, in which order and with which labels (not of their pixels)."""
+        ...
+
+    def contents(self) -> str:
+        """Hash by which other images under the same names are noticed: :func:`hash_contents`.
+
+        It costs a look at the size of every file, and :data:`COMPARED` reads.
+
+        Raises:
+            OSError: a file can't be read.
+        """
         ...
 
 
@@ -91,6 +111,19 @@ class ImageData(torch.utils.data.Dataset):
         """The source's: hash of the list of images and labels, not of pixels."""
         return self.source.fingerprint()
 
+    def contents(self) -> str:
+        """The source's: hash of the list, of all sizes, and of the bytes of some images.
+
+        Raises:
+            UserError: a file can't be read.
+        """
+        try:
+            return self.source.contents()
+        except OSError as error:
+            raise UserError(
+                f"`data={self.name}`: {error.filename or 'a file'} can't be read ({error.strerror})"
+            ) from error
+
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The central square of ``image`` at ``size`` × ``size`` pixels, as ADM's ``center_crop_arr`` (guided-diffusion).
@@ -112,4 +145,20 @@ def hash_names(names: Iterable[bytes], labels: np.ndarray) -> str:
     for name in names:
         digest.update(name + b"\0")
     digest.update(np.ascontiguousarray(labels, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def hash_contents(source: Source, sizes: Iterable[int], raw: Callable[[int], bytes]) -> str:
+    """Hash of a source's fingerprint, of the sizes of all its images, and of the bytes of :data:`COMPARED` of them.
+
+    Args:
+        source: which.
+        sizes: of the files, in bytes; none where all images have one size.
+        raw: gives the stored bytes of image i, as they are before any decoding.
+    """
+    digest = hashlib.blake2b(source.fingerprint().encode(), digest_size=16)
+    digest.update(np.fromiter(sizes, dtype="<i8").tobytes())
+    count = len(source.labels)
+    for index in sorted(set(np.linspace(0, count - 1, min(count, COMPARED)).round().astype(int).tolist())):
+        digest.update(raw(index))
     return digest.hexdigest()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sit.data.dataset import hash_names
+from sit.data.dataset import hash_contents, hash_names
 from sit.utils.errors import UserError
 
 DIGITS_SIZE = 32
@@ -34,16 +34,23 @@ class Digits:
         self.classes = [str(digit) for digit in range(10)]
         images, labels = digits_arrays()
         chosen = np.arange(len(labels)) if part == "all" else digits_split()[part == "heldout"]
-        self.images, self.labels = images[chosen], labels[chosen]
+        self.images, self.labels, self.numbers = images[chosen], labels[chosen], chosen
+        self.test_set = "digits:heldout" if part == "train" else None
 
     def read(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[index])
 
     def describe(self, index: int) -> str:
-        return f"digit {index}"
+        return f"digit {self.numbers[index]}"
+
+    def place(self, index: int) -> str:
+        return self.describe(index)
 
     def fingerprint(self) -> str:
         return hash_names([self.name.encode()], self.labels)
+
+    def contents(self) -> str:
+        return hash_contents(self, (), lambda index: self.images[index].tobytes())
 
 
 @functools.cache

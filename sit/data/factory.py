@@ -5,7 +5,7 @@
 =============================  ================================================================================
 ``digits``                     the embedded 1,797 handwritten digits; ``digits:train`` and ``digits:heldout`` are
                                the parts of :func:`~sit.data.digits.digits_split`
-``<folder>``                   a folder with one subfolder a class
+``<folder>``                   a folder with one subfolder a class; a folder around these is looked through
 ``<file>.tar``                 ImageNet's ``ILSVRC2012_img_train.tar`` as downloaded (a tar of one tar a class), or
                                a tar with one folder a class; read in place, nothing is unpacked
 ``<folder of .tar files>``     one tar a class
@@ -20,6 +20,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +32,8 @@ from sit.data.hub import HubSource
 from sit.data.tar import TarSource, is_tar
 from sit.data.torchvision import TORCHVISION, TorchvisionSource
 from sit.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 KINDS: dict[str, Callable[[str], Source]] = {
     "digits": Digits,
@@ -54,7 +58,21 @@ def open_images(spec: str, image_size: int | None = None) -> ImageData:
     """
     if image_size is not None and image_size < 1:
         raise UserError(f"`image_size={image_size}` must be positive")
-    return ImageData(_source(spec), image_size)
+    images = ImageData(_source(spec), image_size)
+    announce(spec, len(images), len(images.classes))
+    return images
+
+
+@functools.cache
+def announce(spec: str, images: int, classes: int) -> None:
+    """Say once a program, in the first process of a launch, what a data set was found to be."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("note: %s: %s in %s", spec, *counted(images, classes))
+
+
+def counted(images: int, classes: int) -> tuple[str, str]:
+    """Numbers of images and classes in words."""
+    return f"{images:,} image{'s' * (images != 1)}", f"{classes:,} class{'es' * (classes != 1)}"
 
 
 def _source(spec: str) -> Source:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sit.data.dataset import hash_names
+from sit.data.classes import check_class_names, wrapping_folders
+from sit.data.dataset import hash_contents, hash_names
 from sit.data.reading import EXTENSIONS, image_files
 from sit.utils.errors import UserError
 
@@ -39,15 +40,19 @@ def has_classes(folder: Path) -> bool:
 class FolderSource:
     """A folder with one subfolder a class, sorted by name as torchvision's ``ImageFolder``; images at any depth.
 
+    A folder around the class folders is looked through (:func:`sit.data.classes.wrapping_folders`).
+
     Raises:
-        UserError: there is no such folder, it can't be read, or a class has no images.
+        UserError: there is no such folder, it can't be read, a class has no images or a name that is not UTF-8, or it
+            holds the parts of a data set rather than classes.
     """
 
     native_size = 256
+    test_set = None
 
     def __init__(self, folder: str) -> None:
         self.name = folder
-        self.root = Path(folder)
+        self.root, self._real_root = Path(folder), os.path.realpath(folder)
         if not self.root.exists():
             raise UserError(f"`data={folder}`: no such folder (the embedded data is named digits)")
         if not self.root.is_dir():
@@ -55,8 +60,10 @@ class FolderSource:
         if (self.root / "manifest.json").is_file():
             raise UserError(f"`data={folder}` is a latent cache; images are needed here")
         try:
-            self.classes = sorted(entry.name for entry in os.scandir(self.root) if _is_class(entry))
-            files = [image_files(self.root, name) for name in self.classes]
+            self.classes, files = _classes_and_files(self.root)
+            if prefix := wrapping_folders((path for inside in files for path in inside), folder):
+                self.root /= os.fsdecode(prefix)
+                self.classes, files = _classes_and_files(self.root)
         except OSError as error:
             raise UserError(f"`data={folder}` can't be read: {error.strerror}: {error.filename}") from error
         if not self.classes:
@@ -66,18 +73,36 @@ class FolderSource:
         for name, inside in zip(self.classes, files, strict=True):
             if not inside:
                 raise UserError(f"`data={folder}`: class subfolder {name} has no images; fill it or remove it")
+        check_class_names(self.classes, folder)
         self.labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(inside) for inside in files])
         # one array, not a million str objects: forked workers would copy those page by page as they count references
         self.paths = np.array([path for inside in files for path in inside], dtype=np.bytes_)
 
     def read(self, index: int) -> Image.Image:
-        return Image.open(self.root / os.fsdecode(bytes(self.paths[index])))
+        return Image.open(self._path(index))
 
     def describe(self, index: int) -> str:
-        return str(self.root / os.fsdecode(bytes(self.paths[index])))
+        return str(self._path(index))
+
+    def _path(self, index: int) -> Path:
+        return self.root / os.fsdecode(bytes(self.paths[index]))
+
+    def place(self, index: int) -> str:
+        return f"{self._real_root}/{os.fsdecode(bytes(self.paths[index]))}"
 
     def fingerprint(self) -> str:
         return hash_names((bytes(path) for path in self.paths), self.labels)
+
+    def contents(self) -> str:
+        root = os.fsencode(self.root)
+        sizes = (os.stat(os.path.join(root, bytes(path))).st_size for path in self.paths)
+        return hash_contents(self, sizes, lambda index: self._path(index).read_bytes())
+
+
+def _classes_and_files(root: Path) -> tuple[list[str], list[list[bytes]]]:
+    """The class folders below ``root``, sorted, and the images in each, as paths from ``root``."""
+    classes = sorted(entry.name for entry in os.scandir(root) if _is_class(entry))
+    return classes, [image_files(root, name) for name in classes]
 
 
 def _is_class(entry: os.DirEntry) -> bool:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from sit.data.dataset import hash_names
+from sit.data.dataset import hash_contents, hash_names
 from sit.data.reading import BadImage
 from sit.utils.errors import UserError, first_line
+
+TEST_SPLITS = ("validation", "valid", "val", "test")
+"""Names of splits that hold images out, the preferred first: the labels of a test split are at times kept secret."""
 
 
 class HubSource:
@@ -33,18 +38,24 @@ class HubSource:
                 f"`data={self.name}` needs the datasets library; install it by: pip install datasets"
             ) from error
         where, _, split = name.partition("@")
-        self._identity = self.name
+        self._identity, self._place = self.name, f"datasets:{where}@{split or 'train'}"
+        splits: Iterable[str] = ()
         try:
             if Path(where).is_dir() and any((Path(where) / n).exists() for n in ("state.json", "dataset_dict.json")):
                 data = datasets.load_from_disk(where)
-                data = data[split or "train"] if isinstance(data, datasets.DatasetDict) else data
-                self._identity = data._fingerprint  # kept in the folder, so that this may be moved
+                if isinstance(data, datasets.DatasetDict):
+                    splits, data = data.keys(), data[split or "train"]
+                self._identity = self._place = data._fingerprint  # kept in the folder, so that this may be moved
             else:
                 data = datasets.load_dataset(where, split=split or "train")
+                splits = data.info.splits or ()
         except Exception as error:  # the library and the Hub's client raise many kinds
             raise UserError(
                 f"`data={self.name}` can't be loaded ({first_line(error)}); check its name and split"
             ) from error
+        held_out = [name for name in TEST_SPLITS if name in splits]
+        trains = re.fullmatch(r"train(\[.*\])?", split or "train") is not None
+        self.test_set = f"datasets:{where}@{held_out[0]}" if trains and held_out else None
         columns = {
             kind: [column for column, feature in data.features.items() if isinstance(feature, kind)]
             for kind in (datasets.Image, datasets.ClassLabel)
@@ -68,5 +79,19 @@ class HubSource:
     def describe(self, index: int) -> str:
         return f"row {index}"
 
+    def place(self, index: int) -> str:
+        return f"{self._place} {index}"
+
     def fingerprint(self) -> str:
         return hash_names([self._identity.encode()], self.labels)
+
+    def contents(self) -> str:
+        import datasets
+
+        stored = self.data.cast_column(self.column, datasets.Image(decode=False))
+
+        def raw(index: int) -> bytes:
+            cell = stored[index][self.column] or {"bytes": b"", "path": None}
+            return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+        return hash_contents(self, (), raw)

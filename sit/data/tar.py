@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sit.data.dataset import hash_names
+from sit.data.classes import check_class_names, wrapping_folders
+from sit.data.dataset import hash_contents, hash_names
 from sit.data.folder import only_tars
 from sit.data.reading import EXTENSIONS
 from sit.utils.errors import UserError
@@ -27,13 +28,16 @@ def is_tar(path: str) -> bool:
 class TarSource:
     """Images inside uncompressed tar files, found once by their headers and read by offset.
 
-    A class is a tar (``n01440764.tar``, inside the tar or the folder given) or a folder inside the tar.
+    A class is a tar (``n01440764.tar``, inside the tar or the folder given) or a folder inside the tar; a folder around
+    all of these is looked through (:func:`sit.data.classes.wrapping_folders`).
 
     Raises:
-        UserError: a tar can't be read, is compressed or cut off, or there are no images in classes.
+        UserError: a tar can't be read, is compressed or cut off, there are no images in classes, or it holds the parts
+            of a data set rather than classes.
     """
 
     native_size = 256
+    test_set = None
 
     def __init__(self, path: str) -> None:
         self.name = path
@@ -55,29 +59,44 @@ class TarSource:
                 raise UserError(f"`data={path}`: {file} can't be read: {error.strerror}") from error
         if not found:
             raise UserError(f"`data={path}`: no images in class folders or class tars inside; is it the right file?")
+        if prefix := wrapping_folders((image[1] for image in found), path):
+            inside = [(image[1][len(prefix) :], *image[2:]) for image in found]
+            found = [(os.fsdecode(name.partition(b"/")[0]), name, *place) for name, *place in inside]
         found.sort(key=lambda image: image[:2])
         self.classes = sorted({image[0] for image in found})
+        check_class_names(self.classes, path)
         number_of = {name: number for number, name in enumerate(self.classes)}
         self.labels = np.array([number_of[image[0]] for image in found], dtype=np.int64)
         self.names = np.array([image[1] for image in found], dtype=np.bytes_)
         self.places = np.array([image[2:] for image in found], dtype=np.int64)
+        self._real_files = [os.path.realpath(file) for file in self.files]
         self._descriptors: dict[tuple[int, int], int] = {}
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_descriptors": {}}
 
     def read(self, index: int) -> Image.Image:
+        return Image.open(io.BytesIO(self._bytes(index)))
+
+    def _bytes(self, index: int) -> bytes:
         file, offset, size = (int(value) for value in self.places[index])
         key = (os.getpid(), file)
         if key not in self._descriptors:
             self._descriptors[key] = os.open(self.files[file], os.O_RDONLY)
-        return Image.open(io.BytesIO(os.pread(self._descriptors[key], size, offset)))
+        return os.pread(self._descriptors[key], size, offset)
 
     def describe(self, index: int) -> str:
         return f"{os.fsdecode(bytes(self.names[index]))} in {self.files[int(self.places[index, 0])]}"
 
+    def place(self, index: int) -> str:
+        file, offset, _ = self.places[index]
+        return f"{self._real_files[file]} at {offset}"
+
     def fingerprint(self) -> str:
         return hash_names((bytes(name) for name in self.names), self.labels)
+
+    def contents(self) -> str:
+        return hash_contents(self, self.places[:, 2], self._bytes)
 
 
 def _images(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes, int, int]]:
@@ -104,10 +123,14 @@ def _files(archive: tarfile.TarFile, endings: tuple[str, ...] = ("",)) -> Iterat
     """The files of a tar with one of the ``endings``, hidden ones left out, their names without a leading ``./``.
 
     Raises:
-        tarfile.ReadError: the tar is cut off, which tarfile sees on the way to the next header.
+        tarfile.ReadError: the tar is cut off, or a header in it is damaged: tarfile itself takes the edge of a member,
+            and what is no header, for the end, which two blocks of zeros mark.
     """
     for member in archive:
         member.name = member.name.removeprefix("./")
         hidden = os.path.basename(member.name).startswith(".")
         if member.isfile() and not hidden and member.name.lower().endswith(endings):
             yield member
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("it has no end")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from sit.data.dataset import hash_names
+from sit.data.dataset import hash_contents, hash_names
 from sit.utils.errors import UserError, first_line
 
 TORCHVISION: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -20,6 +21,9 @@ TORCHVISION: dict[str, tuple[str, int, dict[str, Any]]] = {
     "imagenet-val": ("ImageNet", 256, {"split": "val"}),
 }
 """Kind → torchvision's class, the side in pixels, and the arguments that choose the part."""
+
+TEST_SETS = {"fashion-mnist": "fashion-mnist-test", "cifar10": "cifar10-test", "imagenet": "imagenet-val"}
+"""Kind → the kind of its test set."""
 
 
 class TorchvisionSource:
@@ -34,6 +38,8 @@ class TorchvisionSource:
 
         maker, self.native_size, part = TORCHVISION[kind]
         self.name, self.folder = f"{kind}:{folder}", folder
+        self.test_set = f"{TEST_SETS[kind]}:{folder}" if kind in TEST_SETS else None
+        self._place = f"{kind}:{os.path.realpath(folder)}"
         if not Path(folder).is_dir():
             raise UserError(f"`data={self.name}`: no such folder {folder}")
         if "split" in part and not (Path(folder) / part["split"]).is_dir():
@@ -55,5 +61,14 @@ class TorchvisionSource:
     def describe(self, index: int) -> str:
         return f"number {index} in {self.folder}"
 
+    def place(self, index: int) -> str:
+        return f"{self._place} {index}"
+
     def fingerprint(self) -> str:
         return hash_names([self.name.partition(":")[0].encode()], self.labels)
+
+    def contents(self) -> str:
+        if hasattr(self.data, "data"):  # in memory, all of one size
+            return hash_contents(self, (), lambda index: np.asarray(self.data.data[index]).tobytes())
+        paths = [Path(path) for path, _ in self.data.samples]
+        return hash_contents(self, (path.stat().st_size for path in paths), lambda index: paths[index].read_bytes())

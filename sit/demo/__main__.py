@@ -1,6 +1,6 @@
 """``python -m sit.demo``: a page to play with trained networks."""
 
-from sit.demo.page import run
+from sit.demo.cli import main
 
 if __name__ == "__main__":
-    run()
+    main()

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import tyro
 
+from sit.demo.arguments import Arguments
 from sit.demo.session import Player, Trajectory, command, kernel_view, names_of, open_players, play, sheet, strip
 from sit.sampling.config import ODE_METHODS, SDE_METHODS, SamplerConfig
-from sit.utils.cli import one_line_errors
 from sit.utils.device import pick_device
-from sit.utils.errors import UserError, entry_point, with_flags
+from sit.utils.errors import UserError, with_flags
 
 if TYPE_CHECKING:
     import gradio
@@ -41,28 +39,6 @@ CSS = """
 .result-image .image-container { padding-top: 2.2rem; }
 #controls { position: sticky; top: 1rem; align-self: flex-start; }
 """
-
-
-@dataclass
-class Arguments:
-    """Open a page that samples from one run, or from two side by side."""
-
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    """one or two: a run's folder (its newest complete checkpoint), a checkpoint's folder, or a published .pt file"""
-    host: str = "127.0.0.1"
-    """address to listen on; 0.0.0.0 lets other machines in"""
-    port: int | None = None
-    """None takes a free one from 7860 on"""
-    share: bool = False
-    """also make a public link, through Gradio's servers"""
-    open: bool = True
-    """open the page in the browser"""
-    image_size: tuple[int, int] | None = None
-    """height and width; None as the network was trained"""
-    vae: str | None = None
-    """a VAE's name on the Hub or folder, instead of the checkpoints' own"""
-    device: str | None = None
-    """None takes the accelerator, if there is one"""
 
 
 def import_gradio() -> Any:
@@ -284,10 +260,3 @@ def main(arguments: Arguments) -> None:
         raise UserError(f"`port`: {where} of {arguments.host} is or just was in use; give another one") from error
     print(f"page: {address} (Ctrl-C ends it)" + (f"; public link: {link}" if link else ""), flush=True)
     page.block_thread()
-
-
-@entry_point
-def run() -> None:
-    with one_line_errors():
-        arguments = tyro.cli(Arguments, prog="python -m sit.demo")
-    main(arguments)

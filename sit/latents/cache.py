@@ -2,7 +2,8 @@
 
 A folder with::
 
-    manifest.json        what was encoded, by which VAE; written last, so a folder without it is not a cache yet
+    manifest.json        what was encoded, by which VAE, and checksums of the rest and of itself; written last, so a
+                         folder without it is not a cache yet
     labels.npy           (count,) int64
     moments-00000.npy    (at most ``shard_size``, sides, 2, c, h, w) float16: sides are the image and the flipped
                          image, 2 are mean and standard deviation, unscaled
@@ -13,14 +14,22 @@ The moments of one side of one image are contiguous (16 KB at 4×32×32), so tha
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 
-from sit.utils.errors import UserError, first_line
+from sit.latents.arguments import SHARD_SIZE
+from sit.utils.arrays import read_npy
+from sit.utils.checksums import crc32_of_file, sealed, unsealed
+from sit.utils.errors import UserError
+from sit.utils.reading import reading, typed
 
 if TYPE_CHECKING:  # opening a cache takes NumPy alone: torch would add half a gigabyte and seconds to looking into one
     import torch
@@ -34,8 +43,11 @@ MANIFEST = "manifest.json"
 PLAN = "encoding.json"
 """the manifest to be, while the encoding runs"""
 FORMAT = 1
-SHARD_SIZE = 2**17
-"""images in one file: 4 GiB at 4×32×32, ten files for ImageNet"""
+READ_WHOLE = 4 << 30
+"""bytes of a cache that are compared with their checksums wherever it is used, in a few seconds; more are left to
+``python -m sit.latents verify``"""
+CONTENTS = ("files", "contents", "count", "classes", "image_size", "crop", "flipped", "vae_fingerprint", "precision")
+"""what tells two caches apart; what else is in the manifest follows from it, or is a name"""
 
 
 @dataclass
@@ -59,11 +71,19 @@ class Manifest:
     """hash of the VAE's weights and scaling"""
     precision: str
     """what the VAE computed in"""
-    scaling_factor: float
-    shift_factor: float
+    scaling_factor: float | tuple[float, ...]
+    """one number, or one for each channel"""
+    shift_factor: float | tuple[float, ...]
     downsampling: int
     latent_shape: tuple[int, int, int]
     shard_size: int
+    contents: str = ""
+    """hash of the images' sizes and of the bytes of some; this and what follows is not in caches of version 0.1.0"""
+    rows_per_checksum: int = 0
+    checksums: list[int] = field(default_factory=list)
+    """CRC-32 of the entries of so many images after each other"""
+    labels_checksum: int = 0
+    """CRC-32 of the labels, as little-endian int64"""
     format: int = FORMAT
 
     @classmethod
@@ -80,7 +100,7 @@ class Manifest:
             image_size=images.image_size, crop=CROP, flipped=flipped, vae=vae_name,
             vae_fingerprint=vae_fingerprint(vae), precision=str(vae.dtype).removeprefix("torch."),
             scaling_factor=scale, shift_factor=shift, downsampling=downsampling(vae),
-            latent_shape=latent_shape(vae, images.image_size), shard_size=shard_size,
+            latent_shape=latent_shape(vae, images.image_size), shard_size=shard_size, contents=images.contents(),
         )  # fmt: skip
 
     @classmethod
@@ -90,22 +110,23 @@ class Manifest:
         Raises:
             UserError: the file can't be read or is no manifest of this format.
         """
-        try:
-            values = json.loads(path.read_text())
-            if values["format"] != FORMAT:
-                raise UserError(
-                    f"{path} is of format {values['format']}, and this version reads {FORMAT}; encode again"
-                )
+        with reading(path, "encode the cache again"):
+            values, has_checksum = unsealed(path.read_bytes())
+            if (said := values.get("format")) != FORMAT:
+                raise UserError(f"{path} is of format {said}, and this version reads {FORMAT}; encode again")
             values = in_todays_words(values)
-            values["latent_shape"] = tuple(values["latent_shape"])
-            return cls(**{field.name: values[field.name] for field in fields(cls)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a latent cache's manifest ({error!r}); encode the cache again") from error
-        except OSError as error:
-            raise UserError(f"{path} can't be read: {error.strerror}") from error
+            if has_checksum != ("checksums" in values):
+                raise ValueError("not as it was written")
+            hints = get_type_hints(cls)
+            needed = {entry.name for entry in fields(cls) if entry.default is entry.default_factory is MISSING}
+            known = hints.keys() & values.keys() | needed
+            made = cls(**typed({name: values[name] for name in known}, hints, path))
+            if min(made.count, made.shard_size, *made.latent_shape) < 1:
+                raise ValueError("sizes below 1")
+            return made
 
     def text(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return sealed(asdict(self))
 
     def shards(self) -> list[tuple[str, tuple[int, ...]]]:
         """(file name, shape of its array), in order."""
@@ -116,12 +137,36 @@ class Manifest:
             for number, start in enumerate(starts)
         ]
 
+    def pieces(self, rows: range) -> Iterator[tuple[str, int, int, range]]:
+        """The parts of shards that hold ``rows``: (file name, bytes from their first to its end, bytes, ``rows``)."""
+        for number, (name, shape) in enumerate(self.shards()):
+            first, row_bytes = number * self.shard_size, int(np.prod(shape[1:])) * 2
+            part = range(max(rows.start, first), min(rows.stop, first + shape[0]))
+            if part:
+                yield name, (first + shape[0] - part.start) * row_bytes, len(part) * row_bytes, part
+
+    def checksum(self, folder: Path, rows: range) -> int:
+        """The CRC-32 of the entries of ``rows`` as they are on the disk now.
+
+        Raises:
+            OSError: a shard is missing or can't be read.
+        """
+        crc = 0
+        for name, before_end, length, _ in self.pieces(rows):
+            crc = crc32_of_file(folder / name, [((folder / name).stat().st_size - before_end, length)], crc)
+        return crc
+
 
 def in_todays_words(values: dict[str, Any]) -> dict[str, Any]:
     """A manifest or plan with today's words where version 0.1.0 wrote others."""
     if "mirrored" in values:
         values = {"flipped" if name == "mirrored" else name: value for name, value in values.items()}
     return values | {"crop": "adm-center"} if values.get("crop") == "adm-centre" else values
+
+
+def checksum_of_labels(labels: np.ndarray) -> int:
+    """The CRC-32 of labels as little-endian int64."""
+    return zlib.crc32(np.ascontiguousarray(labels, dtype="<i8"))
 
 
 def is_cache(folder: str | Path) -> bool:
@@ -162,6 +207,8 @@ class CachedLatents:
             raise UserError(
                 f"`data={folder}`: labels.npy has labels outside its {len(self.classes)} classes; encode again"
             )
+        if self.manifest.checksums and checksum_of_labels(self.labels) != self.manifest.labels_checksum:
+            raise UserError(f"`data={folder}`: labels.npy is damaged; encode again")
         self._open()
 
     def _open(self) -> None:
@@ -169,11 +216,9 @@ class CachedLatents:
 
     def _map(self, name: str, shape: tuple[int, ...], dtype: type, mmap_mode: str | None = "r") -> np.ndarray:
         try:
-            array = np.load(self.folder / name, mmap_mode=mmap_mode)
-        except (OSError, ValueError, EOFError) as error:  # np.load checks the size that the header promises
-            raise UserError(
-                f"`data={self.folder}`: {name} is missing or damaged ({first_line(error)}); encode it again"
-            ) from error
+            array = read_npy(self.folder / name, mmap=mmap_mode is not None)
+        except UserError as error:
+            raise UserError(f"`data={self.folder}`: {name} is missing or damaged ({error}); encode it again") from error
         if array.shape != shape or array.dtype != dtype:
             raise UserError(f"`data={self.folder}`: {name} doesn't match {MANIFEST}; encode it again")
         return array
@@ -187,6 +232,26 @@ class CachedLatents:
 
     def __len__(self) -> int:
         return self.manifest.count
+
+    def contents(self) -> str:
+        """Hash of what was encoded: which images, how large, by which VAE."""
+        told = asdict(self.manifest)
+        told = {name: told[name] for name in CONTENTS}
+        return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def check_entries(self) -> None:
+        """Raise UserError unless every entry is as it was encoded; all are read."""
+        if damaged := next(self.damaged_rows(), None):
+            rows = f"entries {damaged.start} to {damaged.stop - 1}"
+            raise UserError(f"`data={self.name}`: {rows} are damaged; remove it and encode again")
+
+    def damaged_rows(self) -> Iterator[range]:
+        """The entries whose checksums are not those of the encoding; all are read. Caches of 0.1.0 have none."""
+        step = self.manifest.rows_per_checksum
+        for number, expected in enumerate(self.manifest.checksums):
+            rows = range(number * step, min((number + 1) * step, len(self)))
+            if self.manifest.checksum(self.folder, rows) != expected:
+                yield rows
 
     def moments(self, indices: np.ndarray, flipped: np.ndarray) -> np.ndarray:
         """(b,) indices and (b,) bool → (b, 2, c, h, w) float16, mean and standard deviation, unscaled."""
@@ -211,6 +276,8 @@ class CachedLatents:
     def check(self, vae: AutoencoderKL, vae_name: str, image_size: int | None = None) -> None:
         """Raise UserError unless these latents are those of ``vae`` and of images of ``image_size`` pixels.
 
+        The entries of caches up to :data:`READ_WHOLE` bytes are compared with their checksums too.
+
         Args:
             vae: its weights and scaling must be those of the cache's, in any precision.
             vae_name: for messages.
@@ -227,11 +294,13 @@ class CachedLatents:
         shift, scale = scaling(vae.config)
         if (shift, scale) != (made.shift_factor, made.scaling_factor):
             raise UserError(
-                f"`data={self.name}` was made by `vae={made.vae}`, scaling {made.scaling_factor:g} and shift "
-                f"{made.shift_factor:g}; `vae={vae_name}` has {scale:g} and {shift:g}; give the same or encode again"
+                f"`data={self.name}` was made by `vae={made.vae}`, scaling {made.scaling_factor} and shift "
+                f"{made.shift_factor}; `vae={vae_name}` has {scale} and {shift}; give the same or encode again"
             )
         if vae_fingerprint(vae) != made.vae_fingerprint:
             raise UserError(
                 f"`data={self.name}` was made by `vae={made.vae}`, whose weights are not those of `vae={vae_name}`; "
                 "give the same VAE or encode again"
             )
+        if sum(2 * math.prod(shape) for _, shape in made.shards()) <= READ_WHOLE:
+            self.check_entries()

@@ -10,8 +10,9 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from sit.data.dataset import ImageData
-from sit.latents.vae import encode_images, latent_shape, sample_posterior, scaling
+from sit.data.dataset import ImageData, hash_names
+from sit.latents.vae import PerChannel, broadcast, encode_images, latent_shape, sample_posterior, scaling
+from sit.utils.errors import UserError
 
 Batch = dict[str, torch.Tensor]
 
@@ -32,6 +33,10 @@ class TrainingData(Protocol):
     labels: np.ndarray
     latent_shape: tuple[int, int, int]
     flip: bool
+
+    def contents(self) -> str:
+        """Hash of the images that the latents are of: their list, sizes, labels, and the bytes of some."""
+        ...
 
     def fetch(
         self, indices: np.ndarray, flipped: np.ndarray, noise: torch.Tensor, out: torch.Tensor | None = None
@@ -68,9 +73,11 @@ class LatentData:
         flipped: (mean, std) of the flipped images, or None.
         flip: flip at random.
         name: as in :class:`TrainingData`.
+        images: what the latents are of, for :meth:`contents`; None knows them by name and labels alone.
 
     Raises:
         ValueError: ``flip`` without ``flipped``.
+        UserError: a moment is not finite in float16.
     """
 
     def __init__(
@@ -84,18 +91,30 @@ class LatentData:
         flipped: tuple[torch.Tensor, torch.Tensor] | None = None,
         flip: bool = False,
         name: str = "latents",
+        images: ImageData | None = None,
     ) -> None:
         if flip and flipped is None:
             raise ValueError("`flip` needs the moments of the flipped images")
         sides = [(mean, std)] if flipped is None else [(mean, std), flipped]
         self.moments = torch.stack([torch.stack(side, dim=1) for side in sides], dim=1).to(torch.float16)
+        finite = self.moments.isfinite().flatten(1).all(1)
+        if not finite.all():
+            first = int(finite.long().argmin())
+            raise UserError(f"`data={name}`: of image {first} the VAE makes values that are not finite in float16")
         self.labels = np.asarray(labels, dtype=np.int64)
         self.classes, self.name, self.flip = list(classes), name, flip
         self.latent_shape = tuple(mean.shape[1:])
         self.scaling = scaling(config)
+        self._contents = images.contents if images else lambda: hash_names([name.encode()], self.labels)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_contents": None}  # the workers ask for moments alone
+
+    def contents(self) -> str:
+        return self._contents()
 
     def fetch(
         self, indices: np.ndarray, flipped: np.ndarray, noise: torch.Tensor, out: torch.Tensor | None = None
@@ -141,6 +160,9 @@ class PixelData:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"vae": None}  # the workers need no network
 
+    def contents(self) -> str:
+        return self.images.contents()
+
     def fetch(
         self, indices: np.ndarray, flipped: np.ndarray, noise: torch.Tensor, out: torch.Tensor | None = None
     ) -> Batch:
@@ -158,7 +180,10 @@ class PixelData:
 
 
 def scaled_sample(
-    moments: torch.Tensor, noise: torch.Tensor, shift_scale: tuple[float, float], out: torch.Tensor | None = None
+    moments: torch.Tensor,
+    noise: torch.Tensor,
+    shift_scale: tuple[PerChannel, PerChannel],
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(mean + std · noise − shift) · scale, as :func:`sit.latents.vae.sample_posterior` with one memory for all steps.
 
@@ -168,7 +193,7 @@ def scaled_sample(
         shift_scale: of :func:`sit.latents.vae.scaling`.
         out: (b, c, h, w) float32 to write the latents into, which may be ``noise``; None makes a new tensor.
     """
-    shift, scale = shift_scale
+    shift, scale = (broadcast(value, noise) for value in shift_scale)
     return torch.mul(noise, moments[:, 1], out=out).add_(moments[:, 0]).sub_(shift).mul_(scale)
 
 
@@ -196,4 +221,5 @@ def encode_in_memory(
         flipped=moments[1] if flip else None,
         flip=flip,
         name=images.name,
+        images=images,
     )

@@ -1,83 +1,55 @@
 """Writing and verifying latent caches: ``python -m sit.latents encode`` and ``verify``.
 
 The images are cut into chunks. Of those that are left, each of n processes takes every n-th, and notes it in its own
-journal once it is on the disk. An encoding that died continues from the journals, on any number of processes; on the
-same kind of device it ends in the same bytes. The manifest is written last.
+journal, with its checksum, once it is on the disk. An encoding that died continues from the journals, on any number of
+processes, and makes chunks anew that are not as they were noted; on the same kind of device it ends in the same bytes.
+The manifest is written last, after everything was read back and compared.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import zlib
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import tyro
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from sit.data.dataset import ImageData
 from sit.data.factory import open_images
-from sit.latents.cache import MANIFEST, PLAN, SHARD_SIZE, CachedLatents, Manifest, in_todays_words
-from sit.latents.vae import encode_images, load_vae
-from sit.utils.cli import one_line_errors
-from sit.utils.device import leave_processes, process_state
-from sit.utils.errors import UserError, entry_point
-from sit.utils.files import LOCK, atomic_write, explain_os_errors
+from sit.latents.arguments import Encode, Verify
+from sit.latents.cache import (
+    MANIFEST,
+    PLAN,
+    CachedLatents,
+    Manifest,
+    checksum_of_labels,
+    in_todays_words,
+)
+from sit.latents.vae import broadcast, encode_images, load_vae
+from sit.utils.checksums import sealed, unsealed
+from sit.utils.device import process_state
+from sit.utils.errors import UserError
+from sit.utils.files import LOCK, atomic_write, clear_dead, explain_os_errors, reserve
 from sit.utils.lock import locked
+from sit.utils.reading import reading
 
-NOTE = re.compile(r"chunk (\d+) of (\d+) done")
+NOTE = re.compile(r"chunk (\d+) of (\d+) done(?: ([0-9a-f]{8}))?")
+"""a line of a journal: the last part, the CRC-32 of the chunk's entries, is not in journals of version 0.1.0"""
 
-
-@dataclass
-class Encode:
-    """Encode a data set into a latent cache; started again after a crash, it continues where it stopped."""
-
-    out: Path
-    """folder of the cache"""
-    data: str = "digits"
-    """digits, a folder with one subfolder a class, ImageNet's tar, or another source (see sit.data.factory)"""
-    vae: str = "digits"
-    """digits, a VAE's folder, or a Hub name such as stabilityai/sd-vae-ft-ema"""
-    image_size: int | None = None
-    """side in pixels; the source's own if not given (folders and tars 256, digits 32)"""
-    flip: bool = True
-    """also encode every image flipped left to right, for training with flips"""
-    batch_size: int = 32
-    """images given to the VAE at once"""
-    workers: int = 2
-    """processes, for each encoding one, that read and crop images"""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """what the VAE computes in"""
-    chunk: int = 512
-    """images between two notes in the journal: the most that a crash costs each process"""
-    shard_size: int = SHARD_SIZE
-    """images in one file"""
-
-
-@dataclass
-class Verify:
-    """Encode a random subset of a cache's images again and compare."""
-
-    cache: Annotated[Path, tyro.conf.Positional]
-    """folder of the cache"""
-    data: str | None = None
-    """where the images are now, if they were moved"""
-    vae: str | None = None
-    """where the VAE is now, if it was moved"""
-    samples: int = 64
-    seed: int = 0
-    tolerance: float = 0.02
-    """largest root-mean-square difference of an entry, in units of the latents' standard deviation"""
+KEPT = "journal-kept.txt"
+"""the journal of what earlier starts of an encoding have left"""
 
 
 def encode(config: Encode, stop_after: int | None = None) -> Path:
@@ -114,42 +86,55 @@ def _encode(config: Encode, state: PartialState, stop_after: int | None) -> Path
     finished = _resumable(config.out, manifest, plan)
     state.wait_for_everyone()  # nobody may write before all have looked
     if finished:
+        if state.is_main_process:
+            _clear_journals(config.out)
         return config.out
+    left: list[list[int]] = [[]]
     if state.is_main_process:
         _prepare(config.out, manifest, plan)
-    state.wait_for_everyone()
-    left = _chunks_left(config.out, len(images), config.chunk)
-    mine = left[state.process_index :: state.num_processes]
-    state.wait_for_everyone()
+        left = [_keep_intact_chunks(config.out, manifest, config.chunk)]
+    if state.num_processes > 1:
+        broadcast_object_list(left)
+    mine = left[0][state.process_index :: state.num_processes]
     _encode_chunks(config, manifest, images, vae, mine[:stop_after])
     if state.is_main_process and stop_after is None:
         # looked up in the journals, not waited for at a barrier: those give up after minutes, and nodes differ by more
-        while _chunks_left(config.out, len(images), config.chunk):
+        total = len(_chunks(manifest, config.chunk))
+        while len(_noted(config.out, total)) < total:
             time.sleep(1)
-        _finish(config.out, manifest, images)
+        _finish(config.out, manifest, images, config.chunk)
     return config.out
+
+
+NOT_ASKED_FOR = ("data", "vae", "rows_per_checksum", "checksums", "labels_checksum")
+"""the first two may have been moved, and the others are found out by the encoding"""
 
 
 def _resumable(out: Path, manifest: Manifest, plan: dict[str, object]) -> bool:
     """Raise UserError unless ``out`` can be begun or gone on with; True where it is finished already."""
-    if (out / MANIFEST).is_file():
+    clear_dead(out)
+    finished = (out / MANIFEST).is_file()
+    if finished:
         there, wanted = asdict(Manifest.read(out / MANIFEST)), asdict(manifest)
     elif (out / PLAN).is_file():
-        try:
-            there, wanted = in_todays_words(json.loads((out / PLAN).read_text())), json.loads(json.dumps(plan))
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{out / PLAN} is damaged; remove {out} and start again") from error
+        with reading(out / PLAN, f"remove {out} and start again"):
+            written, has_checksum = unsealed((out / PLAN).read_bytes())
+            if has_checksum != ("checksums" in written):
+                raise ValueError("not as it was written")
+            there, wanted = in_todays_words(written), json.loads(json.dumps(plan))
     elif out.exists() and (not out.is_dir() or any(entry.name != LOCK for entry in out.iterdir())):
         raise UserError(f"`out={out}` exists and holds no latent cache; choose a new folder")
     else:
         return False
     for name, value in wanted.items():
-        if there.get(name) != value and name not in ("data", "vae"):  # those two may have been moved
+        if name in NOT_ASKED_FOR or (name == "contents" and (not finished or not there.get(name))):
+            continue  # an image may have been mended since
+        if there.get(name) != value:
             raise UserError(
                 f"`out={out}` holds an encoding with another {name.replace('_', ' ')} "
                 f"({_short(there.get(name))} there, {_short(value)} asked for); choose a new folder or remove it"
             )
-    return (out / MANIFEST).is_file()
+    return finished
 
 
 def _short(value: object) -> str:
@@ -157,32 +142,101 @@ def _short(value: object) -> str:
 
 
 def _prepare(out: Path, manifest: Manifest, plan: dict[str, object]) -> None:
-    """Make the shards, empty (sparse) but of their full length, then the plan that says so."""
-    if (out / PLAN).is_file():
-        return
+    """Write the plan, then make the shards that are not there, zeros of their full length with room on the disk.
+
+    The plan comes first: a folder without it is not taken for an encoding. A shard of the right length is never
+    replaced: it may hold chunks.
+    """
+    rest = {name: shape for name, shape in manifest.shards() if not _is_shard(out / name, shape)}
     with explain_os_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        need = sum(int(np.prod(shape)) * 2 for _, shape in manifest.shards())
+        need = sum(_bytes(shape) for shape in rest.values())
         free = shutil.disk_usage(out).free
         if need > free:
             raise UserError(
                 f"`out={out}`: the cache needs {need / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB free"
             )
-        for name, shape in manifest.shards():
+        if not (out / PLAN).is_file():
+            with atomic_write(out / PLAN) as temporary:
+                temporary.write_text(sealed(plan))
+        for name, shape in rest.items():
             with atomic_write(out / name) as temporary:
-                np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape).flush()
-        with atomic_write(out / PLAN) as temporary:
-            temporary.write_text(json.dumps(plan, indent=1))
+                header = _header(shape)
+                reserve(temporary, header, len(header) + _bytes(shape))
+        for name, shape in manifest.shards():
+            if not _has_header(out / name, shape):
+                with open(out / name, "r+b") as shard:
+                    shard.write(_header(shape))
 
 
-def _chunks_left(out: Path, count: int, chunk: int) -> list[int]:
-    """Numbers of the chunks that no journal notes."""
-    total = -(-count // chunk)
-    done: set[int] = set()
+def _bytes(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * 2
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """What stands before the numbers in an npy file of float16."""
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    return content.getvalue()
+
+
+def _is_shard(path: Path, shape: tuple[int, ...]) -> bool:
+    return path.is_file() and path.stat().st_size == len(_header(shape)) + _bytes(shape)
+
+
+def _has_header(path: Path, shape: tuple[int, ...]) -> bool:
+    with open(path, "rb") as shard:
+        return shard.read(len(_header(shape))) == _header(shape)
+
+
+def _chunks(manifest: Manifest, chunk: int) -> list[range]:
+    """The entries of each chunk."""
+    starts = range(0, manifest.count, chunk)
+    return [range(start, min(start + chunk, manifest.count)) for start in starts]
+
+
+def _noted(out: Path, total: int) -> dict[int, set[str]]:
+    """The chunks that journals note, and the checksums noted of each: none by version 0.1.0."""
+    found: dict[int, set[str]] = {}
     for journal in out.glob("journal-*.txt"):
         notes = (NOTE.fullmatch(line) for line in journal.read_text(errors="replace").split("\n"))
-        done |= {int(note[1]) for note in notes if note and int(note[2]) == total}
-    return [number for number in range(total) if number not in done]
+        for note in notes:
+            if note and int(note[2]) == total and int(note[1]) < total:
+                found.setdefault(int(note[1]), set()).update([note[3]] if note[3] else [])
+    return found
+
+
+def _intact(out: Path, manifest: Manifest, chunk: int) -> dict[int, int]:
+    """The CRC-32 of each noted chunk that is on the disk as it was noted."""
+    chunks, shapes = _chunks(manifest, chunk), dict(manifest.shards())
+    intact = {}
+    for number, sums in sorted(_noted(out, len(chunks)).items()):
+        with contextlib.suppress(OSError, ValueError):  # its shard is gone or cut off
+            if not all(_has_header(out / name, shapes[name]) for name, *_ in manifest.pieces(chunks[number])):
+                continue
+            crc = manifest.checksum(out, chunks[number])
+            if not sums or f"{crc:08x}" in sums:
+                intact[number] = crc
+    return intact
+
+
+def _keep_intact_chunks(out: Path, manifest: Manifest, chunk: int) -> list[int]:
+    """Put the notes of all intact chunks into one journal, and return the numbers of the other chunks, to be made."""
+    total, intact = len(_chunks(manifest, chunk)), _intact(out, manifest, chunk)
+    if changed := len(_noted(out, total)) - len(intact):
+        print(f"{out}: {changed} chunks are not as they were written and are encoded again", flush=True)
+    before = list(out.glob("journal-*.txt"))
+    if intact:
+        with atomic_write(out / KEPT) as temporary:
+            temporary.write_text("".join(_note(number, total, crc) for number, crc in intact.items()))
+    for journal in before:
+        if journal.name != KEPT or not intact:
+            journal.unlink()
+    return [number for number in range(total) if number not in intact]
+
+
+def _note(number: int, total: int, crc: int) -> str:
+    return f"chunk {number} of {total} done {crc:08x}\n"
 
 
 def _encode_chunks(
@@ -190,25 +244,27 @@ def _encode_chunks(
 ) -> None:
     """Encode this process's chunks in order, noting each once its bytes are on the disk."""
     state = process_state()
-    count, total = len(images), -(-len(images) // config.chunk)
-    ranges = {number: range(number * config.chunk, min((number + 1) * config.chunk, count)) for number in chunks}
+    ranges = _chunks(manifest, config.chunk)
+    size = config.batch_size
     batches = {
-        number: [range(at, min(at + config.batch_size, whole.stop)) for at in whole[:: config.batch_size]]
-        for number, whole in ranges.items()
+        number: [range(at, min(at + size, ranges[number].stop)) for at in ranges[number][::size]] for number in chunks
     }
     order = [rows for parts in batches.values() for rows in parts]
     loader = torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=config.workers)
-    bar = tqdm(total=sum(map(len, ranges.values())), desc="encoding", unit="img", disable=not state.is_main_process)
+    bar = tqdm(total=sum(map(len, order)), desc="encoding", unit="img", disable=not state.is_main_process)
     journal_path = config.out / f"journal-{state.process_index:05d}.txt"
     with contextlib.closing(bar), explain_os_errors(config.out), open(journal_path, "a") as journal:
         journal.write("\n")  # a line that a crash cut off ends here
         source = iter(loader)
         for number, parts in batches.items():
+            crc = 0
             for rows in parts:
-                _write_rows(config.out, manifest, rows, _entries(vae, next(source)[0], config))
+                content = _entries(vae, next(source)[0], config).tobytes()
+                crc = zlib.crc32(content, crc)
+                _write_rows(config.out, manifest, rows, content)
                 bar.update(len(rows))
             _sync(config.out, manifest, ranges[number])
-            journal.write(f"chunk {number} of {total} done\n")
+            journal.write(_note(number, len(ranges), crc))
             journal.flush()
             os.fsync(journal.fileno())
 
@@ -225,44 +281,55 @@ def _entries(vae: AutoencoderKL, pixels: torch.Tensor, config: Encode) -> np.nda
     return entries.numpy()
 
 
-def _pieces(manifest: Manifest, rows: range) -> Iterator[tuple[str, tuple[int, ...], range, int]]:
-    """The shards that hold ``rows``: (file name, shape, its part of ``rows``, number of its first row)."""
-    for number, (name, shape) in enumerate(manifest.shards()):
-        first = number * manifest.shard_size
-        part = range(max(rows.start, first), min(rows.stop, first + shape[0]))
-        if part:
-            yield name, shape, part, first
-
-
-def _write_rows(out: Path, manifest: Manifest, rows: range, entries: np.ndarray) -> None:
-    # plain writes, not a memory map: nodes that share a network file system would lose each other's parts of a page
-    for name, shape, part, first in _pieces(manifest, rows):
-        row_bytes = int(np.prod(shape[1:])) * 2
-        offset = (out / name).stat().st_size - shape[0] * row_bytes + (part.start - first) * row_bytes
-        content = memoryview(entries[part.start - rows.start : part.stop - rows.start].tobytes())
+def _write_rows(out: Path, manifest: Manifest, rows: range, content: bytes) -> None:
+    # plain writes, not a memory map: nodes that share a network file system would lose each other's parts of a page,
+    # and a disk without room would end the process by a signal
+    left = memoryview(content)
+    for name, before_end, length, _ in manifest.pieces(rows):
+        part, left = left[:length], left[length:]
         with open(out / name, "r+b", buffering=0) as shard:
-            shard.seek(offset)
-            while content:
-                content = content[shard.write(content) :]
+            shard.seek(-before_end, os.SEEK_END)
+            while part:
+                part = part[shard.write(part) :]
 
 
 def _sync(out: Path, manifest: Manifest, rows: range) -> None:
-    for name, *_ in _pieces(manifest, rows):
+    for name, *_ in manifest.pieces(rows):
         with open(out / name, "r+b") as shard:
             os.fsync(shard.fileno())
 
 
-def _finish(out: Path, manifest: Manifest, images: ImageData) -> None:
+def _finish(out: Path, manifest: Manifest, images: ImageData, chunk: int) -> None:
+    """Read all chunks back and compare them, then write the labels and the manifest."""
+    intact, total = _intact(out, manifest, chunk), len(_chunks(manifest, chunk))
+    if missing := [number for number in range(total) if number not in intact]:
+        raise UserError(
+            f"{out}: {len(missing)} of {total} chunks are not on the disk as they were written; start the encoding "
+            "again, which makes them anew"
+        )
+    labels = np.asarray(images.labels, dtype=np.int64)
+    whole = replace(
+        manifest,
+        rows_per_checksum=chunk,
+        checksums=[intact[number] for number in range(total)],
+        labels_checksum=checksum_of_labels(labels),
+    )
     with atomic_write(out / "labels.npy") as temporary, open(temporary, "wb") as file:
-        np.save(file, images.labels)
+        np.save(file, labels)
     with atomic_write(out / MANIFEST) as temporary:
-        temporary.write_text(manifest.text())
+        temporary.write_text(whole.text())
+    _clear_journals(out)
+
+
+def _clear_journals(out: Path) -> None:
+    """Delete what only an encoding that goes on needs."""
     for leftover in [out / PLAN, *out.glob("journal-*.txt")]:
         leftover.unlink(missing_ok=True)
+    clear_dead(out)
 
 
 def verify(config: Verify) -> dict[str, float]:
-    """Compare a random subset of the cache with what its VAE gives for its images now.
+    """Compare all checksums, and a random subset of the cache with what its VAE gives for its images now.
 
     Returns:
         ``compared`` entries and the ``worst`` root-mean-square difference, in latents' standard deviations.
@@ -270,10 +337,13 @@ def verify(config: Verify) -> dict[str, float]:
     Raises:
         UserError: the cache is damaged, its images or its VAE are others now, or an entry differs.
     """
-    if config.samples < 1:
-        raise UserError(f"`samples={config.samples}` must be positive")
+    if config.images < 1:
+        raise UserError(f"`images={config.images}` must be positive")
+    if config.seed < 0:
+        raise UserError(f"`seed={config.seed}` must not be negative")
     cache = CachedLatents(config.cache)
     made = cache.manifest
+    cache.check_entries()
     images = open_images(config.data or made.data, made.image_size)
     if images.fingerprint() != made.files:
         raise UserError(f"`data={images.name}` is not the list of images that {config.cache} was made from")
@@ -282,7 +352,7 @@ def verify(config: Verify) -> dict[str, float]:
     device = process_state().device
     vae = load_vae(config.vae or made.vae, device, getattr(torch, made.precision))
     cache.check(vae, str(config.vae or made.vae))
-    chosen = np.random.default_rng(config.seed).choice(len(cache), min(config.samples, len(cache)), replace=False)
+    chosen = np.random.default_rng(config.seed).choice(len(cache), min(config.images, len(cache)), replace=False)
     worst = 0.0
     for index in tqdm(np.sort(chosen).tolist(), desc="verifying", leave=False):
         pixels = images[index][0]
@@ -290,7 +360,8 @@ def verify(config: Verify) -> dict[str, float]:
             version = pixels.flip(-1) if flipped else pixels
             again = torch.stack(encode_images(vae, version[None], 32), dim=1).cpu()[0]
             there = torch.from_numpy(cache.moments(np.array([index]), np.array([flipped]))[0]).float()
-            difference = float((again - there).square().mean().sqrt()) * made.scaling_factor
+            scaled = (again - there) * broadcast(made.scaling_factor, again)
+            difference = float(scaled.square().mean().sqrt())
             if not difference <= config.tolerance:
                 raise UserError(
                     f"{config.cache}: entry {index} ({images.source.describe(index)}{', flipped' * flipped}) differs "
@@ -298,24 +369,3 @@ def verify(config: Verify) -> dict[str, float]:
                 )
             worst = max(worst, difference)
     return {"compared": len(chosen), "worst": worst}
-
-
-@entry_point
-def main() -> None:
-    """The commands ``python -m sit.latents encode`` and ``verify``."""
-    with one_line_errors():
-        config = tyro.extras.subcommand_cli_from_dict(
-            {"encode": Encode, "verify": Verify}, prog="python -m sit.latents"
-        )
-    try:
-        if isinstance(config, Verify):
-            figures = verify(config)
-            print(f"{config.cache}: {figures['compared']} entries compared, worst difference {figures['worst']:.2g}")
-            return
-        out = encode(config)
-        if process_state().is_main_process:
-            made = CachedLatents(out).manifest
-            flags = f"--data {out} --vae {config.vae} --image-size {made.image_size}" + " --flip" * made.flipped
-            print(f"latents of {made.count:,} images in {out}; train on them with: {flags}")
-    finally:
-        leave_processes()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from diffusers import AutoencoderKL
 
-from sit.data.factory import open_images
+from sit.data.dataset import ImageData
+from sit.data.factory import announce, open_images
 from sit.latents.cache import CachedLatents, is_cache
 from sit.latents.datasets import PixelData, TrainingData, encode_in_memory
 from sit.utils.errors import UserError
@@ -14,7 +15,7 @@ MEMORY_LIMIT = 20_000
 
 
 def open_latents(
-    spec: str,
+    spec: str | ImageData,
     vae: AutoencoderKL,
     vae_name: str,
     *,
@@ -26,7 +27,7 @@ def open_latents(
     """Open a latent cache, or the latents of images, encoded at the start or while training.
 
     Args:
-        spec: the folder of a cache, or what :func:`~sit.data.factory.open_images` takes.
+        spec: the folder of a cache, what :func:`~sit.data.factory.open_images` takes, or images that are open.
         vae: encodes the images; the one that made the cache.
         vae_name: the VAE's name, for messages.
         image_size: side in pixels; None for the source's own.
@@ -37,13 +38,14 @@ def open_latents(
     Raises:
         UserError: there is no such data, it and the VAE don't fit each other, or a cache is asked for images.
     """
-    if is_cache(spec):
+    if isinstance(spec, str) and is_cache(spec):
         if keep_images:
             raise UserError(f"`repa` needs the images, which the latent cache {spec} lacks; give their `data`")
         cache = CachedLatents(spec, flip)
         cache.check(vae, vae_name, image_size)
+        announce(spec, len(cache), len(cache.classes))
         return cache
-    images = open_images(spec, image_size)
+    images = open_images(spec, image_size) if isinstance(spec, str) else spec
     if keep_images or len(images) > MEMORY_LIMIT:
         return PixelData(images, vae, flip, keep_images=keep_images)
     return encode_in_memory(images, vae, flip, progress=progress)

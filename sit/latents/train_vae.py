@@ -12,17 +12,15 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from diffusers import AutoencoderKL
 from tqdm import trange
 
 from sit.data.dataset import ImageData
 from sit.data.factory import open_images
+from sit.latents.arguments import VAEArguments, VAEConfig
 from sit.latents.vae import (
     decode,
     downsampling,
@@ -33,39 +31,12 @@ from sit.latents.vae import (
     scaling,
     to_unit,
 )
-from sit.utils.cli import one_line_errors
 from sit.utils.device import pick_device
-from sit.utils.errors import UserError, entry_point
 from sit.utils.files import atomic_folder, refuse_used
 from sit.utils.random import generator
 
 NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.5)
 """standard deviations of the noise on scaled latents at which reconstructions are measured"""
-
-
-@dataclass
-class VAEConfig:
-    """Everything that decides the weights, besides the data."""
-
-    steps: int = 900
-    batch_size: int = 64
-    lr: float = 3e-3
-    kl_weight: float = 3e-3
-    """weight of the KL divergence (mean over latent elements) against the absolute error (mean over pixels)"""
-    edge_weight: float = 1.0
-    """weight of the finite differences' absolute error against the image's"""
-    latent_noise: float = 0.5
-    """the decoder is trained with noise of up to this many standard deviations of the latents"""
-    widths: tuple[int, ...] = (8, 24, 48)
-    """channels at each resolution, the image's first; each after it halves the side"""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lr"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"`{name}={getattr(self, name)}` must be positive")
-        if not self.widths or any(width < 4 or width % 4 for width in self.widths):
-            raise UserError(f"`widths={' '.join(map(str, self.widths))}`: they must be multiples of 4")
 
 
 def build(widths: tuple[int, ...], image_size: int) -> AutoencoderKL:
@@ -98,8 +69,8 @@ def fit(
         config: the optimization.
         source: CPU generator of all random numbers.
     """
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.1)
     bar = trange(config.steps, desc="VAE", dynamic_ncols=True)
     for step in bar:
         real = draw(source).to(vae.device).contiguous(memory_format=torch.channels_last)
@@ -170,22 +141,6 @@ def psnr(real: np.ndarray, made: np.ndarray) -> float:
     return 10 * math.log10(1 / np.square((made.astype(np.float64) - real) / 255).mean())
 
 
-@dataclass
-class Arguments(VAEConfig):
-    """Train a small VAE on a data set and write it as a diffusers folder, with a README of how well it reconstructs."""
-
-    data: str = "digits:train"
-    """images: digits, a folder with one subfolder a class, a tar, or another source (see sit.data.factory)"""
-    heldout: str | None = None
-    """images to measure it on; None takes every hundredth one of `data`, which are then not trained on"""
-    image_size: int | None = None
-    """side in pixels; None for the source's own"""
-    out: Path = Path("vaes/new")
-    """new folder"""
-    device: str | None = None
-    """None takes the accelerator, if there is one"""
-
-
 README = """# A small VAE of {data}
 
 diffusers' `AutoencoderKL`, {parameters:,} parameters: {side}×{side} RGB → {shape} latents. Trained by
@@ -202,7 +157,7 @@ Latents: standard deviation {latent_std:.3f} after scaling, of which the posteri
 """
 
 
-def main(arguments: Arguments) -> None:
+def train(arguments: VAEArguments) -> None:
     """Train a VAE as ``arguments`` say, measure it on held-out images and write it with its README.
 
     Raises:
@@ -243,10 +198,3 @@ def main(arguments: Arguments) -> None:
     print(
         f"written to {arguments.out}; train on its latents by --vae {arguments.out} (downsampling {downsampling(vae)})"
     )
-
-
-@entry_point
-def run() -> None:
-    with one_line_errors():
-        arguments = tyro.cli(Arguments, prog="python -m sit.train_vae")
-    main(arguments)

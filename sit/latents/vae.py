@@ -1,24 +1,39 @@
 """The way between pixels and latents: diffusers' AutoencoderKL, its posterior, and its scaling.
 
 Latents everywhere in the project are *scaled*: (z − shift) · scaling_factor with the numbers of the VAE's config, so
-that their standard deviation is about one (latent diffusion, arXiv 2112.10752, section G). Only the moments that the
-encoder gives, and the cache on disk, are unscaled.
+that their standard deviation is about one (latent diffusion, arXiv 2112.10752, section G). A config with
+``latents_mean`` and ``latents_std`` scales each channel by itself: (z − mean) · scaling_factor / std, as diffusers'
+Stable Diffusion XL pipelines do. Only the moments that the encoder gives, and the cache on disk, are unscaled.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors import safe_open
 
+from sit.latents.pixels import PixelCodec, is_pixels, pixel_codec
 from sit.utils.errors import UserError, first_line
 
+PerChannel = float | tuple[float, ...]
+"""One number for all channels of a latent, or one for each."""
+
+MOST_LAYERS = 64
+"""layers of a VAE's block, and blocks, that a config may name"""
+
+_DEFAULTS = {name: parameter.default for name, parameter in signature(AutoencoderKL.__init__).parameters.items()}
+
 DIGITS_VAE = Path(__file__).parents[1] / "assets" / "digits-vae"
+CODECS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "PixelCodec": PixelCodec}
+"""what a VAE's folder may hold, by the class that its config names"""
 
 
 class NotFinite(UserError):
@@ -28,17 +43,21 @@ class NotFinite(UserError):
 def load_vae(
     name: str | Path | None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> AutoencoderKL:
-    """Load a VAE, frozen and in evaluation mode.
+    """Load a VAE, or what stands in its place, frozen and in evaluation mode.
 
     Args:
-        name: None or ``digits`` for the small one of this repository; a local folder (an AutoencoderKL's, or a
-            diffusers pipeline's with ``vae/`` in it); or a Hub name such as ``stabilityai/sd-vae-ft-ema``.
+        name: None or ``digits`` for the small one of this repository; ``none`` for pixels without a VAE
+            (:func:`sit.latents.pixels.pixel_codec`); a local folder (a VAE's, or a diffusers pipeline's with ``vae/``
+            in it); or a Hub name such as ``stabilityai/sd-vae-ft-ema``.
         device: where to put it.
         dtype: precision it runs in; moments and images come out the same way.
 
     Raises:
         UserError: there is none at ``name``, it is damaged, or it can't be downloaded.
     """
+    if is_pixels(name):
+        codec = pixel_codec(str(name)).eval()
+        return torch.nn.Module.to(codec, device=device, dtype=dtype)  # ModelMixin.to warns without need
     folder = _folder(name)
     if folder.is_dir():
         vae = _from_pretrained(str(folder), name, dtype, {"local_files_only": True})
@@ -61,11 +80,14 @@ def empty_vae(name: str | Path | None) -> AutoencoderKL | None:
     Raises:
         UserError: the folder is no VAE's, or its config is damaged.
     """
+    if is_pixels(name):
+        return pixel_codec(str(name))
     folder = _folder(name)
     if not folder.is_dir():
         return None
     with _explained(name, "is the folder whole?"), torch.device("meta"):
-        return AutoencoderKL.from_config(_load_config(str(folder), name, {"local_files_only": True}))
+        config = _load_config(str(folder), name, {"local_files_only": True})
+        return _codec_class(config).from_config(config)
 
 
 def _folder(name: str | Path | None) -> Path:
@@ -93,16 +115,47 @@ def _explained(name: object, mend: str) -> Iterator[None]:
 
 def _load_config(source: str, name: object, options: dict[str, Any]) -> dict[str, Any]:
     config = AutoencoderKL.load_config(source, **options)
-    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+    if config.get("_class_name", "AutoencoderKL") not in CODECS:
         raise UserError(f"`vae={name}` is a {config['_class_name']}, not an AutoencoderKL; give a VAE's folder")
+    channels, layers = config.get("block_out_channels", (64,)), config.get("layers_per_block", 1)
+    if not 1 <= len(channels) <= MOST_LAYERS or not 0 <= layers <= MOST_LAYERS:
+        raise ValueError(f"{len(channels)} blocks of {layers} layers")
+    scaling(_DEFAULTS | config)  # older configs, as Stable Diffusion's, leave out what is the default
     return config
+
+
+def _codec_class(config: Mapping[str, Any]) -> type:
+    return CODECS[config.get("_class_name", "AutoencoderKL")]
+
+
+def is_on_hub(name: str | Path) -> bool:
+    """Whether a VAE's name is one on the Hub: neither one that comes with this package nor a folder here."""
+    return str(name) != "digits" and not is_pixels(name) and not Path(name).is_dir()
+
+
+def _check_shapes(source: str, vae: AutoencoderKL) -> None:
+    """Raise ValueError if a folder's weights are not of the shapes that its config says, before any memory is taken.
+
+    Weights in another form than safetensors are left to diffusers.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+    for path in sorted(Path(source).glob("diffusion_pytorch_model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in set(file.keys()) & own.keys():
+                if (shape := tuple(file.get_slice(key).get_shape())) != own[key]:
+                    raise ValueError(f"its weights and its config.json don't fit: {key} is of shape {shape}")
 
 
 def _from_pretrained(source: str, name: object, dtype: torch.dtype, options: dict[str, Any]) -> AutoencoderKL:
     mend = "is the folder whole?" if options else "download it where there is a network and give its folder"
     with _explained(name, mend):
-        _load_config(source, name, options)
-        vae, found = AutoencoderKL.from_pretrained(
+        config = _load_config(source, name, options)
+        made = _codec_class(config)
+        if options:
+            with torch.device("meta"):
+                empty = made.from_config(config)
+            _check_shapes(source, empty)
+        vae, found = made.from_pretrained(
             source, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=dtype, **options
         )
     if found["missing_keys"]:
@@ -113,6 +166,15 @@ def _from_pretrained(source: str, name: object, dtype: torch.dtype, options: dic
 def downsampling(vae: AutoencoderKL) -> int:
     """Pixels of an image's side per latent's side: 4 for the digits' VAE, 8 for Stable Diffusion's."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def check_channels(vae: AutoencoderKL, vae_name: str, channels: int, network: str) -> None:
+    """Raise UserError unless the VAE's latents have the channels of the network, which messages call ``network``."""
+    if vae.config["latent_channels"] != channels:
+        raise UserError(
+            f"`vae={vae_name}` has latents of {vae.config['latent_channels']} channels, and {network} has {channels}: "
+            "give the VAE that it was trained with"
+        )
 
 
 def latent_shape(vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
@@ -158,15 +220,51 @@ def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tens
 def sample_posterior(
     mean: torch.Tensor, std: torch.Tensor, noise: torch.Tensor, config: Mapping[str, Any]
 ) -> torch.Tensor:
-    """A scaled latent: (mean + std · noise − shift) · scaling, with ``scaling_factor`` and ``shift_factor`` of
-    ``vae.config``. Shapes and device of ``mean``; float32."""
-    shift, scale = scaling(config)
-    return (mean.float() + std.float() * noise - shift) * scale
+    """A scaled latent: mean + std · noise, scaled as ``vae.config`` says. Shapes and device of ``mean``; float32."""
+    return scale_latents(mean.float() + std.float() * noise, scaling(config))
 
 
-def scaling(config: Mapping[str, Any]) -> tuple[float, float]:
-    """(shift, scale) of a VAE's config."""
-    return float(config.get("shift_factor") or 0.0), float(config["scaling_factor"])
+def scaling(config: Mapping[str, Any]) -> tuple[PerChannel, PerChannel]:
+    """(shift, scale) of a VAE's config, by which a latent is (z − shift) · scale.
+
+    Raises:
+        ValueError: a number is missing, not finite, or would divide by zero; or there are two shifts.
+    """
+    factor, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    numbers = [factor, shift, *(mean or ()), *(std or ())]
+    if any(isinstance(n, bool) or not isinstance(n, (int, float)) or not math.isfinite(n) for n in numbers):
+        raise ValueError(f"its scaling is {factor}, {shift}, {mean}, {std}, which are no finite numbers")
+    if factor == 0 or (std and min(map(abs, std)) == 0):
+        raise ValueError("its scaling divides by zero")
+    if not mean and not std:
+        return float(shift), float(factor)
+    channels = config.get("latent_channels", len(mean or std))
+    if any(part and len(part) != channels for part in (mean, std)):
+        raise ValueError(f"its latents_mean and latents_std are not of {channels} channels")
+    if mean and shift:
+        raise ValueError("it has both a shift_factor and latents_mean")
+    shifts = tuple(map(float, mean)) if mean else (float(shift),) * channels
+    return shifts, tuple(float(factor) / part for part in std) if std else (float(factor),) * channels
+
+
+def broadcast(value: PerChannel, like: torch.Tensor) -> float | torch.Tensor:
+    """A number as it is; numbers for each channel as float32 (c, 1, 1) on the device of ``like``."""
+    if not isinstance(value, tuple):
+        return value
+    return torch.tensor(value, dtype=torch.float32, device=like.device)[:, None, None]
+
+
+def scale_latents(latents: torch.Tensor, shift_scale: tuple[PerChannel, PerChannel]) -> torch.Tensor:
+    """Unscaled latents (B, c, h, w) → (z − shift) · scale."""
+    shift, scale = (broadcast(value, latents) for value in shift_scale)
+    return (latents - shift) * scale
+
+
+def unscale_latents(latents: torch.Tensor, shift_scale: tuple[PerChannel, PerChannel]) -> torch.Tensor:
+    """Scaled latents (B, c, h, w) → z / scale + shift, which the decoder takes."""
+    shift, scale = (broadcast(value, latents) for value in shift_scale)
+    return latents / scale + shift
 
 
 def encode_images(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,13 +288,18 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int = 8) -> to
 
     Raises:
         NotFinite: a pixel is NaN or infinite, which uint8 would show as black or white.
+        UserError: the latents are not of the VAE's channels.
     """
-    shift, scale = scaling(vae.config)
-    factor = downsampling(vae)
+    if latents.shape[1] != vae.config.latent_channels:
+        raise UserError(
+            f"these latents have {latents.shape[1]} channels, and the VAE takes {vae.config.latent_channels}; give "
+            "the one that they belong to as `vae`"
+        )
+    factor, shift_scale = downsampling(vae), scaling(vae.config)
     height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
     images = [torch.empty(0, height, width, 3, dtype=torch.uint8)]
     for chunk in _padded_chunks(latents, fixed_batch(width, batch_size, vae.device)):
-        unscaled = chunk.to(device=vae.device, dtype=torch.float32) / scale + shift
+        unscaled = unscale_latents(chunk.to(device=vae.device, dtype=torch.float32), shift_scale)
         pixels = vae.decode(unscaled.to(vae.dtype)).sample.float()
         if not pixels.isfinite().all():
             source = "the VAE" if unscaled.isfinite().all() else "the sampler"

@@ -7,6 +7,7 @@ Inception's.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sit.metrics.identity import About
 from sit.utils.errors import UserError, first_line
-from sit.utils.fingerprint import stamp
+from sit.utils.fingerprint import weights_fingerprint
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -122,10 +124,13 @@ class LabelClassifier:
             raise UserError(f"`classifier={folder}` {differ}: train one on their data")
         return cls(classifier, folder, tuple(list(names).index(name) for name in known))
 
-    @property
-    def identity(self) -> str:
-        """What tells its predictions from others': its folder, the state of that on the disk, and the labels."""
-        return f"{self.folder}, files {stamp(self.folder)}, labels {self.labels}"
+    @functools.cached_property
+    def about(self) -> About:
+        """What tells its predictions from others': its weights, its input's size, and the labels."""
+        config = self.classifier.config
+        prepared = f"{config.architecture} {config.arguments}, images of {config.image_size} pixels"
+        weights = weights_fingerprint(self.classifier)
+        return {"features": "classifier", "weights": weights, "preparation": prepared, "labels": self.labels}
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,6 @@
-"""Numbers from features: Fréchet distances, inception score, kernel distance, improved precision and recall.
+"""Numbers from features: Fréchet distances, inception score and kernel distance, each with its error over samples.
 
-The definitions are those of the ADM evaluation suite (guided-diffusion). The inception score and the kernel distance
-are torch-fidelity's own functions, called on our features.
+The definitions are those of the ADM evaluation suite (guided-diffusion) and, of the kernel distance, torch-fidelity's.
 """
 
 from __future__ import annotations
@@ -11,108 +10,206 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy import linalg
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
 
+from sit.metrics.estimate import Estimate, jackknife
+from sit.metrics.moments import GroupSums, Moments
 from sit.utils.errors import UserError
 
-GROUPS = 10
-"""groups of the delete-a-group jackknife, and splits of the inception score"""
+SPLIT = 5000
+"""samples of one split of the inception score (ADM's suite)"""
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Mean (D,) and covariance (D, D) of features, float64."""
+@dataclass(frozen=True, eq=False)
+class RootedMoments:
+    """Moments of a reference with the symmetric root of their covariance, which all distances to it share.
 
-    mu: np.ndarray
-    sigma: np.ndarray
+    Attributes:
+        moments: mean (D,) and covariance (D, D).
+        root: (D, D) symmetric, root @ root = covariance.
+    """
+
+    moments: Moments
+    root: np.ndarray
 
     @classmethod
-    def of(cls, features: np.ndarray) -> Moments:
-        """Moments of features (N, D), N ≥ 2; the covariance with N − 1, as ADM's."""
-        features = np.asarray(features, dtype=np.float64)
-        return cls(features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False)))
+    def of(cls, moments: Moments) -> RootedMoments:
+        """By one eigendecomposition; eigenvalues that rounding made negative count as zero."""
+        values, vectors = linalg.eigh(moments.sigma, driver="evd")
+        return cls(moments, (vectors * np.sqrt(values.clip(min=0))) @ vectors.T)
+
+    def product(self, sigma: np.ndarray) -> np.ndarray:
+        """root @ sigma @ root, symmetric to the bit."""
+        inner = self.root @ sigma @ self.root
+        return (inner + inner.T) / 2
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def frechet_distance(a: Moments, b: Moments | RootedMoments) -> float:
     """|μ_a − μ_b|² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½), by symmetric eigenvalues in float64.
 
-    (Σ_a Σ_b)^½ has the trace of (Σ_a^½ Σ_b Σ_a^½)^½, which is symmetric and positive semidefinite: no general matrix
-    square root is needed, and singular covariances (fewer samples than dimensions) are right as they are.
+    (Σ_a Σ_b)^½ has the trace of (Σ_b^½ Σ_a Σ_b^½)^½, which is symmetric and positive semidefinite: no general matrix
+    square root is needed, and singular covariances (fewer samples than dimensions) are right as they are. Where many
+    distances are to one reference, give it as :class:`RootedMoments`.
     """
-    values, vectors = linalg.eigh(a.sigma, driver="evd")
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    inner = root @ b.sigma @ root
-    cross = np.sqrt(linalg.eigvalsh((inner + inner.T) / 2, driver="evd").clip(min=0)).sum()
-    difference = a.mu - b.mu
-    return float(difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross)
+    reference = b if isinstance(b, RootedMoments) else RootedMoments.of(b)
+    values = linalg.eigvalsh(reference.product(a.sigma), driver="evd", overwrite_a=True)
+    difference = a.mu - reference.moments.mu
+    trace = np.trace(a.sigma) + np.trace(reference.moments.sigma) - 2 * np.sqrt(values.clip(min=0)).sum()
+    return float(difference @ difference + trace)
 
 
-def frechet_with_error(features: np.ndarray, reference: Moments) -> tuple[float, float]:
-    """The Fréchet distance of features (N, D) to a reference, and its standard error over samples.
+def frechet(sums: GroupSums, reference: RootedMoments) -> Estimate:
+    """The Fréchet distance of the samples to a reference, with the delete-a-group jackknife's error.
 
-    The error is the delete-a-group jackknife's with :data:`GROUPS` random groups.
+    One group gives no error. :meth:`Estimate.extrapolated` of it is FID at infinity.
     """
-    whole = frechet_distance(Moments.of(features), reference)
-    groups = np.random.default_rng(0).permutation(len(features)) % GROUPS
-    left_out = [frechet_distance(Moments.of(features[groups != group]), reference) for group in range(GROUPS)]
-    return whole, float(np.sqrt((GROUPS - 1) * np.var(left_out)))
+    whole = frechet_distance(sums.moments(), reference)
+    if len(sums.counts) == 1:
+        return Estimate(whole)
+    total = sums.pooled()
+    without = [frechet_distance(sums.without(total, number), reference) for number in range(len(sums.counts))]
+    return jackknife(whole, np.array(without), sums.counts)
 
 
-def frechet_at_infinity(features: np.ndarray, reference: Moments, points: int = 8) -> tuple[float, float]:
-    """FID∞ (Chong & Forsyth 2020): the distance of random subsets, extrapolated over 1/N to infinitely many samples.
+def frechet_gradient(a: Moments, reference: RootedMoments) -> tuple[np.ndarray, np.ndarray]:
+    """The derivative of the Fréchet distance by the mean (D,) and by the covariance (D, D) of ``a``.
 
-    Returns:
-        The value, and the standard error of the line's intercept.
+    They are 2 (μ_a − μ_b) and I − Σ_b^½ (Σ_b^½ Σ_a Σ_b^½)^(−½) Σ_b^½, the identity less the optimal transport map from
+    ``a`` to the reference (Takatsu 2011; Bhatia, Jain & Lim 2019). Directions without variance are left out of the
+    inverse.
     """
-    rng = np.random.default_rng(1)
-    sizes = np.linspace(len(features) / 4, len(features), points).astype(int)
-    subsets = [rng.permutation(len(features))[:size] for size in sizes]
-    distances = [frechet_distance(Moments.of(features[subset]), reference) for subset in subsets]
-    line, covariance = np.polyfit(1 / sizes, distances, 1, cov=True)
-    return float(line[1]), float(np.sqrt(covariance[1, 1]))
+    values, vectors = linalg.eigh(reference.product(a.sigma), driver="evd", overwrite_a=True)
+    kept = values > values.max() * len(values) * np.finfo(np.float64).eps
+    half = reference.root @ (vectors[:, kept] * values[kept] ** -0.25)
+    return 2 * (a.mu - reference.moments.mu), np.eye(len(a.mu)) - half @ half.T
 
 
-def inception_score(logits: np.ndarray, splits: int = GROUPS) -> tuple[float, float]:
-    """The inception score of logits (N, classes): mean and standard deviation over consecutive splits."""
-    found = isc_features_to_metric(torch.from_numpy(logits).double(), splits, False, 0)
-    return found["inception_score_mean"], found["inception_score_std"]
+def frechet_linearized(sums: GroupSums, reference: RootedMoments) -> Estimate:
+    """The Fréchet distance with the error of its influence function: one eigendecomposition, whatever the groups.
+
+    A group's replicate is the distance plus the mean over the group of
+    d_mu·(x − μ) + (x − μ)ᵀ d_sigma (x − μ) − tr(d_sigma Σ). What is left out is of second order: the mean of the
+    replicates is the distance itself, and is not FID at infinity.
+    """
+    moments = sums.moments()
+    by_mean, by_covariance = frechet_gradient(moments, reference)
+    center = moments.mu - sums.origin
+    expected = float((by_covariance * moments.sigma).sum())
+    influences = []
+    for count, total, products in zip(sums.counts, sums.sums, sums.products, strict=True):
+        mean = total / count
+        spread = (by_covariance * products).sum() / count + (center - 2 * mean) @ by_covariance @ center
+        influences.append(by_mean @ (mean - center) + spread - expected)
+    found = np.array(influences)
+    value = frechet_distance(moments, reference)
+    shares = sums.counts / sums.counts.mean()  # a larger group's mean spreads less
+    return Estimate(value, tuple((value + (found - (found * shares).mean()) * np.sqrt(shares)).tolist()))
 
 
-def kernel_distance(features: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """KID: mean and standard deviation over 100 random subsets of up to 1,000 features (N, D)."""
-    size = min(1000, len(features), len(reference))
-    found = kid_features_to_metric(
-        torch.from_numpy(features).double(), torch.from_numpy(reference).double(), kid_subset_size=size, verbose=False
-    )
-    return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
+def inception_score(logits: np.ndarray, group: np.ndarray | None = None) -> Estimate:
+    """The inception score of logits (N, classes): the mean over consecutive splits of :data:`SPLIT` samples.
 
-
-def precision_recall(samples: np.ndarray, reference: np.ndarray, k: int = 3, block: int = 2048) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019) as ADM's suite defines them.
-
-    Precision is the share of samples within the ball of any reference feature, whose radius is the distance to its
-    k-th nearest neighbor among the reference; recall is the same with the parts exchanged.
+    These are ADM's splits wherever 5,000 divides N; elsewhere there are N / 5,000 of them, rounded and at least one, of
+    equal size. Samples that lie sorted by class are shuffled first, always alike, as a split must have all classes.
 
     Args:
-        samples: (N, D).
-        reference: (M, D).
-        block: rows of the distance matrix that are held at a time.
+        logits: (N, classes).
+        group: (N,) groups of the jackknife; None gives no error.
     """
-    one, other = torch.from_numpy(samples).double(), torch.from_numpy(reference).double()
-    return _within(one, other, k, block), _within(other, one, k, block)
+    count = len(logits)
+    if sorted_by_class(logits.argmax(axis=1)):
+        order = np.random.default_rng(0).permutation(count)
+        logits, group = logits[order], None if group is None else group[order]
+    groups = 1 if group is None else int(group.max()) + 1
+    splits = max(1, round(count / SPLIT))
+    # sums by split and group of p and of Σ p log p, from which every score without a group follows
+    counts, negentropy = np.zeros((splits, groups)), np.zeros((splits, groups))
+    shares = np.zeros((splits, groups, logits.shape[1]))
+    for split in range(splits):
+        rows = slice(split * count // splits, (split + 1) * count // splits)
+        log_p = torch.from_numpy(logits[rows]).double().log_softmax(dim=1).numpy()
+        p = np.exp(log_p)
+        which = np.zeros(len(p), dtype=np.int64) if group is None else group[rows]
+        for number in range(groups):
+            part = which == number
+            counts[split, number] = part.sum()
+            negentropy[split, number] = (p[part] * log_p[part]).sum()
+            shares[split, number] = p[part].sum(axis=0)
+
+    def score(left: np.ndarray) -> float:
+        number = counts[:, left].sum(axis=1)
+        marginal = shares[:, left].sum(axis=1) / number[:, None]
+        entropy = -(marginal * np.log(marginal.clip(min=np.finfo(np.float64).tiny))).sum(axis=1)
+        return float(np.exp(negentropy[:, left].sum(axis=1) / number + entropy).mean())
+
+    everything = np.ones(groups, dtype=bool)
+    if group is None:
+        return Estimate(score(everything))
+    without = np.array([score(np.arange(groups) != number) for number in range(groups)])
+    return jackknife(score(everything), without, counts.sum(axis=0))
 
 
-def _within(points: torch.Tensor, centers: torch.Tensor, k: int, block: int) -> float:
-    product = dict(compute_mode="use_mm_for_euclid_dist")  # in float64, where the expanded square is exact enough
-    radii = torch.cat([torch.cdist(part, centers, **product).kthvalue(k + 1).values for part in centers.split(block)])
-    inside = [(torch.cdist(part, centers, **product) <= radii).any(dim=1) for part in points.split(block)]
-    return torch.cat(inside).double().mean().item()
+def sorted_by_class(classes: np.ndarray) -> bool:
+    """Whether neighbors in classes (N,) are alike more often than in a random order, by five standard errors."""
+    shares = np.unique(classes, return_counts=True)[1] / len(classes)
+    chance = float((shares**2).sum())
+    alike = float((classes[1:] == classes[:-1]).mean()) if len(classes) > 1 else 0.0
+    return alike > chance + 5 * np.sqrt(chance * (1 - chance) / len(classes))
 
 
-def share_error(share: float, count: int) -> float:
-    """Binomial standard error of a share of ``count`` independent draws."""
-    return float(np.sqrt(share * (1 - share) / count))
+def kernel_distance(
+    features: np.ndarray,
+    reference: np.ndarray,
+    group: np.ndarray | None = None,
+    *,
+    subsets: int = 100,
+    size: int = 1000,
+    device: torch.device | str = "cpu",
+) -> Estimate:
+    """KID (Bińkowski et al. 2018): the mean of the unbiased estimate over random subsets, as torch-fidelity draws them.
+
+    Args:
+        features: (N, D).
+        reference: (M, D).
+        group: (N,) groups of the jackknife, which leaves a group out of every subset; None gives no error.
+        subsets: how many.
+        size: features in each; fewer where there are fewer.
+        device: where products are made, in float64.
+    """
+    size = min(size, len(features), len(reference))
+    if size == len(features) == len(reference):
+        subsets = 1  # they would all be the same
+    groups = 1 if group is None else int(group.max()) + 1
+    rng = np.random.RandomState(2020)  # torch-fidelity's seed, and its order of draws
+    values, without = [], []
+    for _ in range(subsets):
+        chosen, other = (rng.choice(len(array), size, replace=False) for array in (features, reference))
+        x, y = (
+            torch.from_numpy(array[rows]).to(device).double()
+            for array, rows in ((features, chosen), (reference, other))
+        )
+        of = torch.zeros(size, groups, dtype=torch.float64, device=x.device)
+        of[torch.arange(size), 0 if group is None else torch.from_numpy(group[chosen])] = 1
+        among, between = _cubic(x, x), _cubic(x, y)
+        own = of.T @ among.diagonal()
+        pairs, cross, counts = of.T @ among @ of, of.T @ between.sum(dim=1), of.sum(dim=0)
+        y_pairs = _cubic(y, y)
+        real = (y_pairs.sum() - y_pairs.diagonal().sum()) / (size * (size - 1))
+
+        def estimate(pairs, own, cross, count, real=real):
+            return (pairs - own) / (count * (count - 1)) + real - 2 * cross / (count * size)
+
+        values.append(estimate(pairs.sum(), own.sum(), cross.sum(), counts.sum()))
+        less = pairs.sum() - pairs.sum(dim=0) - pairs.sum(dim=1) + pairs.diagonal()
+        without.append(estimate(less, own.sum() - own, cross.sum() - cross, counts.sum() - counts))
+    whole = float(torch.stack(values).mean())
+    if group is None:
+        return Estimate(whole)
+    return jackknife(whole, torch.stack(without).mean(dim=0).cpu().numpy(), np.bincount(group))
+
+
+def _cubic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    base = x @ y.T / x.shape[1] + 1
+    return base * base * base
 
 
 def enough(count: int, needed: int, metric: str) -> None:

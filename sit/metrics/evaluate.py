@@ -1,28 +1,77 @@
-"""An evaluation: images to features in restartable chunks over all processes, features to a report."""
+"""An evaluation: images to features by all processes, and on the main process features to a report.
+
+The two halves are apart: :func:`measure` makes what is missing in a work folder, together with all other processes;
+what it returns, :class:`Measured`, has the numbers made when they are asked for. A program that evaluates many
+checkpoints measures all of them first, lets the other processes go, and then makes the numbers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 
-from sit.metrics import distances
+from sit.metrics import distances, neighbors
+from sit.metrics.by_class import ClassShare, shares_by_class
 from sit.metrics.classifier import LabelClassifier
 from sit.metrics.digits import class_accuracy
-from sit.metrics.distances import Moments
-from sit.metrics.extraction import WorkDirectory, extract, pack_samples
+from sit.metrics.distances import RootedMoments
+from sit.metrics.estimate import Estimate, jackknife_groups, of_mean
+from sit.metrics.extraction import Found, Pixels, Wanted, extract, folder_of
 from sit.metrics.features import Extractor
-from sit.metrics.image_sets import Images, Statistics
+from sit.metrics.identity import About, short_hash
+from sit.metrics.image_sets import Images, SomeImages
+from sit.metrics.moments import Moments
+from sit.metrics.packing import pack_samples
 from sit.metrics.report import Number, Report
+from sit.metrics.statistics_files import Statistics
+from sit.metrics.work_folder import WorkDirectory
+from sit.utils.device import process_state
 from sit.utils.errors import UserError
+from sit.utils.files import atomic_write
 
 REFERENCE_IMAGES = 10_000
 """reference images that precision, recall and KID use at most (ADM's suite)"""
 
-ENOUGH_FOR_ERRORS = 10 * distances.GROUPS
-"""samples from which on a Fréchet distance gets an error and is extrapolated, and there is an inception score"""
+NUMBERS = 1
+"""version of how numbers are made of features: those that another version left are made again"""
+
+
+@dataclass(frozen=True)
+class Against:
+    """What samples are evaluated with, the same for all of them.
+
+    Attributes:
+        reference: images, or statistics, of the distribution that samples should have.
+        extractors: what makes the features that distances are measured on.
+        classifier: predicts the classes of labeled samples; digits have an SVM where it is None.
+        device: where features are made, and distances.
+        batch_size: images whose features are made at a time.
+        training: images that samples may be copies of; None looks for none.
+    """
+
+    reference: Images | Statistics
+    extractors: Sequence[Extractor]
+    classifier: LabelClassifier | None
+    device: torch.device
+    batch_size: int = 64
+    training: Images | None = None
+
+    @property
+    def about(self) -> About:
+        """What tells numbers of the same samples apart."""
+        return {
+            "reference": self.reference.about,
+            "reference images": REFERENCE_IMAGES,
+            "features": [extractor.about for extractor in self.extractors],
+            "classifier": self.classifier.about if self.classifier else None,
+            "training": self.training.about if self.training else None,
+            "version": NUMBERS,
+        }
 
 
 def evaluate(
@@ -33,9 +82,7 @@ def evaluate(
     device: torch.device,
     batch_size: int = 64,
     work_dir: str | None = None,
-    save: Path | None = None,
     classifier: LabelClassifier | None = None,
-    real: dict[str, np.ndarray] | None = None,
 ) -> Report | None:
     """All numbers that the samples, the reference and the features allow.
 
@@ -43,101 +90,261 @@ def evaluate(
 
     Args:
         samples: the images to evaluate.
-        reference: images, or ADM statistics, of the distribution that they should have.
+        reference: images, or statistics, of the distribution that they should have.
         extractor: what makes the features that distances are measured on.
         device: where features are made.
         batch_size: images whose features are made at a time.
-        work_dir: a folder for finished chunks, from which the same evaluation goes on; None keeps nothing.
-        save: an npz to keep the samples in; without it they never touch the disk.
+        work_dir: a folder for what is made, from which the same evaluation goes on; None keeps nothing.
         classifier: predicts the classes of labeled samples; digits have an SVM where it is None.
-        real: the reference's features, where :func:`extract` has made them already.
 
     Returns:
         The report on the main process, None on the others.
 
     Raises:
-        UserError: too few images, statistics of other features, or a ``work_dir`` of another evaluation.
+        UserError: too few images, or statistics of other features.
+    """
+    against = Against(reference, [extractor], classifier, device, batch_size)
+    with WorkDirectory(work_dir) as work:
+        measured = measure(samples, against, work)
+        return measured.report() if measured is not None else None
+
+
+def measure(samples: Images, against: Against, work: Path, *, save: Path | None = None) -> Measured | None:
+    """Make the features of the samples and of the reference, as far as the work folder doesn't have them.
+
+    Every process of a launch calls it with the same arguments.
+
+    Args:
+        samples: the images to evaluate.
+        against: what they are evaluated with.
+        work: the work folder.
+        save: an npz to write the samples to, too.
+
+    Returns:
+        What the numbers are made of, on the main process; None on the others.
+
+    Raises:
+        UserError: too few images, statistics of other features, or a full disk.
     """
     distances.enough(len(samples), 2, "a Fréchet distance")
-    real_images = reference if isinstance(reference, Images) else reference.images
-    making = dict(device=device, batch_size=batch_size)
-    with WorkDirectory(work_dir) as work:
-        if real is None and real_images is not None:
-            distances.enough(len(real_images), 2, "a Fréchet distance")
-            real = extract(real_images, extractor, work / "reference", description="reference", **making)
-        keep = dict(keep_images=save is not None, classifier=classifier)
-        found = extract(samples, extractor, work / "samples", description="samples", **making, **keep)
-        if found is not None and save is not None:
-            pack_samples(work / "samples", samples, save)
+    labels = None if samples.labels is None else samples.labels[: len(samples)]
+    group = jackknife_groups(len(samples), labels)
+    place = folder_of(samples, work, "samples")
+    measured = Measured(samples.name, len(samples), labels, group, against, place, list(samples.class_names))
+    if save is None and _agreed(measured.kept() is not None):
+        return measured if process_state().is_main_process else None
+
+    making = dict(device=against.device, batch_size=against.batch_size)
+    measured.real = _measure_reference(against, work)
+    if against.training is not None:
+        every = [Wanted(extractor, summed=False) for extractor in against.extractors]
+        measured.training = extract(against.training, every, work, description="training", **making)
+    wanted = [Wanted(extractor, group) for extractor in against.extractors]
+    if against.classifier is not None:
+        wanted.append(Wanted(_Predictions(against.classifier), summed=False))
+    if save is not None:
+        wanted.append(Wanted(Pixels(), summed=False))
+    found = extract(samples, wanted, work, description="samples", **making)
     if found is None:
         return None
-    on = "" if extractor.name == "inception" else f" ({extractor.name} features)"
-    numbers = list(_frechet_numbers(found, real, reference, extractor))
-    if "logits" in found and len(samples) >= ENOUGH_FOR_ERRORS:
-        score, spread = distances.inception_score(found["logits"])
-        numbers.append(Number(f"Inception score{on}", score, spread, f"spread over {distances.GROUPS} splits"))
-    if real is not None:
-        numbers += _neighborhood_numbers(found["features"], real["features"], on)
-    if samples.labels is not None:
-        numbers += _class_accuracy(found, samples.labels[: len(samples)], classifier)
-    return Report(samples.name, len(samples), reference.name, extractor.label, numbers)
+    measured.found = found
+    if save is not None:
+        pack_samples(found[Pixels.name], len(samples), labels, save)
+    return measured
 
 
-def _frechet_numbers(
-    found: dict[str, np.ndarray],
-    real: dict[str, np.ndarray] | None,
-    reference: Images | Statistics,
-    extractor: Extractor,
-) -> Iterator[Number]:
-    """FID, its extrapolation to infinitely many samples where there are enough, and sFID where it can be had."""
-    on = "" if extractor.name == "inception" else f" ({extractor.label})"
-    features = found["features"]
-    moments = reference.features if isinstance(reference, Statistics) else Moments.of(real["features"])
-    if len(moments.mu) != features.shape[1]:
-        raise UserError(
-            f"{reference.name} has statistics of {len(moments.mu)} features, and {extractor.name} has "
-            f"{features.shape[1]}: they were made with other features, see `features`"
-        )
-    yield _frechet(f"FID{on}", features, moments)
-    if len(features) >= ENOUGH_FOR_ERRORS:
-        infinite, error = distances.frechet_at_infinity(features, moments)
-        yield Number(f"FID at infinity{on}", infinite, error, "extrapolated over 1/N; error of the fit")
-    if "spatial" in found:
-        spatial = reference.spatial if isinstance(reference, Statistics) else Moments.of(real["spatial"])
-        if spatial is not None:
-            yield _frechet("sFID", found["spatial"], spatial)
-
-
-def _frechet(name: str, features: np.ndarray, reference: Moments) -> Number:
-    if len(features) < ENOUGH_FOR_ERRORS:
-        value = distances.frechet_distance(Moments.of(features), reference)
-        return Number(name, value, None, "too few samples for an error")
-    return Number(name, *distances.frechet_with_error(features, reference), "jackknife over samples")
-
-
-def _neighborhood_numbers(features: np.ndarray, real: np.ndarray, on: str) -> Iterator[Number]:
-    """Precision, recall and KID of features (N, D) against the reference's (M, D)."""
+def _measure_reference(against: Against, work: Path) -> dict[str, Found]:
+    """The features of the reference: sums of all of its images, and the rows of some for precision, recall and KID."""
+    reference = against.reference
+    images = reference if isinstance(reference, Images) else reference.images
+    if isinstance(reference, Statistics):
+        for extractor in against.extractors:
+            reference.of(extractor)  # refused before anything is sampled
+    if images is None:
+        return {}
+    if images is reference:
+        distances.enough(len(images), 2, "a Fréchet distance")
     # drawn at random: the first ones of a folder would be those of its first classes
-    chosen = np.random.default_rng(0).permutation(len(real))[:REFERENCE_IMAGES]
-    some = real[np.sort(chosen)]
-    if min(len(features), len(some)) > 3:
-        precision, recall = distances.precision_recall(features, some)
-        how = "binomial; k = 3"
-        yield Number(f"Precision{on}", precision, distances.share_error(precision, len(features)), how)
-        yield Number(f"Recall{on}", recall, distances.share_error(recall, len(some)), how)
-    kid, spread = distances.kernel_distance(features, some)
-    yield Number(f"KID{on}", kid, spread, "spread over 100 subsets")
+    chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:REFERENCE_IMAGES])
+    if images is reference:
+        wanted = [Wanted(extractor, keep=chosen) for extractor in against.extractors]
+    else:  # its moments are known
+        images = SomeImages(images, chosen)
+        wanted = [Wanted(extractor, summed=False) for extractor in against.extractors]
+    making = dict(device=against.device, batch_size=against.batch_size)
+    return extract(images, wanted, work, description="reference", **making) or {}
 
 
-def _class_accuracy(
-    found: dict[str, np.ndarray], labels: np.ndarray, classifier: LabelClassifier | None
-) -> Iterator[Number]:
-    """How often a sample shows the class of its label (N,), by the classifier that was given or by digits' SVM."""
-    if classifier is not None:
-        accuracy, how = float((found["predicted"] == labels).mean()), classifier.description
-    elif "small" in found:
-        by_svm = class_accuracy(found["small"], labels)
-        accuracy, how = by_svm.accuracy, f"SVM fitted on real digits, held-out accuracy {by_svm.held_out:.1%}"
-    else:
-        return
-    yield Number("Class accuracy", accuracy, distances.share_error(accuracy, len(labels)), how)
+def _agreed(here: bool) -> bool:
+    """What the main process says, in all of them."""
+    told = [here]
+    if process_state().num_processes > 1:
+        broadcast_object_list(told)
+    return told[0]
+
+
+class _Predictions:
+    """A classifier as a reader: ``predicted`` (B,) int64."""
+
+    name = "predictions"  # an extractor may be called classifier
+
+    def __init__(self, classifier: LabelClassifier) -> None:
+        self.classifier, self.about = classifier, classifier.about
+
+    def __call__(self, images: torch.Tensor) -> dict[str, np.ndarray]:
+        return {"predicted": self.classifier(images).cpu().numpy()}
+
+
+@dataclass
+class Measured:
+    """What the numbers of some samples are made of, in a work folder.
+
+    Attributes:
+        name: the samples'.
+        count: how many.
+        labels: (count,) their classes; None if unknown.
+        group: (count,) the groups of the errors; None where there are too few for one.
+        against: what they are evaluated with.
+        place: the samples' folder in the work folder.
+        class_names: by label; empty if unknown.
+        found: what the extractors and the classifier made of the samples; None where the numbers are there already.
+        real: what the extractors made of the reference's images.
+        training: what they made of the training images.
+    """
+
+    name: str
+    count: int
+    labels: np.ndarray | None
+    group: np.ndarray | None
+    against: Against
+    place: Path
+    class_names: list[str]
+    found: dict[str, Found] | None = None
+    real: dict[str, Found] | None = None
+    training: dict[str, Found] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file of the finished numbers."""
+        return self.place / f"numbers-{short_hash(self.against.about)}.json"
+
+    def kept(self) -> Report | None:
+        """The numbers, if they are made already and can be read."""
+        try:
+            return Report.from_json(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def report(self) -> Report:
+        """All numbers: those that are there, or made now and kept.
+
+        Raises:
+            UserError: the statistics are of other features, or the disk is full.
+        """
+        report = self.kept() if self.found is None else None
+        if report is None:
+            report = self._make()
+            with atomic_write(self.path) as temporary:
+                temporary.write_text(report.to_json(), encoding="utf-8")
+        report.samples = self.name  # the same samples may be known by another path
+        return report
+
+    def _make(self) -> Report:
+        reference, extractors = self.against.reference, self.against.extractors
+        numbers: list[Number] = []
+        notes: list[str] = []
+        by_class: dict[str, list[ClassShare]] = {}
+        for extractor in extractors:
+            numbers += self._numbers_of(extractor, by_class)
+            note = reference.note(extractor) if isinstance(reference, Statistics) else None
+            notes += [note] if note else []
+        numbers += self._class_accuracy(by_class)
+        labels = "; ".join(extractor.label for extractor in extractors)
+        report = Report(self.name, self.count, reference.name, labels, numbers, notes)
+        report.by_class, report.class_names = by_class, self.class_names
+        return report
+
+    def _numbers_of(self, extractor: Extractor, by_class: dict[str, list[ClassShare]]) -> Iterator[Number]:
+        """FID, its extrapolation, sFID, inception score, precision, recall, density, coverage and KID, as far as they
+        can be had."""
+        on = "" if extractor.name == "inception" else f" ({extractor.name} features)"
+        full = "" if extractor.name == "inception" else f" ({extractor.label})"
+        found = self.found[extractor.name]
+        features, spatial = self._reference_moments(extractor)
+        fid = distances.frechet(found.sums["features"], RootedMoments.of(features))
+        yield _number(f"FID{full}", fid)
+        if fid.replicates:
+            yield _number(f"FID at infinity{full}", fid.extrapolated(), "extrapolated over 1/N")
+        if "spatial" in found.sums and spatial is not None:
+            yield _number("sFID", distances.frechet(found.sums["spatial"], RootedMoments.of(spatial)))
+        rows = found.rows("features", "logits")
+        if "logits" in rows and self.group is not None:
+            shuffled = distances.sorted_by_class(rows["logits"].argmax(axis=1))
+            how = "shuffled for its splits, as the samples lie sorted by class" if shuffled else ""
+            yield _number(f"Inception score{on}", distances.inception_score(rows["logits"], self.group), how)
+        if self.real:
+            real = self.real[extractor.name].rows("features")["features"]
+            yield from self._neighborhood_numbers(rows["features"], real, on, by_class)
+        if self.training:
+            training = self.training[extractor.name].rows("features")["features"]
+            hits, real_share = neighbors.copies(rows["features"], training, device=self.against.device)
+            how = f"{real_share:.1%} of the {len(training):,} training images are so among themselves"
+            yield _number(f"Copies{on}", of_mean(hits, self.group), how)
+
+    def _reference_moments(self, extractor: Extractor) -> tuple[Moments, Moments | None]:
+        """The reference's moments of features and of spatial features, of as many dimensions as the samples'."""
+        reference, found = self.against.reference, self.found[extractor.name]
+        if isinstance(reference, Statistics):
+            part = reference.of(extractor)
+            features, spatial = part.features, part.spatial
+        else:
+            sums = self.real[extractor.name].sums
+            features = sums["features"].moments()
+            spatial = sums["spatial"].moments() if "spatial" in sums else None
+        dimensions = found.sums["features"].sums.shape[1]
+        if len(features.mu) != dimensions:
+            raise UserError(
+                f"{reference.name} has statistics of {len(features.mu)} features, and {extractor.name} has "
+                f"{dimensions}: they were made with other features, see `features`"
+            )
+        return features, spatial
+
+    def _neighborhood_numbers(
+        self, features: np.ndarray, real: np.ndarray, on: str, by_class: dict[str, list[ClassShare]]
+    ) -> Iterator[Number]:
+        """Numbers of features (N, D) against some of the reference's (M, D)."""
+        device = self.against.device
+        if min(len(features), len(real)) > neighbors.K_DENSITY:
+            estimates, within = neighbors.neighborhoods(features, real, self.group, device=device)
+            if self.labels is not None:
+                by_class[f"precision{on}"] = shares_by_class(within, self.labels)
+            for name, estimate in estimates.items():
+                k = neighbors.K if name in ("precision", "recall") else neighbors.K_DENSITY
+                yield _number(f"{name.capitalize()}{on}", estimate, f"k = {k}")
+        yield _number(f"KID{on}", distances.kernel_distance(features, real, self.group, device=_with_float64(device)))
+
+    def _class_accuracy(self, by_class: dict[str, list[ClassShare]]) -> Iterator[Number]:
+        """How often a sample shows the class of its label, by the classifier that was given or by digits' SVM."""
+        classifier = self.against.classifier
+        if self.labels is None:
+            return
+        if classifier is not None:
+            predicted = self.found[_Predictions.name].rows("predicted")["predicted"]
+            hits, how = predicted == self.labels, classifier.description
+        elif "digits" in self.found:
+            by_svm = class_accuracy(self.found["digits"].rows("small")["small"], self.labels)
+            hits, how = by_svm.hits, f"SVM fitted on real digits, held-out accuracy {by_svm.held_out:.1%}"
+        else:
+            return
+        by_class["class accuracy"] = shares_by_class(hits, self.labels)
+        yield _number("Class accuracy", of_mean(hits, self.group), how)
+
+
+def _number(name: str, estimate: Estimate, how: str = "") -> Number:
+    how = how if estimate.replicates else "; ".join(filter(None, (how, "too few samples for an error")))
+    return Number(name, estimate.value, estimate.error, how, estimate.replicates)
+
+
+def _with_float64(device: torch.device) -> torch.device:
+    """The device, or the CPU instead of Apple's GPUs, which have no float64."""
+    return torch.device("cpu") if device.type == "mps" else device

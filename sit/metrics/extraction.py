@@ -1,181 +1,280 @@
-"""From images to features in restartable chunks, shared among all processes."""
+"""From images to features: in restartable chunks, by all processes together, with nothing but a chunk in memory."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import tempfile
+import uuid
 import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from sit.data.digits import shrink_digits
-from sit.metrics.classifier import LabelClassifier
-from sit.metrics.features import Extractor
+from sit.metrics.identity import About, hash_numbers
 from sit.metrics.image_sets import Images
+from sit.metrics.sums import Sums, add_rows, merge, over_processes, partials, read_sums, save_sums
+from sit.metrics.work_folder import folder_for
 from sit.utils.device import process_state
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_write
-from sit.utils.lock import locked
 
 CHUNK = 512
-"""images whose features are written together: what a restart repeats at most, for each process"""
+"""images whose rows are written together: what a restart repeats at most, for each process"""
+
+PARTIAL = 16
+"""chunks after which a process writes its sums, where the rows of the images are not kept to make them from"""
+
+
+class Reader(Protocol):
+    """What makes rows of images: an extractor, a classifier, or the images themselves."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def about(self) -> About: ...
+
+    def __call__(self, images: torch.Tensor) -> dict[str, np.ndarray]: ...
+
+
+def row_bytes(reader: Reader, device: torch.device) -> int:
+    """How many bytes a reader makes of an image, as it makes of a small black one."""
+    rows = reader(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))
+    return sum(values.nbytes for values in rows.values())
+
+
+class Pixels:
+    """The reader that keeps the images themselves: ``images`` (B, H, W, 3) uint8."""
+
+    name = "images"
+    about: About = {"features": "images"}
+
+    def __call__(self, images: torch.Tensor) -> dict[str, np.ndarray]:
+        return {"images": images.permute(0, 2, 3, 1).cpu().numpy()}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of a set of images.
+
+    Attributes:
+        reader: what makes it.
+        group: (N,) the group of each image in the sums; None puts all into one.
+        keep: (k,) the numbers, rising, of the images whose rows are kept; None keeps all.
+        summed: whether sums are wanted at all.
+    """
+
+    reader: Reader
+    group: np.ndarray | None = None
+    keep: np.ndarray | None = None
+    summed: bool = True
+
+    @property
+    def about(self) -> About:
+        """What a folder of it is of: the reader, the groups, and which rows are kept."""
+        numbers = {"group": self.group, "keep": self.keep}
+        hashes = {name: hash_numbers(array) for name, array in numbers.items() if array is not None}
+        return {"reader": self.reader.about, "summed": self.summed} | hashes
+
+
+@dataclass
+class Found:
+    """What a reader made of a set of images, on disk.
+
+    Attributes:
+        folder: where its chunks lie.
+        kept: the numbers of the images whose rows are there.
+        sums: the sums of all images, of what is summed.
+    """
+
+    folder: Path
+    kept: np.ndarray
+    sums: Sums = field(default_factory=dict)
+
+    def rows(self, *names: str) -> dict[str, np.ndarray]:
+        """The rows (k, …) of these names, or of all, of the images that were kept, read into memory."""
+        parts: dict[str, list[np.ndarray]] = {}
+        for chunk in self.chunks():
+            for name in names or chunk:
+                if name in chunk:
+                    parts.setdefault(name, []).append(chunk[name])
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+    def chunks(self) -> Iterator[dict[str, np.ndarray]]:
+        """The rows, a chunk at a time."""
+        for start in np.unique(self.kept // CHUNK * CHUNK).tolist():
+            with np.load(_chunk(self.folder, start)) as archive:
+                yield dict(archive)
 
 
 def extract(
     images: Images,
-    extractor: Extractor,
+    wanted: Sequence[Wanted],
     work: Path,
     *,
     device: torch.device,
     batch_size: int,
-    description: str = "features",
-    keep_images: bool = False,
-    classifier: LabelClassifier | None = None,
-) -> dict[str, np.ndarray] | None:
-    """Features of all images, made by all processes together.
+    description: str = "images",
+) -> dict[str, Found] | None:
+    """What readers make of all images, made by all processes together, and an image once for all of them.
 
     Args:
         images: which.
-        extractor: what makes the features.
-        work: a folder in which finished chunks of :data:`CHUNK` images are kept; they are not made again.
-        device: where features are made.
+        wanted: what is wanted of them.
+        work: the work folder. What is finished there, by whichever evaluation, is not made again; a chunk that can't
+            be read is.
+        device: where the readers are.
         batch_size: images at a time.
-        description: what the progress bar says.
-        keep_images: keep the images in ``work`` too, for :func:`pack_samples`.
-        classifier: what predicts the images' classes; None for no predictions.
+        description: what the progress bar says, and the first part of the folder's name.
 
     Returns:
-        On the main process the outputs of the extractor, (N, …) float32 each, and ``small`` (N, 64) for the SVM of
-        digits, and ``predicted`` (N,), the classes that ``classifier`` predicts; None on the others.
+        On the main process what each reader made, by its name; None on the others.
 
     Raises:
-        UserError: ``work`` is of another evaluation, or an image can't be read.
+        UserError: an image can't be read, or the disk is full.
     """
     state = process_state()
-    if state.is_main_process:
-        what = {
-            "images": images.identity or images.name,
-            "count": len(images),
-            "features": extractor.identity,
-            "kept": keep_images,
-            "classifier": classifier.identity if classifier else "",
-        }
-        _claim(work, what)
-    state.wait_for_everyone()
+    place = folder_of(images, work, description)
+    tasks = [_Task(folder_for(place, one.reader.name, one.about), one, len(images)) for one in wanted]
+    for task in tasks:
+        task.look()
+    state.wait_for_everyone()  # the folders are there
+
     starts = list(range(0, len(images), CHUNK))[state.process_index :: state.num_processes]
-    bar = tqdm(
-        total=sum(min(CHUNK, len(images) - start) for start in starts),
-        desc=description,
-        unit="image",
-        dynamic_ncols=True,
-        disable=not state.is_main_process,
-    )
-    for start in starts:
-        numbers, path = np.arange(start, min(start + CHUNK, len(images))), _chunk(work, start)
-        if path.is_file():
+    total = sum(min(CHUNK, len(images) - start) for start in starts)
+    quiet = dict(unit="image", dynamic_ncols=True, disable=not state.is_main_process)
+    with tqdm(total=total, desc=description, **quiet) as bar:
+        for start in starts:
+            numbers = np.arange(start, min(start + CHUNK, len(images)))
+            missing = [task for task in tasks if not task.have(start, numbers)]
+            if missing:
+                _make(missing, images, numbers, device=device, batch_size=batch_size)
             bar.update(len(numbers))
-            continue
-        parts: dict[str, list[np.ndarray]] = {}
-        for first in range(0, len(numbers), batch_size):
-            pixels = images.batch(numbers[first : first + batch_size])
-            found = extractor(pixels.to(device))
-            if extractor.name == "digits":
-                _check_shrinkable(pixels, images.name)
-                found["small"] = shrink_digits(pixels.numpy())
-            if classifier is not None:
-                found["predicted"] = classifier(pixels.to(device)).cpu().numpy()
-            if keep_images:
-                found["images"] = pixels.permute(0, 2, 3, 1).numpy()
-            for name, values in found.items():
-                parts.setdefault(name, []).append(values)
-            bar.update(len(pixels))
-        with atomic_write(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **{name: np.concatenate(values) for name, values in parts.items()})
-    bar.close()
-    state.wait_for_everyone()
-    return _gather(work, len(images)) if state.is_main_process else None
+    for task in tasks:
+        task.finish()
+    return {task.reader.name: task.found for task in tasks} if state.is_main_process else None
 
 
-def _gather(work: Path, count: int) -> dict[str, np.ndarray]:
-    """All chunks of ``count`` images, joined, without the images themselves."""
-    chunks = []
-    for start in range(0, count, CHUNK):
-        with np.load(_chunk(work, start)) as archive:
-            chunks.append({name: archive[name] for name in archive if name != "images"})
-    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+def folder_of(images: Images, work: Path, description: str) -> Path:
+    """The folder in a work folder of a set of images."""
+    return folder_for(work, description, images.about | {"count": len(images)}, images.source)
 
 
-def pack_samples(work: Path, images: Images, out: Path) -> None:
-    """Write the images that :func:`extract` kept in ``work`` to an ADM-style npz, a chunk at a time.
+class _Task:
+    """One reader's work on a set of images: what is done of it, and the sums of this process."""
 
-    Raises:
-        UserError: ``out`` can't be written.
-    """
-    with atomic_write(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        header_written = False
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            for start in range(0, len(images), CHUNK):
-                with np.load(_chunk(work, start)) as chunk:
-                    pixels = np.ascontiguousarray(chunk["images"])
-                if not header_written:
-                    shape = (len(images), *pixels.shape[1:])
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)
-                    header_written = True
-                file.write(pixels.tobytes())
-        if images.labels is not None:
-            with archive.open("arr_1.npy", "w") as file:
-                np.lib.format.write_array(file, np.asarray(images.labels[: len(images)], dtype=np.int64))
+    def __init__(self, folder: Path, wanted: Wanted, count: int) -> None:
+        self.folder, self.reader, self.wanted = folder, wanted.reader, wanted
+        self.group = np.zeros(count, dtype=np.int64) if wanted.group is None else wanted.group
+        self.groups = int(self.group.max()) + 1
+        self.kept = np.arange(count) if wanted.keep is None else wanted.keep
+        self.found = Found(folder, self.kept)
+        self.chunks = range(0, count, CHUNK)
+        self.mine: Sums = {}
+        self.added: set[int] = set()
+        self.name = uuid.uuid4().hex[:12]
 
-
-def _check_shrinkable(pixels: torch.Tensor, name: str) -> None:
-    height, width = pixels.shape[-2:]
-    if height != width or height % 8:
-        raise UserError(f"{name}: digits must be square with sides that are multiples of 8, not {height}x{width}")
-
-
-def _chunk(work: Path, start: int) -> Path:
-    return work / f"features-{start:08d}.npz"
-
-
-def _claim(work: Path, what: dict) -> None:
-    """Make ``work`` this evaluation's.
-
-    Raises:
-        UserError: it is another's already.
-    """
-    note = work / "evaluation.json"
-    if note.is_file():
-        begun = json.loads(note.read_text())
-        if begun != what:
-            raise UserError(f"`work_dir={work}` is of another evaluation ({begun['images']}): choose another folder")
-    else:
-        with atomic_write(note) as temporary:
-            temporary.write_text(json.dumps(what))
-
-
-class WorkDirectory:
-    """The folder of the chunks: the one that was named, which stays, or a temporary one, shared by all processes."""
-
-    def __init__(self, named: str | None) -> None:
-        self.named = named
-
-    def __enter__(self) -> Path:
+    def look(self) -> None:
+        """Learn what earlier processes finished: the main process looks, and tells the others."""
         state = process_state()
-        place = [self.named]
-        self.held = contextlib.ExitStack()
-        if self.named is None and state.is_main_process:
-            place = [self.held.enter_context(tempfile.TemporaryDirectory(prefix="eval-"))]
-        elif state.is_main_process:
-            self.held.enter_context(locked(self.named, "work_dir"))
+        self.earlier: Sums = {}
+        self.files: list[Path] = []
+        told: list[set[int]] = [set()]
+        if state.is_main_process and self.wanted.summed:
+            whole = read_sums(self.folder / "sums.npz")
+            if whole is not None and whole[1] == set(self.chunks):
+                self.earlier, covered = whole
+            else:
+                self.files, self.earlier, covered = partials(self.folder)
+            told = [covered]
         if state.num_processes > 1:
-            broadcast_object_list(place)
-        return Path(place[0])
+            broadcast_object_list(told)
+        self.covered: set[int] = told[0]
 
-    def __exit__(self, *exception) -> None:
-        self.held.close()
+    def have(self, start: int, numbers: np.ndarray) -> bool:
+        """Whether a chunk is done. One whose rows are all there, but not yet in any sums, is added to the sums."""
+        here = self._kept_of(numbers)
+        if not len(here):
+            return start in self.covered or not self.wanted.summed
+        rows = _read_rows(_chunk(self.folder, start), len(here))
+        if rows is None:
+            return False
+        if self.wanted.summed and start not in self.covered:
+            if len(here) < len(numbers):
+                return False
+            self._add(start, numbers, rows)
+        return True
+
+    def take(self, numbers: np.ndarray, rows: dict[str, np.ndarray]) -> None:
+        """Keep the rows of a chunk as far as they are wanted, and add them to the sums unless they are in them."""
+        start, here = int(numbers[0]), self._kept_of(numbers)
+        if len(here):
+            places = here - start
+            with atomic_write(_chunk(self.folder, start)) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **{name: values[places] for name, values in rows.items()})
+        if self.wanted.summed and start not in self.covered:
+            self._add(start, numbers, rows)
+            if len(self.kept) < len(self.group) and len(self.added) % PARTIAL == 0:
+                save_sums(self.folder / f"partial-{self.name}.npz", self.mine, self.added)
+
+    def _add(self, start: int, numbers: np.ndarray, rows: dict[str, np.ndarray]) -> None:
+        add_rows(self.mine, rows, self.group[numbers], self.groups)
+        self.added.add(start)
+
+    def _kept_of(self, numbers: np.ndarray) -> np.ndarray:
+        first, last = np.searchsorted(self.kept, [numbers[0], numbers[-1] + 1])
+        return self.kept[first:last]
+
+    def finish(self) -> None:
+        """Bring the sums of all processes together, and write them."""
+        state = process_state()
+        if not self.wanted.summed:
+            state.wait_for_everyone()  # all rows are there
+            return
+        whole = over_processes(self.mine)
+        if state.is_main_process:
+            self.found.sums = merge([self.earlier, whole])
+            if self.covered != set(self.chunks):
+                save_sums(self.folder / "sums.npz", self.found.sums, self.chunks)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            for path in [*self.files, *self.folder.glob("partial-*.npz")]:
+                path.unlink(missing_ok=True)
+
+
+def _make(
+    tasks: Sequence[_Task], images: Images, numbers: np.ndarray, *, device: torch.device, batch_size: int
+) -> None:
+    """Make the images of a chunk once, and all readers' rows of them."""
+    parts: list[dict[str, list[np.ndarray]]] = [{} for _ in tasks]
+    for first in range(0, len(numbers), batch_size):
+        pixels = images.batch(numbers[first : first + batch_size])
+        given = pixels.to(device)
+        for task, collected in zip(tasks, parts, strict=True):
+            try:
+                found = task.reader(given)
+            except UserError as error:
+                raise UserError(f"{images.name}: {error}") from error
+            for name, values in found.items():
+                collected.setdefault(name, []).append(values)
+    for task, collected in zip(tasks, parts, strict=True):
+        task.take(numbers, {name: np.concatenate(values) for name, values in collected.items()})
+
+
+def _read_rows(path: Path, count: int) -> dict[str, np.ndarray] | None:
+    """The rows of a chunk, if the file is whole and has ``count`` of each."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            rows = dict(archive)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, RuntimeError, TypeError, NotImplementedError):
+        return None
+    whole = rows and all(values.ndim and len(values) == count for values in rows.values())
+    return rows if whole else None
+
+
+def _chunk(folder: Path, start: int) -> Path:
+    return folder / f"rows-{start:08d}.npz"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sit.data.digits import shrink_digits
+from sit.metrics.arguments import FeatureWeights
 from sit.metrics.classifier import load_classifier
 from sit.metrics.digits import DigitsFeatureExtractor
+from sit.metrics.identity import About
 from sit.utils.errors import UserError, first_line
-from sit.utils.fingerprint import stamp
+from sit.utils.fingerprint import weights_fingerprint
 from sit.utils.precision import full_float32
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -37,8 +42,9 @@ class Extractor:
         name: as :func:`get_extractor` takes it.
         label: what its distances must be called, so that nobody compares the incomparable.
         network: uint8 images (B, 3, H, W) to a tuple of tensors, named by ``outputs``.
-        outputs: of ``features`` (B, D), ``logits`` (B, classes) and ``spatial`` (B, 2023).
+        outputs: of ``features`` (B, D), ``logits`` (B, classes), ``spatial`` (B, 2023) and ``small`` (B, 64).
         weights: the file or folder that was named.
+        preparation: how images are prepared and the network is changed, where there was another way once.
     """
 
     name: str
@@ -46,11 +52,12 @@ class Extractor:
     network: nn.Module
     outputs: tuple[str, ...]
     weights: str = ""
+    preparation: str = ""
 
-    @property
-    def identity(self) -> str:
-        """What tells its features from others: its name, and the state of its weights on the disk."""
-        return f"{self.name}, weights {self.weights}, files {stamp(self.weights)}"
+    @functools.cached_property
+    def about(self) -> About:
+        """What tells its features from others: its name, a hash of its weights, and how images are prepared."""
+        return {"features": self.name, "weights": weights_fingerprint(self.network), "preparation": self.preparation}
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> dict[str, np.ndarray]:
@@ -62,9 +69,23 @@ class Extractor:
 
 def digits_extractor(device: torch.device, weights: str | None = None) -> Extractor:
     """The committed digit classifier."""
-    outputs = ("features", "logits")
-    network = DigitsFeatureExtractor(features_list=outputs).to(device)
+    network = _DigitsWithSmall(DigitsFeatureExtractor(features_list=("features", "logits"))).to(device).eval()
+    outputs = ("features", "logits", "small")
     return Extractor("digits", "digits features, not comparable with Inception FID", network, outputs)
+
+
+class _DigitsWithSmall(nn.Module):
+    """The classifier of digits, and beside its features and logits the 8×8 digits (B, 64) for the SVM."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        height, width = images.shape[-2:]
+        if height != width or height % 8:
+            raise UserError(f"digits must be square with sides that are multiples of 8, not {height}x{width}")
+        return *self.classifier(images), torch.from_numpy(shrink_digits(images.cpu().numpy()))
 
 
 class _InceptionWithSpatial(nn.Module):
@@ -119,6 +140,34 @@ def inception_extractor(device: torch.device, weights: str | None = None) -> Ext
     return Extractor("inception", "Inception features", network, ("features", "logits", "spatial"), str(path))
 
 
+HUB_OFFSET = 0.1
+"""what DINOv2's hub code adds to the number of patches before it divides by the table's side"""
+
+
+def resample_as_hub(table: torch.Tensor, side: int, prefix: int = 1) -> torch.Tensor:
+    """A square table of positions at another side, as DINOv2's hub code resamples it, and so dgm-eval and EDM2.
+
+    Bicubic without antialiasing, at the scale (side + 0.1) / (the table's side) instead of side / (the table's side).
+    timm resamples with antialiasing at the exact scale, which gives other features.
+
+    Args:
+        table: (1, prefix + n², C).
+        side: of the table to be made.
+        prefix: entries before the table's, such as that of the class token, which stay.
+
+    Returns:
+        (1, prefix + side², C).
+    """
+    first, grid = table[:, :prefix], table[:, prefix:]
+    old = math.isqrt(grid.shape[1])
+    if old == side:
+        return table
+    square = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    scale = (side + HUB_OFFSET) / old
+    square = F.interpolate(square, scale_factor=(scale, scale), mode="bicubic", antialias=False)
+    return torch.cat([first, square.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
 class _Dinov2(nn.Module):
     """DINOv2's class token of uint8 images, resized to 224 by antialiased bicubic interpolation."""
 
@@ -153,15 +202,19 @@ def dinov2_extractor(device: torch.device, weights: str | None = None, model: st
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"`dinov2_weights={weights}`: no such file")
     overlay = {"file": weights} if weights is not None else None
-    options = dict(img_size=_Dinov2.SIDE, num_classes=0, global_pool="token", pretrained_cfg_overlay=overlay)
+    options = dict(num_classes=0, global_pool="token", pretrained_cfg_overlay=overlay)
     try:
         network = timm.create_model(model, pretrained=True, **options)
     except Exception as error:  # the Hub, the disk and the state dict each raise their own
         mend = f"fetch timm's {model} once, or name its file by `dinov2_weights`"
         raise UserError(f"the DINOv2 weights can't be had ({first_line(error)}): {mend}") from error
+    table = network.pos_embed.detach().clone()  # as it was trained, before timm resamples it for the size below
+    network.set_input_size(img_size=_Dinov2.SIDE)
+    prefix = 0 if network.no_embed_class else network.num_prefix_tokens
+    network.pos_embed = nn.Parameter(resample_as_hub(table, network.patch_embed.grid_size[0], prefix))
     network = _Dinov2(network).to(device).eval().requires_grad_(False)
     label = "DINOv2 features, not comparable with Inception FID"
-    return Extractor("dinov2", label, network, ("features",), weights or "")
+    return Extractor("dinov2", label, network, ("features",), weights or "", "positions as DINOv2's hub code has them")
 
 
 def classifier_extractor(device: torch.device, folder: str | None = None) -> Extractor:
@@ -176,7 +229,9 @@ def classifier_extractor(device: torch.device, folder: str | None = None) -> Ext
     # the folder's name alone, as the label is part of metrics' names; the whole path is kept in ``weights``
     name = Path(folder).resolve().name
     label = f"features of the {classifier.config.architecture} in {name}, not comparable with Inception FID"
-    return Extractor("classifier", label, classifier, ("features", "logits"), folder)
+    config = classifier.config
+    prepared = f"{config.architecture} {config.arguments}, images of {config.image_size} pixels"
+    return Extractor("classifier", label, classifier, ("features", "logits"), folder, prepared)
 
 
 EXTRACTORS: dict[str, Callable[[torch.device, str | None], Extractor]] = {
@@ -185,20 +240,6 @@ EXTRACTORS: dict[str, Callable[[torch.device, str | None], Extractor]] = {
     "dinov2": dinov2_extractor,
     "classifier": classifier_extractor,
 }
-
-
-@dataclass(frozen=True)
-class FeatureWeights:
-    """Where the weights are of features that do not come with this repository."""
-
-    inception_weights: str | None = None
-    """the Inception weights file; None looks in torch-fidelity's usual place"""
-    dinov2_weights: str | None = None
-    """a file of timm's DINOv2 weights; None lets timm fetch or find them"""
-
-    def of(self, features: str) -> str | None:
-        """The file that is named for these features, if any."""
-        return {"inception": self.inception_weights, "dinov2": self.dinov2_weights}.get(features)
 
 
 def default_features(data: str) -> str:
@@ -216,3 +257,15 @@ def get_extractor(name: str, device: torch.device, weights: str | None = None) -
     if kind not in EXTRACTORS or (folder and kind != "classifier"):
         raise UserError(f"`features={name}`: unknown; known features: {', '.join(EXTRACTORS)}:FOLDER")
     return EXTRACTORS[kind](device, folder or weights)
+
+
+def get_extractors(names: Sequence[str], device: torch.device, weights: FeatureWeights) -> list[Extractor]:
+    """The extractors of these names, each once.
+
+    Raises:
+        UserError: an unknown name, weights that can't be had, or two of one kind, whose files would have one name.
+    """
+    kinds = [name.partition(":")[0] for name in names]
+    if twice := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+        raise UserError(f"`features={' '.join(names)}`: {twice[0]} stands there twice; give each kind once")
+    return [get_extractor(name, device, weights.of(name)) for name in names]

@@ -1,29 +1,41 @@
-"""Making a reference in ADM's format."""
+"""Making a reference: the statistics of images in ADM's format, with what they are of."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from sit.metrics.distances import Moments, enough
-from sit.metrics.extraction import WorkDirectory, extract
+from sit.metrics.distances import enough
+from sit.metrics.extraction import Found, Pixels, Wanted, extract
 from sit.metrics.features import Extractor
 from sit.metrics.image_sets import Images
-from sit.utils.errors import UserError
-from sit.utils.files import atomic_write
+from sit.metrics.packing import pack
+from sit.metrics.statistics_files import Part, named_arrays
+from sit.utils.targets import check_target
 
 
 def make_reference(
-    images: Images, extractor: Extractor, out: Path, *, keep: int, device: torch.device, batch_size: int
+    images: Images,
+    extractors: Sequence[Extractor],
+    out: Path,
+    work: Path,
+    *,
+    keep: int,
+    device: torch.device,
+    batch_size: int,
 ) -> None:
     """Write ``mu``, ``sigma``, with Inception also ``mu_s``, ``sigma_s``, and ``arr_0`` with ``keep`` of the images.
 
+    The images are read once, their features added up and let go: memory and disk hold sums, not features.
+
     Args:
         images: the images of the reference.
-        extractor: what makes the features.
+        extractors: what makes the features.
         out: the npz to write.
+        work: the work folder, in which a reference that was cut off goes on.
         keep: how many of the images; they are drawn at random, always the same ones.
         device: where features are made.
         batch_size: images at a time.
@@ -31,22 +43,18 @@ def make_reference(
     Raises:
         UserError: ``out`` exists or is no npz, there are too few images, or one can't be read.
     """
-    if out.suffix != ".npz":
-        raise UserError(f"`out={out}` must end in .npz")
-    if out.exists():
-        raise UserError(f"`out={out}` exists already; it is not overwritten")
+    check_target(out, "out", ".npz", new=True)
     enough(len(images), 2, "a reference")
-    with WorkDirectory(None) as work:
-        found = extract(images, extractor, work, device=device, batch_size=batch_size, description="reference")
-    if found is None:
-        return
-    arrays = {}
-    for name, suffix in (("features", ""), ("spatial", "_s")):
-        if name in found:
-            moments = Moments.of(found[name])
-            arrays |= {f"mu{suffix}": moments.mu, f"sigma{suffix}": moments.sigma}
     chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:keep])
-    kept = [images.batch(chosen[i : i + batch_size]) for i in range(0, len(chosen), batch_size)]
-    arrays["arr_0"] = torch.cat(kept).permute(0, 2, 3, 1).numpy()
-    with atomic_write(out) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+    nothing = np.array([], dtype=np.int64)
+    wanted = [Wanted(extractor, keep=nothing) for extractor in extractors]
+    wanted.append(Wanted(Pixels(), keep=chosen, summed=False))
+    found = extract(images, wanted, work, device=device, batch_size=batch_size, description="reference")
+    if found is not None:
+        parts = [_part(extractor, found[extractor.name]) for extractor in extractors]
+        pack(out, found[Pixels.name], len(chosen), named_arrays(parts))
+
+
+def _part(extractor: Extractor, found: Found) -> Part:
+    spatial = found.sums["spatial"].moments() if "spatial" in found.sums else None
+    return Part(found.sums["features"].moments(), spatial, extractor.about)

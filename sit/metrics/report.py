@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
+from sit.metrics.by_class import ClassShare
 from sit.utils.tables import text_table
+
+WORST = 3
+"""classes that the text names; the JSON has all"""
 
 
 @dataclass(frozen=True)
@@ -15,14 +19,16 @@ class Number:
     Attributes:
         name: the metric, with the features it is on where they are not Inception's.
         value: the number.
-        error: its standard error or deviation; None where there is none.
-        how: what the error is, or what else must be known.
+        error: half the width of its 95 % interval over samples; None where there are too few samples for one.
+        how: what else must be known.
+        replicates: the pseudo-values of :class:`Estimate`, with which two reports of the same labels are paired.
     """
 
     name: str
     value: float
     error: float | None = None
     how: str = ""
+    replicates: tuple[float, ...] = ()
 
 
 @dataclass
@@ -34,10 +40,28 @@ class Report:
     reference: str
     features: str
     numbers: list[Number] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """what else must be known, a line each"""
+    by_class: dict[str, list[ClassShare]] = field(default_factory=dict)
+    """class accuracy and precision of each class by the metric's name, the worst first"""
+    class_names: list[str] = field(default_factory=list)
+    """by label; empty if unknown"""
 
     def to_json(self) -> str:
         """All of it as JSON."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """What :meth:`to_json` gave.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is something else.
+        """
+        content = json.loads(text)
+        numbers = [Number(**number | {"replicates": tuple(number["replicates"])}) for number in content["numbers"]]
+        by_class = {name: [ClassShare(**one) for one in shares] for name, shares in content["by_class"].items()}
+        return cls(**content | {"numbers": numbers, "by_class": by_class})
 
     def __str__(self) -> str:
         rows = []
@@ -46,4 +70,17 @@ class Report:
             how = f"  ({number.how})" if number.how else ""
             rows.append((number.name, f"{number.value:.5g}{error}{how}"))
         heading = f"{self.sample_count} samples of {self.samples}\nagainst {self.reference}; {self.features}"
-        return f"{heading}\n{text_table(rows)}"
+        meaning = "± is half the width of the 95 % interval over samples of these weights, the reference held as it is"
+        return "\n".join([heading, text_table(rows), meaning, *self._worst_classes(), *self.notes])
+
+    def _worst_classes(self) -> list[str]:
+        """The worst classes by each metric that is known by class, with Wilson's intervals."""
+        lines = []
+        for metric, shares in self.by_class.items():
+            named = [
+                f"{self.class_names[one.label] if one.label < len(self.class_names) else one.label} {one.share:.2f} "
+                f"({one.low:.2f} to {one.high:.2f})"
+                for one in shares[:WORST]
+            ]
+            lines.append(f"worst classes by {metric}: {', '.join(named)}")
+        return lines

@@ -10,21 +10,19 @@ the samples' classes. Take two of different architectures, so that these predict
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 from tqdm import tqdm
 
 from sit.data.dataset import ImageData
 from sit.data.factory import open_images
+from sit.metrics.arguments import ClassifierArguments, ClassifierSettings
 from sit.metrics.classifier import Classifier, ClassifierConfig, save_classifier
-from sit.utils.cli import one_line_errors
 from sit.utils.device import pick_device
-from sit.utils.errors import UserError, entry_point
+from sit.utils.errors import UserError
 from sit.utils.files import atomic_folder, refuse_used
 from sit.utils.random import generator
 
@@ -35,50 +33,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 """timm's names, with arguments that suit images of about 32 pixels"""
 
 
-@dataclass
-class Settings:
-    """What decides the weights, besides the data."""
-
-    architecture: Literal["resnet", "convnext"] = "resnet"
-    """which of timm's families, made small"""
-    epochs: int = 4
-    batch_size: int = 128
-    lr: float = 4e-3
-    """the highest of AdamW's one-cycle schedule"""
-    flip: bool = True
-    """flip each image with probability 0.5"""
-    shift: int = 2
-    """move each image by up to so many pixels"""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"`{name}` must be positive, not {getattr(self, name)}")
-
-
-@dataclass
-class Arguments(Settings):
-    """Train a small classifier on a data set and measure it on another."""
-
-    data: str = "digits:train"
-    """images, as `python train.py` takes its data"""
-    heldout: str = "digits:heldout"
-    """images to measure it on"""
-    image_size: int | None = None
-    """side in pixels; None for the source's own"""
-    out: Path = Path("classifiers/new")
-    """new folder"""
-    device: str | None = None
-    """None takes the accelerator, if there is one"""
-
-
 def load_pixels(data: ImageData) -> tuple[torch.Tensor, torch.Tensor]:
     """All images (n, 3, H, W) uint8 and labels (n,) int64."""
     return torch.stack([data[index][0] for index in range(len(data))]), torch.from_numpy(data.labels)
 
 
-def augment(images: torch.Tensor, settings: Settings, source: torch.Generator) -> torch.Tensor:
+def augment(images: torch.Tensor, settings: ClassifierSettings, source: torch.Generator) -> torch.Tensor:
     """Images (B, 3, H, W), flipped and shifted at random, the border repeated."""
     count, side = len(images), images.shape[-1]
     if settings.shift:
@@ -93,7 +53,7 @@ def augment(images: torch.Tensor, settings: Settings, source: torch.Generator) -
     return images
 
 
-def fit(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor, settings: Settings) -> None:
+def fit(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor, settings: ClassifierSettings) -> None:
     """Train ``classifier``, on its device, on images (n, 3, H, W) uint8 and labels (n,)."""
     device = next(classifier.parameters()).device
     source = generator(settings.seed, "classifier")
@@ -101,7 +61,7 @@ def fit(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor, sett
     total = settings.epochs * (len(images) // settings.batch_size)
     if total == 0:
         raise UserError(f"`batch_size={settings.batch_size}` is more than the {len(images)} images there are")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=total)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=total)
     classifier.train()
     bar = tqdm(total=total, desc=settings.architecture, dynamic_ncols=True)
     for _ in range(settings.epochs):
@@ -129,7 +89,7 @@ def accuracy(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor)
     return (predicted == labels).double().mean().item()
 
 
-def train(arguments: Arguments) -> None:
+def train(arguments: ClassifierArguments) -> None:
     """Train and measure the classifier, and write its folder.
 
     Raises:
@@ -143,7 +103,8 @@ def train(arguments: Arguments) -> None:
     device = pick_device(arguments.device)
     torch.manual_seed(arguments.seed)
     name, options = ARCHITECTURES[arguments.architecture]
-    settings = {field: value for field, value in asdict(arguments).items() if field in Settings.__dataclass_fields__}
+    decisive = ClassifierSettings.__dataclass_fields__
+    settings = {field: value for field, value in asdict(arguments).items() if field in decisive}
     config = ClassifierConfig(
         name, options, data.image_size, data.classes, arguments.data, arguments.heldout, settings=settings
     )
@@ -161,11 +122,3 @@ def train(arguments: Arguments) -> None:
             f"Accuracy on the {len(heldout):,} images of {arguments.heldout}: {score:.2%}.\n"
         )
     print(f"held-out accuracy {score:.4f}; written to {arguments.out}")
-
-
-@entry_point
-def main() -> None:
-    """The command line."""
-    with one_line_errors():
-        arguments = tyro.cli(Arguments, prog="python -m sit.train_classifier")
-    train(arguments)

@@ -29,25 +29,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from inspect import Parameter, signature
 from typing import Any
 
 import yaml
 from torch import nn
 
 from sit.utils.errors import UserError, first_line
+from sit.utils.options import check_options, parse_entry
 
 ENTRY_POINT_GROUP = "sit.mixers"
 FORMER_NAMES = {"neighbourhood": "neighborhood"}
 """names in configurations that version 0.1.0 wrote, and what they are now"""
 _registry: dict[str, Callable[..., nn.Module]] = {}
-_KINDS = {
-    bool: ("true or false", (bool,)),
-    int: ("an integer", (int,)),
-    float: ("a number", (int, float)),
-    str: ("a word", (str,)),
-}
-"""what an option may be, in words and as types of YAML, by the type of its default"""
 
 
 def register_mixer(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
@@ -116,34 +109,11 @@ def parse_mixers(pattern: str) -> list[MixerSpec]:
     """
     specs = []
     for entry in pattern.split(","):
-        name, *pairs = entry.strip().split(":")
+        name, options = parse_entry(entry, f"mixer {entry.strip()!r}")
         name = FORMER_NAMES.get(name, name)
-        options = {}
-        for pair in pairs:
-            option, equals, value = pair.partition("=")
-            if not (option and equals and value):
-                raise UserError(f"mixer {entry.strip()!r}: {pair!r} is not option=value")
-            try:
-                options[option] = yaml.safe_load(value)
-            except (yaml.YAMLError, ValueError) as error:
-                raise UserError(f"mixer {entry.strip()!r}: {option}: {value!r} is not a YAML scalar") from error
-        _check_options(name, options)
+        check_options(options, _factory(name), f"mixer {name!r}", reserved=("dim", "num_heads"))
         specs.append(MixerSpec(name, options))
     return specs
-
-
-def _check_options(name: str, options: dict[str, Any]) -> None:
-    parameters = signature(_factory(name)).parameters
-    if any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
-        return
-    allowed = sorted(set(parameters) - {"dim", "num_heads"})
-    for option, value in options.items():
-        if option not in allowed:
-            has = f"its options are {', '.join(allowed)}" if allowed else "it has none"
-            raise UserError(f"mixer {name!r} has no option {option!r}; {has}")
-        default = type(parameters[option].default)
-        if default in _KINDS and type(value) not in _KINDS[default][1]:
-            raise UserError(f"mixer {name!r}: {option} must be {_KINDS[default][0]}, not {value!r}")
 
 
 def build_mixer(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int] | None = None) -> nn.Module:

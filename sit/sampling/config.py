@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
-
-import torch
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from sit.utils.errors import UserError
 
-OnStep = Callable[[int, int | None, torch.Tensor, float | torch.Tensor], None]
+if TYPE_CHECKING:
+    import torch  # seconds that a command's flags can be read without
+
+OnStep: TypeAlias = "Callable[[int, int | None, torch.Tensor, float | torch.Tensor], None]"
 """Called after step number ``step`` of ``total`` (None if the solver chooses its steps) with the state (B, C, h, w) and
 the time t that it stands at, a number or 0-dim tensor."""
 
 
 DiffusionForm = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"]
 LastStep = Literal["mean", "tweedie", "euler", "none"]
+LabelOrder = Literal["balanced", "uniform"]
+"""every class as often, in turn; or each label drawn at random, as the published systems do"""
 
 SDE_METHODS = ("euler", "heun")
 ADAPTIVE_METHODS = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
@@ -61,6 +64,8 @@ class SamplerConfig:
     """guide only where the noise level 1 - t is within these bounds (as REPA counts it); outside, no second pass"""
 
     def __post_init__(self) -> None:
+        if self.method is not None:
+            object.__setattr__(self, "method", self.method.lower())  # Euler and Heun, as the published script has them
         if self.sampler not in ("sde", "ode"):
             raise UserError(f"`sampler={self.sampler}` is none of sde, ode")
         known = SDE_METHODS if self.sampler == "sde" else ODE_METHODS
@@ -96,3 +101,8 @@ class SamplerConfig:
     def adaptive(self) -> bool:
         """Whether the solver chooses its own steps, and so doesn't heed ``steps``."""
         return self.sampler == "ode" and self.resolved_method in ADAPTIVE_METHODS
+
+
+def height_and_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """What ``image_size`` means: one number is the side of a square."""
+    return (size, size) if isinstance(size, int) else size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,9 +35,42 @@ def check_labels(labels: Sequence[int], classes: int) -> list[int]:
     return list(labels)
 
 
-def height_and_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """What ``image_size`` means: one number is the side of a square."""
-    return (size, size) if isinstance(size, int) else size
+def labels_named(words: Sequence[str], names: Sequence[str], classes: int) -> list[int]:
+    """The labels that words of a command line mean: numbers, or names of classes, whatever their capitals.
+
+    Args:
+        words: commas separate as spaces do; a name of several words may be given as one word or as several.
+        names: of the labels 0, 1, …; none if they are not known.
+        classes: how many there are.
+
+    Raises:
+        UserError: a word is neither a label nor the name of one.
+    """
+    known = {_plain(name): label for label, name in reversed([*enumerate(names)])}
+    parts = [part for word in words for part in ([word] if _plain(word) in known else word.replace(",", " ").split())]
+    longest = max((name.count(" ") + 1 for name in known), default=1)
+    labels: list[int] = []
+    while parts:
+        for length in range(min(longest, len(parts)), 0, -1):
+            name = _plain(" ".join(parts[:length]))
+            if length == 1 and name.lstrip("-").isdecimal():
+                labels += check_labels([int(name)], classes)
+            elif name in known:
+                labels.append(known[name])
+            else:
+                continue
+            parts = parts[length:]
+            break
+        else:
+            near = difflib.get_close_matches(_plain(parts[0]), known, n=1)
+            hint = f"; did you mean {names[known[near[0]]]}?" if near else f": it has the labels 0 to {classes - 1}"
+            raise UserError(f"`labels={parts[0]}` is no class of this network{hint}")
+    return labels
+
+
+def _plain(name: str) -> str:
+    """A class's name without capitals, underscores and more than one space."""
+    return " ".join(name.casefold().replace("_", " ").split())
 
 
 def latent_shape_for(loaded: Loaded, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
@@ -139,7 +173,9 @@ def sample_images(
 
     Raises:
         NotFinite: a sample is NaN or infinite.
+        UserError: the VAE can't be had or is another network's, which is told before anything is sampled.
     """
+    vae = loaded.vae
     place = {int(index): position for position, index in enumerate(indices.tolist())}
     for done, latents in generate(
         loaded.model,
@@ -155,4 +191,4 @@ def sample_images(
     ):
         chosen = labels[[place[int(index)] for index in done]]
         check_finite(loaded, latents, done, chosen, seed=seed, config=config)
-        yield ImageBatch(done, chosen, decode(loaded.vae, latents).cpu())
+        yield ImageBatch(done, chosen, decode(vae, latents).cpu())

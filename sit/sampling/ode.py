@@ -15,11 +15,15 @@ from torchdiffeq import odeint
 from sit.sampling.config import OnStep, SamplerConfig
 from sit.sampling.guidance import GuidedModel, times
 from sit.transport.transport import Transport
+from sit.utils.errors import UserError, first_line
 
 Field = Callable[[Any, Any], Any]
 """The right-hand side of an ODE, called as ``field(t, x)`` with a time as number or 0-dim tensor."""
 
 State = torch.Tensor | tuple[torch.Tensor, ...]
+
+MOST_EVALUATIONS = 20_000
+"""evaluations of the right-hand side that an adaptive solver may take: dopri5 takes some hundred at its tolerances"""
 
 
 # --- steps from time t to time end, equal to torchdiffeq's of the same name ------------------------------------------
@@ -119,6 +123,9 @@ def solve(
 
     Adaptive solvers go past the end and interpolate, as in the published programs; where the drift does not exist
     there, they are made to land on the end. ``on_step`` is for states that are a tensor.
+
+    Raises:
+        UserError: an adaptive solver finds no step that is small enough, or takes :data:`MOST_EVALUATIONS`.
     """
     like = state[0] if isinstance(state, tuple) else state
     start, stop = transport.ode_interval()[:: -1 if reverse else 1]
@@ -132,14 +139,43 @@ def solve(
     elif transport.must_stop(reverse):
         options["step_t"] = ends[1:]
     total = None if config.adaptive else config.steps
+    if config.adaptive:
+        field = _bounded(field, config)
     if on_step is not None:
         field = watched = _Watched(field, total, on_step)
-    end = odeint(field, state, ends, rtol=config.rtol, atol=config.atol, method=config.resolved_method, options=options)
+    tolerances = {"rtol": config.rtol, "atol": config.atol}
+    try:
+        end = odeint(field, state, ends, **tolerances, method=config.resolved_method, options=options)
+    except AssertionError as error:  # torchdiffeq's, when a step has become zero or NaN
+        raise _no_step(config, first_line(error)) from error
+    if len(end[0] if isinstance(state, tuple) else end) < 2:  # SciPy's, which then gives the beginning alone
+        raise _no_step(config, "it stops on the way")
     if isinstance(state, tuple):
         return tuple(part[-1] for part in end)
     if on_step is not None:
         on_step(watched.step, total, end[-1], stop)
     return end[-1]
+
+
+def _bounded(field: Field, config: SamplerConfig) -> Field:
+    """The right-hand side, which ends a solver that asks for it too often."""
+    count = 0
+
+    def counted(t: Any, state: State) -> Any:
+        nonlocal count
+        count += 1
+        if count > MOST_EVALUATIONS:
+            raise _no_step(config, f"{MOST_EVALUATIONS:,} network evaluations, and it is at t = {float(t):.4g}")
+        return field(t, state)
+
+    return counted
+
+
+def _no_step(config: SamplerConfig, reason: str) -> UserError:
+    return UserError(
+        f"`method={config.resolved_method}` doesn't come to the end with `atol={config.atol:g}` and "
+        f"`rtol={config.rtol:g}` ({reason}): allow larger errors, or take a method of fixed steps such as heun2"
+    )
 
 
 class _Watched:

@@ -13,6 +13,8 @@ from sit.checkpoint.info import CheckpointInfo, read_info
 from sit.checkpoint.integrity import is_complete
 from sit.checkpoint.save import save_checkpoint
 from sit.training.config import TrainConfig
+from sit.training.data import Opened
+from sit.training.posthoc_ema import note_lineage
 from sit.training.state import TrainingState
 from sit.transport.transport import Transport
 from sit.utils.files import explain_os_errors
@@ -23,7 +25,7 @@ def write_checkpoint(
     step: int,
     config: TrainConfig,
     *,
-    classes: list[str],
+    opened: Opened,
     state: TrainingState,
     transport: Transport,
     accelerator: Accelerator,
@@ -33,23 +35,30 @@ def write_checkpoint(
     Every process must call it, to gather the state; the main one writes.
     """
     averaged, raw, optimizer = state.gather()
+    averages = state.gather_averages()
+
+    def save_training(inside: Path) -> None:
+        state.save(inside, raw, optimizer, averages)
+        if averages:
+            note_lineage(run, inside)
+
     if accelerator.is_main_process:
         save_checkpoint(
             run / "checkpoints" / f"step-{step:07d}",
             model=state.model,
             weights=averaged,
             transport=transport,
-            vae_source=run / "vae" if (run / "vae").is_dir() else config.vae,
+            vae_source=opened.save_vae,  # from memory: damage to the run's vae/ is not handed on
             info=CheckpointInfo(
                 step=step,
                 images_seen=step * config.batch_size,
                 image_size=(config.image_size, config.image_size),
-                classes=len(classes),
-                label_names=list(classes),
+                classes=len(opened.data.classes),
+                label_names=list(opened.data.classes),
                 data=config.data,
                 mixer=config.mixer,
             ),
-            training_state=lambda inside: state.save(inside, raw, optimizer),
+            training_state=save_training,
         )
         prune_checkpoints(find_checkpoints(run), config.keep_last, config.keep_every)
     accelerator.wait_for_everyone()

@@ -10,9 +10,10 @@ from typing import Annotated
 import tyro
 
 from sit.training.config import TrainConfig
-from sit.training.recipes import known_recipes, load_recipe, run_folder
-from sit.utils.cli import one_line_errors
+from sit.training.recipes import known_recipes, load_recipe, load_run_settings, run_folder
+from sit.utils.cli import parse
 from sit.utils.errors import UserError, entry_point
+from sit.utils.program import program
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,11 @@ def parse_train_arguments(arguments: list[str]) -> TrainArguments:
     if resume not in (None, "auto"):
         if recipe is not None:
             raise UserError("`recipe` and `resume` exclude each other: a resumed run has its config")
-        base = load_recipe(str(run_folder(resume) / "config.yaml"))
+        base = load_run_settings(run_folder(resume))
     else:
         base = load_recipe(recipe or TrainArguments.recipe)
     description = f"{TrainArguments.__doc__} Recipes: {', '.join(known_recipes())}."
-    with one_line_errors():
-        return tyro.cli(
-            TrainArguments, args=arguments, default=TrainArguments(base), prog="train.py", description=description
-        )
+    return parse(TrainArguments, program("train"), arguments, default=TrainArguments(base), description=description)
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:
@@ -81,5 +79,5 @@ def main() -> None:
     if is_main_process:
         reference = config.data if config.data.startswith("digits") else "REFERENCE"
         print(f"run: {folder}")
-        print(f"sample:   python sample.py --ckpt {folder} --steps 250")
-        print(f"evaluate: python eval_fid.py --ckpt {folder} --reference {reference}")
+        print(f"sample:   {program('sample')} --ckpt {folder} --steps 250")
+        print(f"evaluate: {program('eval_fid')} --ckpt {folder} --reference {reference}")

@@ -12,9 +12,17 @@ import yaml
 from sit.utils.errors import UserError
 
 
-def fixed(default: Any) -> Any:
-    """A field that the first step of a run fixes: it can't be another when the run goes on."""
-    return dataclasses.field(default=default, metadata={"fixed": True})
+def fixed(default: Any, group: str | None = None) -> Any:
+    """A field that the first step of a run fixes: it can't be another when the run goes on.
+
+    With a ``group`` it begins one of the groups that the help has.
+    """
+    return dataclasses.field(default=default, metadata={"fixed": True, "group": group})
+
+
+def first_of(group: str, default: Any) -> Any:
+    """A field that begins a group and may change when a run goes on."""
+    return dataclasses.field(default=default, metadata={"group": group})
 
 
 @dataclass(frozen=True)
@@ -22,28 +30,31 @@ class TrainConfig:
     """Everything that decides a training run. The defaults are those of the published 400k-step comparison, except
     for the data and the size of the network."""
 
-    # what is learned
-    data: str = fixed("digits")
+    data: str = fixed("digits", group="data")
     """digits (embedded), a folder with one subfolder a class, a latent cache, or another source of sit.data"""
     image_size: int = fixed(32)
     """side of the square images, in pixels"""
     flip: bool = fixed(False)
     """flip each image left to right with probability 0.5"""
     vae: str = fixed("digits")
-    """digits (embedded), a name on the Hub such as stabilityai/sd-vae-ft-ema, or a local folder"""
+    """digits (embedded), a name on the Hub such as stabilityai/sd-vae-ft-ema, a local folder, or none: pixels as they
+    are, e.g. none, none:channels=1, none:shift=-0.43:scale=1.42"""
+    heldout: str | float = fixed("none")
+    """images to measure the loss on and never train on: none; auto (the data's own test set, or 5 % of the data where
+    there is none); a share of the data such as 0.05; or another data set"""
 
-    # the network
-    model: str = fixed("SiT-XS/2")
-    """SiT-SIZE/PATCH with sizes XS, S, B, L, XL and patches 1, 2, 4, 8"""
+    model: str = fixed("SiT-XS/2", group="network")
+    """SiT-SIZE/PATCH with sizes XS, XS12 (XS at twice the depth), S, B, L, XL and patches 1, 2, 4, 8"""
     mixer: str = fixed("attention")
     """token mixer, e.g. attention, atconv, atconv:kernel_size=5; a comma-separated pattern repeats over the depth"""
+    positional_embedding: Literal["auto", "on", "off"] = fixed("auto")
+    """whether the sine-cosine table is added to the tokens; auto: if a mixer of the pattern needs it, as published"""
     learn_sigma: bool = fixed(False)
     """twice the output channels, the second half unused, as in the published checkpoints"""
     class_dropout: float = fixed(0.1)
     """probability of training without the label, for classifier-free guidance"""
 
-    # the objective
-    interpolant: Literal["linear", "gvp", "vp"] = fixed("linear")
+    interpolant: Literal["linear", "gvp", "vp"] = fixed("linear", group="objective")
     """path from noise to data"""
     prediction: Literal["velocity", "score", "noise"] = fixed("velocity")
     """what the network predicts"""
@@ -56,15 +67,14 @@ class TrainConfig:
     sample_eps: float | None = None
     """the same for sampling"""
 
-    repa: str | None = fixed(None)
+    repa: str | None = fixed(None, group="alignment")
     """align tokens with a frozen encoder (REPA): a timm model, e.g. vit_base_patch14_dinov2.lvd142m, or a folder"""
     repa_weight: float = fixed(0.5)
     """weight of the alignment beside the loss"""
     repa_block: int = fixed(8)
     """the block, counted from 1, whose tokens are aligned"""
 
-    # the optimization
-    steps: int = 1000
+    steps: int = first_of("optimization", 1000)
     """optimizer steps of the whole run"""
     batch_size: int = fixed(256)
     """images a step, over all processes and accumulated micro-batches together"""
@@ -83,12 +93,23 @@ class TrainConfig:
     max_grad_norm: float | None = None
     """clip the gradient to this norm; None or 0 clips nothing"""
     ema_decay: float = fixed(0.9999)
-    """decay of the weights' moving average, after a warm-up of (1 + step) / (10 + step)"""
+    """decay of the weights' moving average"""
+    ema_warmup: bool = fixed(True)
+    """let that decay be at most (1 + step) / (10 + step); the published code has no warm-up"""
+    posthoc_ema: tuple[float, ...] = fixed(())
+    """relative lengths of averages kept for post-hoc EMA, which gives any other afterwards: 0.05 0.1, as published"""
+    posthoc_ema_every: int | None = None
+    """steps between snapshots of these averages, which are kept for good; None: as between checkpoints"""
     seed: int = fixed(0)
     """names all randomness of the run: initial weights, order of the images, noise"""
+    seed_weights: int | None = fixed(None)
+    """the seed of the initial weights; None: `seed`"""
+    seed_order: int | None = fixed(None)
+    """the seed of the order of the images and of which are flipped; None: `seed`"""
+    seed_noise: int | None = fixed(None)
+    """the seed of all noise in the loss (t, x_0, dropped labels, the posterior's); None: `seed`"""
 
-    # how it runs
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = first_of("execution", None)
     """None takes what `accelerate launch` or `accelerate config` say"""
     tf32: bool = True
     """round float32 matrix products to TF32 on GPUs, as published"""
@@ -103,8 +124,7 @@ class TrainConfig:
     non_finite_limit: int = 10
     """steps in a row whose loss or gradient is not finite, and which are skipped, before the run stops"""
 
-    # what is kept
-    output_dir: str | None = None
+    output_dir: str | None = first_of("files", None)
     """the run's folder; None makes a new one under runs/"""
     resume: str | None = None
     """a run or checkpoint to continue; `auto` continues the newest complete checkpoint of the output folder, if any"""
@@ -112,6 +132,10 @@ class TrainConfig:
     """Accelerate's trackers, e.g. tensorboard wandb trackio; metrics.jsonl is always written"""
     log_every: int = 10
     """steps between logged metrics"""
+    heldout_every: int = 0
+    """steps between measurements of the held-out loss; 0: after the last step alone. `heldout` says of which images"""
+    heldout_images: int = 1024
+    """held-out images that are measured, at most"""
     preview_every: int = 250
     """steps between preview grids; 0 makes none"""
     preview_steps: int = 25
@@ -136,11 +160,33 @@ class TrainConfig:
             raise UserError(
                 "`preview_steps=1` leaves the SDE no step before its last one: use at least 2, or `preview_every=0`"
             )
+        object.__setattr__(self, "heldout", str(self.heldout))
+        if self.heldout_share is not None and not 0 < self.heldout_share < 1:
+            raise UserError(
+                f"`heldout={self.heldout}`: a share must be above 0 and below 1, or a folder's path as ./{self.heldout}"
+            )
+        if self.heldout_every and self.heldout == "none":
+            raise UserError(
+                f"`heldout_every={self.heldout_every}` needs held-out images: give `heldout=auto` or others"
+            )
         if self.batch_size % self.gradient_accumulation:
             raise UserError(
                 f"`batch_size={self.batch_size}` can't be divided into "
                 f"`gradient_accumulation={self.gradient_accumulation}` equal micro-batches"
             )
+
+    @property
+    def heldout_share(self) -> float | None:
+        """The part of the data that ``heldout`` names by a number; None if it is no number."""
+        try:
+            return float(self.heldout)
+        except ValueError:
+            return None
+
+    def seed_of(self, cause: Literal["weights", "order", "noise"]) -> int:
+        """The seed of one cause of randomness: its own, or ``seed``."""
+        own = getattr(self, f"seed_{cause}")
+        return self.seed if own is None else own
 
     def network_options(self, latent_shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
         """What :func:`~sit.model.create_model` needs beside the model's name, for latents of (c, h, w)."""
@@ -152,6 +198,7 @@ class TrainConfig:
             num_classes=classes,
             null_class=self.class_dropout > 0,
             learn_sigma=self.learn_sigma,
+            positional_embedding={"auto": None, "on": True, "off": False}[self.positional_embedding],
         )
 
     def transport_options(self) -> dict[str, Any]:
@@ -174,12 +221,13 @@ class TrainConfig:
 CHECKS = (
     (
         ("image_size", "steps", "batch_size", "gradient_accumulation", "log_every", "checkpoint_every",
-         "preview_steps", "non_finite_limit", "repa_block", "cpu_threads"),
+         "preview_steps", "non_finite_limit", "repa_block", "cpu_threads", "heldout_images", "posthoc_ema_every"),
         lambda value: value >= 1,
         "at least 1",
     ),
     (
-        ("warmup_steps", "workers", "preview_every", "keep_last", "weight_decay", "max_grad_norm", "repa_weight"),
+        ("warmup_steps", "workers", "preview_every", "keep_last", "weight_decay", "max_grad_norm", "repa_weight",
+         "heldout_every"),
         lambda value: value >= 0,
         "at least 0",
     ),
@@ -189,6 +237,11 @@ CHECKS = (
         "a number of at least 0",
     ),
     (("class_dropout", "ema_decay"), lambda value: 0 <= value < 1, "in [0, 1)"),
+    (
+        ("posthoc_ema",),
+        lambda value: len(set(value)) == len(value) and all(0 < sigma < 12**-0.5 for sigma in value),
+        "different relative lengths between 0 and 0.2887",
+    ),
     (("betas",), lambda value: all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)"),
 )  # fmt: skip
 """(fields, what must hold of their values, in words); None, where a field takes it, is always right."""

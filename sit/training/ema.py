@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from sit.model import SiT
+
+
+def moving_average(parameters: Iterable[nn.Parameter], decay: float, warmup: bool) -> EMAModel:
+    """The exponential moving average of the parameters, which begins at their initial values.
+
+    Args:
+        parameters: what is averaged.
+        decay: what the average keeps of itself at each step.
+        warmup: begin with the first step's weights and let the decay rise to ``decay`` as (1 + step) / (10 + step).
+            Without it the decay is the same from the first step on, as in the published training program.
+    """
+    options = {} if warmup else {"min_decay": decay, "update_after_step": -1}
+    return EMAModel(parameters, decay=decay, foreach=True, **options)
 
 
 def averaged_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -3,7 +3,8 @@
 Which image it is (a permutation of the data for every epoch), whether it is flipped, its sample of the VAE's
 posterior, t, the noise x0 and the draw for label dropout depend on the seed and j alone. So a run that starts again
 at ``images_seen = j`` continues exactly where it stopped, on any number of processes (EDM2's ``InfiniteSampler``, with
-the rank left out). Workers hand over whole micro-batches, ready for the device.
+the rank left out). The order and the flips may have a seed of their own. Workers hand over whole micro-batches, ready
+for the device.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ class EpochPermutation:
         return indices
 
 
-def draw(seed: int, positions: np.ndarray, normal: torch.Tensor) -> torch.Tensor:
+def draw(seed: int, positions: np.ndarray, normal: torch.Tensor, seed_order: int | None = None) -> torch.Tensor:
     """The random numbers of the images at ``positions`` (b,).
 
     Fills ``normal`` (b, 2, c, h, w) float32 with the posterior's noise and x0, standard normal, and returns (b, 3)
-    float32 in [0, 1): the draws for the flip, t and label dropout.
+    float32 in [0, 1): the draws for the flip, t and label dropout. The flip's is that of ``seed_order``, if given.
     """
     uniform = torch.empty(len(positions), 3)
     source, shape = torch.Generator(), normal.shape[1:]
@@ -66,6 +67,9 @@ def draw(seed: int, positions: np.ndarray, normal: torch.Tensor) -> torch.Tensor
         source.manual_seed(key(seed, "train", position))
         torch.rand(3, generator=source, out=three)
         torch.randn(shape, generator=source, out=pair)
+        if seed_order is not None and seed_order != seed:
+            source.manual_seed(key(seed_order, "train", position))
+            torch.rand(1, generator=source, out=three[:1])
     return uniform
 
 
@@ -77,7 +81,7 @@ class MicroBatches(torch.utils.data.Dataset):
     memory for every batch would cost as much as all the rest, in page faults.
 
     Args:
-        data, seed, global_batch, rank, world, accumulation: as for :func:`training_batches`.
+        data, seed, global_batch, seed_order, rank, world, accumulation: as for :func:`training_batches`.
         start: number of the first image.
         slots: micro-batches that the shared memory holds; 0 for none.
 
@@ -91,6 +95,7 @@ class MicroBatches(torch.utils.data.Dataset):
         seed: int,
         global_batch: int,
         *,
+        seed_order: int | None = None,
         start: int = 0,
         rank: int = 0,
         world: int = 1,
@@ -105,7 +110,8 @@ class MicroBatches(torch.utils.data.Dataset):
             )
         self.data, self.seed, self.start, self.accumulation = data, seed, start, accumulation
         self.global_batch, self.size, self.offset = global_batch, global_batch // parts, rank * global_batch // world
-        self.order = EpochPermutation(len(data.labels), seed)
+        self.seed_order = seed if seed_order is None else seed_order
+        self.order = EpochPermutation(len(data.labels), self.seed_order)
         self.shape = (self.size, 2, *data.latent_shape)
         self.slots = torch.empty(slots, *self.shape).share_memory_() if slots else None
 
@@ -115,7 +121,7 @@ class MicroBatches(torch.utils.data.Dataset):
         positions = np.arange(first, first + self.size, dtype=np.int64)
         indices = self.order(positions)
         normal = torch.empty(self.shape) if self.slots is None else self.slots[number % len(self.slots)]
-        uniform = draw(self.seed, positions, normal)
+        uniform = draw(self.seed, positions, normal, self.seed_order)
         flipped = (uniform[:, 0] < 0.5).numpy() & self.data.flip
         sample = normal[:, 0]  # latents take the place of their noise: a slot has no memory to spare
         fetched = self.data.fetch(indices, flipped, sample, out=sample)
@@ -161,6 +167,7 @@ def training_batches(
     seed: int,
     global_batch: int,
     *,
+    seed_order: int | None = None,
     rank: int = 0,
     world: int = 1,
     accumulation: int = 1,
@@ -175,7 +182,8 @@ def training_batches(
 
     Args:
         data: latents in memory or cached, or images to encode.
-        seed: keys the order and all draws.
+        seed: keys all draws.
+        seed_order: keys the order and the flips instead.
         global_batch: images of a step, on all ranks together.
         rank, world: number of this process, and how many there are.
         accumulation: micro-batches of a step on each rank.
@@ -196,7 +204,15 @@ def training_batches(
     # item k is asked for while item k − workers · prefetch is at hand but not yet copied: one slot more than that
     slots = workers * prefetch + 1 if workers else 0
     micro_batches = MicroBatches(
-        data, seed, global_batch, start=start_images, rank=rank, world=world, accumulation=accumulation, slots=slots
+        data,
+        seed,
+        global_batch,
+        seed_order=seed_order,
+        start=start_images,
+        rank=rank,
+        world=world,
+        accumulation=accumulation,
+        slots=slots,
     )
     loader = torch.utils.data.DataLoader(
         micro_batches,

@@ -15,6 +15,8 @@ from sit.latents.cache import MANIFEST, Manifest, is_cache
 from sit.latents.vae import downsampling, empty_vae, latent_shape
 from sit.model import SiT, create_model
 from sit.training.config import TrainConfig
+from sit.training.heldout import EIGHTHS, heldout_is_due
+from sit.training.posthoc_ema import snapshot_count
 from sit.utils.errors import UserError
 from sit.utils.tables import text_table
 
@@ -50,7 +52,8 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
         network = create_model(config.model, **config.network_options(shape, classes))
     parameters = sum(p.numel() for p in network.parameters())
     forward = multiply_accumulates(network, shape)
-    state = 20 * parameters  # weights, gradients, two moments and the moving average, float32
+    averages = len(config.posthoc_ema)
+    state = (20 + 4 * averages) * parameters  # weights, gradients, two moments and the averages, float32
     half = config.mixed_precision in ("bf16", "fp16")
     activations = saved_bytes(
         network, shape, micro_batch, half=half, gradient_checkpointing=config.gradient_checkpointing
@@ -59,6 +62,7 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
     shown = config.steps * config.batch_size
     rows = [
         ("network", f"{config.model}, mixer {config.mixer}"),
+        ("positional table", "yes" if network.config.positional_embedding else "no"),
         ("parameters", f"{parameters:,}"),
         ("latent, tokens", f"{'x'.join(map(str, shape))}, {tokens}"),
         ("multiply-accumulates, forward", f"{forward / 1e9:.2f} G an image (matrix products and convolutions)"),
@@ -68,6 +72,17 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
         ("memory per GPU, state", f"{state / 2**30:.2f} GiB, not sharded (FSDP divides it by the GPUs)"),
         ("memory per GPU, activations", f"{activations / 2**30:.2f} GiB saved for the backward pass"),
     ]
+    if config.heldout != "none":
+        evaluations = config.heldout_images * len(EIGHTHS)
+        times = sum(heldout_is_due(config, step) for step in range(1, config.steps + 1))
+        cost = f"{100 * times * evaluations / (3 * shown):.2g} % of training's multiply-accumulates"
+        rows.append(
+            ("held-out loss", f"at most {config.heldout_images:,} images x {len(EIGHTHS)} times x {times}: {cost}")
+        )
+    if averages:
+        count, size = snapshot_count(config), 2 * averages * parameters  # float16
+        disk = f"{count} snapshots of {size / 2**30:.3g} GiB = {count * size / 2**30:.3g} GiB of disk"
+        rows.append(("post-hoc EMA", f"{2 * size / 2**30:.2f} GiB of that state; {disk}"))
     if images_per_second:
         rows.append(("time", f"{shown / images_per_second / 86400:.2f} days at {images_per_second:g} images/s"))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from sit.sampling.sampler import generate
 from sit.training.config import TrainConfig
 from sit.training.data import Opened
 from sit.training.ema import ema_weights
+from sit.training.stop_signal import StopSignal
 from sit.transport.transport import Transport
 from sit.utils.image_grid import labeled_grid, save_png
 
@@ -23,11 +25,16 @@ ROWS = 4
 COLUMNS = 10
 
 
+class Stopped(Exception):
+    """A signal came while a preview was being sampled."""
+
+
 def save_preview(
     path: Path,
     config: TrainConfig,
     opened: Opened,
     *,
+    stop: StopSignal,
     network: SiT,
     ema: EMAModel,
     transport: Transport,
@@ -35,12 +42,14 @@ def save_preview(
 ) -> None:
     """Sample a grid with the averaged weights, a column a class, from the same noise each time; write it to ``path``.
 
-    Every process must call it; the main one writes. Weights that give no finite images cost a line, not the run.
+    Every process must call it; the main one writes. Weights that give no finite images cost a line, not the run. A
+    signal ends it without an image.
 
     Args:
         path: the PNG file.
         config: the run's, for guidance, steps and seed.
         opened: the data, for its classes and the shape of its latents, and the VAE.
+        stop: asked after every step of the sampler.
         network: without the wrapper that sums gradients; in training mode before and after.
         ema: the moving average of its weights.
         transport: what it was trained on.
@@ -51,8 +60,14 @@ def save_preview(
     shown = [round(i * (len(classes) - 1) / max(1, columns - 1)) for i in range(columns)]
     labels = torch.tensor(shown * ROWS)
     scale = config.preview_cfg_scale if config.class_dropout else 1.0
+
+    def end_if_stopped(*_step: object) -> None:
+        if stop.received_anywhere(accelerator):
+            raise Stopped
+
     network.eval()
-    with ema_weights(network, ema), torch.no_grad(), accelerator.autocast():
+    with ema_weights(network, ema), torch.no_grad(), accelerator.autocast(), contextlib.suppress(Stopped):
+        latents = None
         parts = generate(
             network,
             transport,
@@ -63,10 +78,11 @@ def save_preview(
             latent_shape=opened.data.latent_shape,
             device=accelerator.device,
             batch_size=len(labels),
+            on_step=end_if_stopped,
         )
         latents = torch.cat([part for _, part in parts])
     network.train()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and latents is not None:
         try:
             images = decode(opened.vae, latents).cpu().numpy()
         except NotFinite as error:

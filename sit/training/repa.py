@@ -115,7 +115,7 @@ def align(
     To be called before the network is wrapped or compiled and the optimizer is made.
     """
     encoder = load_encoder(config.repa, network.grid, device)
-    with global_generator(key(config.seed, "initial projector")):
+    with global_generator(key(config.seed_of("weights"), "initial projector")):
         attach_projector(network, config.repa_block, encoder.width)
     return Alignment(base, encoder, config.repa_weight, autocast)
 

@@ -13,25 +13,37 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers, on_main_process
 
+from sit.checkpoint.snapshots import SNAPSHOTS
 from sit.training.config import TrainConfig
+from sit.training.recipes import run_settings
 from sit.utils.errors import UserError
-from sit.utils.files import atomic_write, explain_os_errors, new_output
+from sit.utils.files import atomic_write, clear_dead, explain_os_errors, new_output
 
 
-def make_run_folder(config: TrainConfig, begun: Path | None, save_vae: Callable[[Path], object]) -> Path:
+def make_run_folder(
+    config: TrainConfig,
+    begun: Path | None,
+    save_vae: Callable[[Path], object],
+    keep_identity: Callable[[Path], None],
+) -> Path:
     """Make the folder of a run, or bring that of a ``begun`` one up to date: ``config.yaml`` and ``vae/``.
 
     Args:
         config: the run's; it is written as it is in force now.
         begun: the folder of a run that goes on.
         save_vae: writes the VAE into the folder that it is given, if that is needed.
+        keep_identity: refuses to go on with a folder that was begun with something else, or notes there what this is.
     """
     folder = begun
-    if folder is None:
+    if folder is not None:
+        keep_identity(folder)  # before anything there is changed
+    else:
         label = f"{config.model}-{config.mixer}".replace("/", "-").replace(",", "+").replace(":", "-")
         folder = new_run_folder(config.output_dir, label)
     with atomic_write(folder / "config.yaml") as temporary:  # first: it makes the folder a run that can be resumed
-        temporary.write_text(dataclasses.replace(config, resume=None, output_dir=str(folder)).to_yaml())
+        temporary.write_text(run_settings(dataclasses.replace(config, resume=None, output_dir=str(folder))))
+    if begun is None:
+        keep_identity(folder)
     if not (folder / "vae").is_dir():
         save_vae(folder / "vae")
     clear_leftovers(folder)
@@ -100,16 +112,25 @@ class JsonLinesTracker(GeneralTracker):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; damaged lines are left out, and a missing file has none."""
+    """The rows of a ``metrics.jsonl``; damaged lines are left out, and a missing file has none.
+
+    Raises:
+        UserError: the file must not be read.
+    """
     rows = []
-    if path.is_file():
-        for line in path.read_bytes().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # cut off in the writing, or not UTF-8
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror})") from error
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off in the writing, or not UTF-8
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
@@ -120,7 +141,12 @@ def clear_start(run: str | Path) -> None:
 
 
 def clear_leftovers(run: Path) -> None:
-    """Delete what a killed process left half-written or half-deleted in a run's folder and among its checkpoints."""
+    """Delete what a killed process left half-written or half-deleted; nobody else writes into the folder now."""
     clear_start(run)
-    for leftover in [*run.glob(".vae.*.tmp"), *(run / "checkpoints").glob(".step-*")]:
+    for place in (run, run / "samples", run / "heldout", run / "checkpoints", run / SNAPSHOTS):
+        clear_dead(place)
+    parts = (".metrics.jsonl.*.tmp", ".identity.json.*.tmp", "samples/.step-*.tmp", "heldout/.step-*.tmp")
+    for leftover in (found for part in parts for found in run.glob(part)):  # of another machine's process
+        leftover.unlink(missing_ok=True)
+    for leftover in [*run.glob(".vae.*.tmp"), *run.glob("checkpoints/.step-*"), *run.glob(f"{SNAPSHOTS}/.step-*")]:
         shutil.rmtree(leftover, ignore_errors=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sit.checkpoint.find import newest_checkpoint, resolve
+from sit.checkpoint.find import FOR_RESUMING, newest_checkpoint, resolve
 from sit.checkpoint.info import read_info
 from sit.mixers import parse_mixers
 from sit.model import MODELS, check_model_name
@@ -88,7 +88,13 @@ def _begun_folder(config: TrainConfig) -> Path | None:
     if config.output_dir is None:
         raise UserError("`resume=auto` needs `output_dir`, the run to continue if it has begun")
     folder = Path(config.output_dir)
-    return folder if (folder / "config.yaml").is_file() else None
+    try:
+        (folder / "config.yaml").stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"`output_dir={folder}` can't be read ({error.strerror})") from error
+    return folder
 
 
 def _checkpoint(config: TrainConfig) -> Path | None:
@@ -97,7 +103,7 @@ def _checkpoint(config: TrainConfig) -> Path | None:
         return None
     if config.resume == "auto":
         return newest_checkpoint(config.output_dir, resumable=True)
-    checkpoint = resolve(config.resume)
+    checkpoint = resolve(config.resume, unread=FOR_RESUMING)
     if not (checkpoint / "training").is_dir():
         raise UserError(f"`resume={checkpoint}`: it has no training/ to resume from")
     return checkpoint

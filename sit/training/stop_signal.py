@@ -1,37 +1,38 @@
-"""The signals by which batch systems ask a run to save itself and end."""
+"""The signals by which batch systems and people ask a run to save itself and end."""
 
 from __future__ import annotations
 
-import signal
+import contextlib
 
 import torch
 from accelerate import Accelerator
 
-REQUEUE_EXIT = 85
-"""Exit status of a run that a signal stopped after saving itself (the "checkpointed" status of batch systems)."""
+from sit.utils.signals import REQUEUE_EXIT, TRAINING, deferred_signals
+
+__all__ = ["REQUEUE_EXIT", "StopSignal"]
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGUSR1 (what batch systems send before they take the machine away) while the block runs."""
+    """Notes SIGTERM, SIGUSR1 (what batch systems send before they take the machine away) and SIGINT (Ctrl-C).
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.received = False
+    It does while the block runs. A second SIGINT ends the process at once.
+    """
 
     def __enter__(self) -> StopSignal:
-        self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self.held = contextlib.ExitStack()
+        self.came = self.held.enter_context(deferred_signals(TRAINING))
         return self
 
     def __exit__(self, *exception) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        self.held.close()
 
-    def _note(self, number: int, frame: object) -> None:
-        self.received = True
+    @property
+    def status(self) -> int:
+        """The exit status that the first signal asks for; 0 before any."""
+        return TRAINING[self.came[0]] if self.came else 0
 
-    def received_anywhere(self, accelerator: Accelerator) -> bool:
-        """Whether any process got a signal; every process must call it, and all get the same answer."""
+    def received_anywhere(self, accelerator: Accelerator) -> int:
+        """The highest :attr:`status` of all processes; every process must call it, and all get the same answer."""
         if accelerator.num_processes == 1:
-            return self.received
-        return bool(accelerator.reduce(torch.tensor(int(self.received), device=accelerator.device), "sum"))
+            return self.status
+        return int(accelerator.gather(torch.tensor([self.status], device=accelerator.device)).max())

@@ -12,21 +12,24 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
 
+from sit.checkpoint.find import find_checkpoints
 from sit.latents.datasets import Batch, TrainingData
 from sit.model import SiT, create_model
-from sit.training.checkpoints import set_aside_later, write_checkpoint
+from sit.training.checkpoints import prune_checkpoints, set_aside_later, write_checkpoint
 from sit.training.config import TrainConfig
 from sit.training.data import Opened, open_training_data
 from sit.training.distributed import compile_for_training, is_ddp, set_up_fsdp2, set_up_processes
-from sit.training.ema import averaged_parameters
+from sit.training.ema import averaged_parameters, moving_average
+from sit.training.heldout import heldout_is_due, make_heldout_loss
+from sit.training.identity import Identity, keep_identity
 from sit.training.loader import training_batches
 from sit.training.non_finite import NonFinitePolicy
 from sit.training.objective import Objective, TransportObjective
 from sit.training.optimization import gradient_norm, make_optimizer
+from sit.training.posthoc_ema import PowerAverage, keep_lineage, snapshot_is_due, write_snapshot
 from sit.training.preview import save_preview
 from sit.training.repa import align
 from sit.training.rows import Rows
@@ -34,9 +37,10 @@ from sit.training.run_folder import JsonLinesTracker, make_run_folder
 from sit.training.schedule import learning_rate_at
 from sit.training.start import Start, held_start
 from sit.training.state import TrainingState
-from sit.training.stop_signal import REQUEUE_EXIT, StopSignal
+from sit.training.stop_signal import StopSignal
 from sit.transport.transport import Transport
 from sit.utils.compile import should_compile
+from sit.utils.errors import UserError
 
 
 def train(config: TrainConfig) -> tuple[Path, bool]:
@@ -47,7 +51,8 @@ def train(config: TrainConfig) -> tuple[Path, bool]:
 
     Raises:
         UserError: settings that can't work, data that can't be read, or an output folder that is taken.
-        SystemExit: a signal asked for the end; the state is saved and the status is :data:`REQUEUE_EXIT`.
+        SystemExit: a signal asked for the end; the state is saved and the status is that of
+            :data:`sit.utils.signals.TRAINING`.
     """
     # Processes, and where to start: what is wrong is told before the data takes its time.
     accelerator = set_up_processes(config)
@@ -66,18 +71,26 @@ def run(config: TrainConfig, start: Start, accelerator: Accelerator) -> Path:
     transport = Transport(**config.transport_options())
     network = make_network(config, data)
     objective = make_objective(config, data, transport, network, accelerator)
+    heldout = make_heldout_loss(opened.heldout, transport, accelerator)
     prepare_forward(config, network, accelerator)
     model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
     network = accelerator.unwrap_model(model)
     parameters, averaged = list(network.parameters()), averaged_parameters(network)
-    ema = EMAModel(averaged, decay=config.ema_decay, foreach=True)
-    state = TrainingState(network, optimizer.optimizer, ema, accelerator.scaler)
+    ema = moving_average(averaged, config.ema_decay, config.ema_warmup)
+    averages = {sigma: PowerAverage(averaged, sigma) for sigma in config.posthoc_ema}
+    state = TrainingState(network, optimizer.optimizer, ema, accelerator.scaler, averages)
 
     # The run's folder, and what a checkpoint in it holds.
-    folder = open_folder(config, start, opened, accelerator)
+    folder = open_folder(config, start, opened, objective, accelerator)
     if start.checkpoint is not None:
         state.load(start.checkpoint)
         accelerator.print(f"continuing from {start.checkpoint} after {start.step} steps")
+        if (
+            heldout is not None
+            and heldout_is_due(config, start.step)
+            and not heldout.path(folder, start.step).is_file()
+        ):
+            heldout.measure(start.step, folder, network, ema)  # a signal came before
 
     # The loop.
     rows = Rows(accelerator, start.step, config.batch_size)
@@ -85,7 +98,8 @@ def run(config: TrainConfig, start: Start, accelerator: Accelerator) -> Path:
     bar = progress_bar(config, start, accelerator)
     batches = training_batches(
         data,
-        seed=config.seed,
+        seed=config.seed_of("noise"),
+        seed_order=config.seed_of("order"),
         global_batch=config.batch_size,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
@@ -94,7 +108,7 @@ def run(config: TrainConfig, start: Start, accelerator: Accelerator) -> Path:
         workers=config.workers,
     )
     model.train()
-    with StopSignal() as stop, contextlib.closing(batches):
+    with StopSignal() as stop, contextlib.closing(bar), contextlib.closing(batches):
         for step in range(start.step + 1, config.steps + 1):
             # Set the learning rate.
             rate = learning_rate_at(step - 1, config)
@@ -117,6 +131,8 @@ def run(config: TrainConfig, start: Start, accelerator: Accelerator) -> Path:
                 non_finite.report(step, norm, values["loss"], indices)
                 if accelerator.scaler is not None:
                     accelerator.scaler.update()  # optimizer.step() does it otherwise
+            for average in averages.values():  # after a skipped step too: their time is the step
+                average.step(averaged)
             optimizer.zero_grad()
 
             # Log.
@@ -126,21 +142,26 @@ def run(config: TrainConfig, start: Start, accelerator: Accelerator) -> Path:
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
             bar.update()
 
-            # Sample a preview.
-            if config.preview_every and (step % config.preview_every == 0 or last):
-                path = folder / "samples" / f"step-{step:07d}.png"
+            # Measure the held-out loss and sample a preview, unless a signal came, which won't wait for them.
+            if heldout is not None and heldout_is_due(config, step) and not stop.received_anywhere(accelerator):
+                heldout.measure(step, folder, network, ema)
+            due = config.preview_every and (step % config.preview_every == 0 or last)
+            if due and not stop.received_anywhere(accelerator):
                 save_preview(
-                    path, config, opened, network=network, ema=ema, transport=transport, accelerator=accelerator
-                )
+                    folder / "samples" / f"step-{step:07d}.png", config, opened, stop=stop,
+                    network=network, ema=ema, transport=transport, accelerator=accelerator,
+                )  # fmt: skip
 
-            # Write a checkpoint, and end if a signal came.
+            # Write a snapshot of the averages, a checkpoint, which names the snapshots, and end if a signal came.
             stopped = stop.received_anywhere(accelerator)
+            if snapshot_is_due(step, config):
+                write_snapshot(folder, step, state, accelerator)
             if step % config.checkpoint_every == 0 or last or stopped:
                 write_checkpoint(
                     folder,
                     step,
                     config,
-                    classes=data.classes,
+                    opened=opened,
                     state=state,
                     transport=transport,
                     accelerator=accelerator,
@@ -149,7 +170,7 @@ def run(config: TrainConfig, start: Start, accelerator: Accelerator) -> Path:
                 bar.close()
                 accelerator.end_training()
                 accelerator.print(f"stopped by a signal after step {step}; resume {folder} to go on")
-                raise SystemExit(REQUEUE_EXIT)
+                raise SystemExit(stopped)
     bar.close()
     accelerator.end_training()
     return folder
@@ -159,8 +180,9 @@ def run(config: TrainConfig, start: Start, accelerator: Accelerator) -> Path:
 
 
 def make_network(config: TrainConfig, data: TrainingData) -> SiT:
-    """The network with its initial values, which depend on the config's seed alone."""
-    return create_model(config.model, config.seed, **config.network_options(data.latent_shape, len(data.classes)))
+    """The network with its initial values, which depend on the config's seed of the weights alone."""
+    options = config.network_options(data.latent_shape, len(data.classes))
+    return create_model(config.model, config.seed_of("weights"), **options)
 
 
 def make_objective(
@@ -182,16 +204,34 @@ def prepare_forward(config: TrainConfig, network: SiT, accelerator: Accelerator)
         compile_for_training(network, is_ddp(accelerator))
 
 
-def open_folder(config: TrainConfig, start: Start, opened: Opened, accelerator: Accelerator) -> Path:
-    """Make the run's folder, or get it ready to go on from ``start``; and start the trackers. On every process."""
-    shared = [None]
+def open_folder(
+    config: TrainConfig, start: Start, opened: Opened, objective: Objective, accelerator: Accelerator
+) -> Path:
+    """Make the run's folder, or get it ready to go on from ``start``; and start the trackers. On every process.
+
+    Raises:
+        UserError: on every process, if it can't be made, or the run was begun with something else.
+    """
+    shared: list[Path | UserError] = [Path()]
     if accelerator.is_main_process:
-        shared = [make_run_folder(config, start.folder, opened.save_vae)]
-        if start.checkpoint is not None and (aside := set_aside_later(shared[0], start.checkpoint)):
-            accelerator.print(f"the checkpoints beyond {start.checkpoint} are set aside in {aside}")
+        try:
+            identity = Identity.of(config, opened, objective)
+            shared = [
+                make_run_folder(config, start.folder, opened.save_vae, lambda run: keep_identity(run, identity, config))
+            ]
+            if start.checkpoint is not None and (aside := set_aside_later(shared[0], start.checkpoint)):
+                accelerator.print(f"the checkpoints beyond {start.checkpoint} are set aside in {aside}")
+            if start.folder is not None and (aside := keep_lineage(shared[0], start.checkpoint)):
+                beyond = start.checkpoint or "the beginning"
+                accelerator.print(f"the snapshots beyond {beyond} are set aside in {aside}")
+            prune_checkpoints(find_checkpoints(shared[0]), config.keep_last, config.keep_every)  # a kill left one more
+        except UserError as error:
+            shared = [error]
     if accelerator.num_processes > 1:
         torch.distributed.broadcast_object_list(shared)
     (folder,) = shared
+    if isinstance(folder, UserError):
+        raise folder
     accelerator.log_with = [*config.trackers, JsonLinesTracker(folder / "metrics.jsonl", start.step)]
     accelerator.project_configuration = ProjectConfiguration(logging_dir=str(folder / "logs"))
     accelerator.init_trackers("sit", init_kwargs={"tensorboard": {"purge_step": start.step + 1}})

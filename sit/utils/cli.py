@@ -4,9 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tyro
 
 from sit.utils.errors import UserError
+from sit.utils.flags import command_of, put_plainly
+from sit.utils.help_groups import in_groups
+from sit.utils.signals import Signalled
+
+
+def parse(
+    kind: Any, program: str, words: Sequence[str] | None = None, *, default: Any = None, description: str | None = None
+) -> Any:
+    """The arguments of a command.
+
+    Args:
+        kind: the dataclass of its flags, or a union of those of its subcommands.
+        program: what the help calls the command.
+        words: the command line; None: this program's.
+        default: an instance whose values are those of flags that are not given.
+        description: what the help says first; None: the dataclass's docstring.
+
+    Raises:
+        UserError: the command line has a mistake.
+        SystemExit: it asks for help, which is printed.
+    """
+    words = sys.argv[1:] if words is None else words
+    plain = put_plainly(words, command_of(kind, words))
+    if {"-h", "--help"} & set(words):
+        description = kind.__doc__ if description is None else description
+        kind, default = in_groups(kind, default)
+    given = {} if default is None else {"default": default}
+    with one_line_errors():
+        return tyro.cli(kind, args=plain, prog=program, description=description, **given)
 
 
 @contextlib.contextmanager
@@ -21,7 +54,7 @@ def one_line_errors() -> Iterator[None]:
         with contextlib.redirect_stderr(said):
             yield
     except SystemExit as stop:
-        if not stop.code:
+        if not stop.code or isinstance(stop, Signalled):
             raise
         raise _own_error(stop) or UserError(_essence(said.getvalue())) from None
 

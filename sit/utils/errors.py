@@ -6,10 +6,18 @@ The library names arguments in backquotes, ```batch_size` must be at least 1``, 
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable
+
+_OF_THE_SYSTEM = {
+    getattr(errno, name)
+    for name in "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG EIO ENAMETOOLONG ELOOP EMFILE ENFILE ESTALE".split()
+}
+"""what the operating system refuses for reasons outside of any program"""
 
 
 class UserError(ValueError):
@@ -37,7 +45,10 @@ def first_line(error: BaseException) -> str:
 
 
 def entry_point(main: Callable[..., object]) -> Callable[..., None]:
-    """Wrap a command's ``main``: a :class:`UserError` becomes ``error: …`` on stderr and exit status 2."""
+    """Wrap a command's ``main``: a :class:`UserError` becomes ``error: …`` on stderr and exit status 2.
+
+    So does a file that the system doesn't let it read or write, wherever that is met.
+    """
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> None:
@@ -45,6 +56,11 @@ def entry_point(main: Callable[..., object]) -> Callable[..., None]:
             main(*args, **kwargs)
         except UserError as error:
             print(f"error: {with_flags(str(error))}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            if error.errno not in _OF_THE_SYSTEM or not isinstance(error.filename, (str, bytes, os.PathLike)):
+                raise
+            print(f"error: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -6,10 +6,12 @@ import contextlib
 import errno
 import functools
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any, cast
 
 from safetensors import SafetensorError
 
@@ -18,7 +20,11 @@ from sit.utils.errors import UserError
 LOCK = ".lock"
 """The file by which a program holds a folder (:mod:`sit.utils.lock`): a folder with nothing else is empty."""
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "the limit on the size of files is reached",
+}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -28,9 +34,9 @@ def explain_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        number = _error_number(error, path)
+        number = _error_number(error)
         if number in _FULL:
-            raise UserError(f"the disk is full, so {path} was not written; what was there is untouched") from error
+            raise UserError(f"{_FULL[number]}, so {path} was not written; what was there is untouched") from error
         if number in _REFUSED:
             raise UserError(f"{path} can't be written ({os.strerror(number)}); choose another output folder") from error
         missing = error.filename if isinstance(error, OSError) and number == errno.ENOENT else None
@@ -41,16 +47,71 @@ def explain_os_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _error_number(error: Exception, path: Path) -> int | None:
-    """The system's error number, which safetensors hides in its message and torch.save does not tell at all."""
+def _error_number(error: Exception) -> int | None:
+    """The system's error number, which safetensors hides in its message."""
     if isinstance(error, OSError):
         return error.errno
-    if match := re.search(r"\(os error (\d+)\)", str(error)):
-        return int(match[1])
-    folder = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
-    if "inline_container" in str(error) and shutil.disk_usage(folder).free < 1 << 20:
-        return errno.ENOSPC
-    return None
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
+
+
+class _Noting:
+    """A file's ``write`` that notes why it failed: torch says only that the archive has another length than it should.
+
+    It writes at once, unbuffered, so that nothing is left to fail when the file is closed.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        left = memoryview(content).cast("B")
+        length = len(left)
+        try:
+            while left:
+                left = left[os.write(self.descriptor, left) :]
+        except OSError as error:
+            self.error = error
+            raise
+        return length
+
+    def flush(self) -> None:
+        """Nothing: nothing is kept back."""
+
+
+def save_torch(content: object, path: Path) -> None:
+    """``torch.save``, but a write that fails is the system's error.
+
+    Raises:
+        OSError: the disk is full, or the file can't be written.
+    """
+    import torch
+
+    with open(path, "wb", buffering=0) as file:
+        noting = _Noting(file.fileno())
+        try:
+            torch.save(content, cast("IO[bytes]", noting))
+        except Exception as error:
+            if noting.error is not None:
+                raise noting.error from error
+            raise
+
+
+def reserve(path: Path, header: bytes, size: int) -> None:
+    """Make a file of ``header`` and zeros, ``size`` bytes in all, whose room on the disk is its own.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    with open(path, "wb", buffering=0) as file:
+        file.write(header)
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            os.ftruncate(file.fileno(), size)  # a file system that can't: writes may still fail, and say so
 
 
 def _finish(path: Path) -> None:
@@ -76,6 +137,41 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _temporary(path: Path) -> Path:
+    """Where ``path`` is made: beside it, with this process in the name; those of dead processes are cleared first."""
+    clear_dead(path.parent)
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
+
+
+@functools.cache
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "", platform.node()) or "localhost"
+
+
+def clear_dead(folder: Path) -> None:
+    """Delete what processes of this machine that are no more were writing into ``folder`` when they were killed."""
+    ours = re.compile(rf"\..*\.{_host()}-(\d+)\.tmp", re.DOTALL)
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return  # whoever writes there says why not
+    for name in names:
+        if (match := ours.fullmatch(name)) and not _alive(int(match[1])):
+            place = folder / name
+            with contextlib.suppress(OSError):
+                shutil.rmtree(place) if place.is_dir() else place.unlink()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it is another user's
+    return True
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` to write to; it takes ``path``'s place only if the block succeeds.
@@ -84,9 +180,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         UserError: the disk is full or the place can't be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
         try:
             yield temporary
             _finish(temporary)
@@ -104,11 +200,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         UserError: ``path`` exists already, the disk is full or the place can't be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explain_os_errors(path):
         if path.exists():
             raise UserError(f"{path} exists already; it is not overwritten")
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:

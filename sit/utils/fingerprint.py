@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def stamp(*places: str | Path) -> str:
@@ -21,4 +25,15 @@ def stamp(*places: str | Path) -> str:
             if os.path.isfile(file):
                 state = os.stat(file)
                 digest.update(f"{state.st_size} {state.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def weights_fingerprint(network: nn.Module) -> str:
+    """Hash of every weight and buffer of a network, bit by bit: blake2b, 32 hexadecimal digits."""
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from sit.utils.files import atomic_write
 
@@ -74,7 +75,10 @@ def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
     return text + "…"
 
 
-def save_png(image: Image.Image, path: str | Path) -> None:
-    """Write one PNG whole, or not at all."""
+def save_png(image: Image.Image, path: str | Path, **texts: str) -> None:
+    """Write one PNG whole, or not at all; ``texts`` go into its text chunks by their names."""
+    info = PngInfo()
+    for name, text in texts.items():
+        info.add_itxt(name, text)
     with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=info)

@@ -19,26 +19,29 @@ _HELD = {errno.EACCES, errno.EAGAIN}
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path, argument: str) -> Iterator[None]:
+def locked(folder: str | Path, argument: str, *, beside: bool = False) -> Iterator[None]:
     """Hold ``folder``, made if need be, for this process while the block runs.
 
     A folder that was made for it and is empty in the end goes again.
 
+    Args:
+        folder: which.
+        argument: what the folder is called in messages, such as ``output_dir``.
+        beside: ``folder`` is yet to be made, and its lock lies beside it.
+
     The lock is the system's (``fcntl.lockf``), so it ends with its process however that ends, and forked workers do not
     hold it. It works between machines where the file system shares locks (NFS 4, Lustre).
-
-    Args:
-        argument: what the folder is called in messages, such as ``output_dir``.
 
     Raises:
         UserError: another process holds it; the message names its machine, number and beginning.
     """
-    path = Path(folder) / LOCK
+    folder = Path(folder)
+    path = folder.with_name(f".{folder.name}{LOCK}") if beside else folder / LOCK
     made = not path.parent.exists()
     with explain_os_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     with explain_os_errors(path):
-        descriptor = _take(path, argument)
+        descriptor = _take(path, f"`{argument}={folder}`")
     try:
         yield
     finally:
@@ -48,7 +51,7 @@ def locked(folder: str | Path, argument: str) -> Iterator[None]:
             path.parent.rmdir()
 
 
-def _take(path: Path, argument: str) -> int:
+def _take(path: Path, what: str) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -58,8 +61,7 @@ def _take(path: Path, argument: str) -> int:
             os.close(descriptor)
             if error.errno not in _HELD:
                 raise
-            where = f"`{argument}={path.parent}`"
-            raise UserError(f"{where} is in use by {holder}: wait for its end, or choose another") from None
+            raise UserError(f"{what} is in use by {holder}: wait for its end, or choose another") from None
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             break
         os.close(descriptor)  # its holder removed it in between

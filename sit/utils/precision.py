@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 
+from sit.utils.choices import Precision
 from sit.utils.errors import UserError
-
-Precision = Literal["float32", "tf32", "bfloat16"]
-"""``float32``; ``tf32``: its matrix products rounded to TF32, on NVIDIA GPUs; ``bfloat16``: the network's weights."""
 
 
 def allow_tf32(device: torch.device, allowed: bool = True) -> None:

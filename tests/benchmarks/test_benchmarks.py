@@ -20,8 +20,8 @@ from atconv import ATConv
 from sit.utils.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-frechet, loader, overhead, sampler_order, speed, xl_step = map(
-    importlib.import_module, ("frechet", "loader", "overhead", "sampler_order", "speed", "xl_step")
+frechet, loader, overhead, reference_memory, sampler_order, speed, xl_step = map(
+    importlib.import_module, ("frechet", "loader", "overhead", "reference_memory", "sampler_order", "speed", "xl_step")
 )
 HELPERS = {"baselines", "checks"}
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
@@ -42,6 +42,12 @@ def run(monkeypatch, capsys, tmp_path):
         return capsys.readouterr().out, found
 
     return run
+
+
+def test_reference_memory(run):
+    out, found = run(reference_memory, "--images", 1100, "--keep", 8)
+    assert found["images"] == 1100 and "peak mib above the model" in out
+    assert 60 < found["megabytes_of_sums_in_the_work_folder"] < 70  # 2048² + 2023² numbers of 8 bytes
 
 
 def test_frechet(run):

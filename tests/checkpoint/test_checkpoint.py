@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
+import zlib
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from limits import file_size_limit, not_as_root, open_folder
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sit.checkpoint.integrity as integrity
 import sit.checkpoint.save as save
@@ -25,6 +25,7 @@ from sit.checkpoint.save import save_checkpoint
 from sit.model import SiT
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
+from sit.utils.files import explain_os_errors, save_torch
 
 
 def small_model(seed: int = 0, **options) -> SiT:
@@ -107,10 +108,17 @@ def test_wrapped_weights_get_plain_keys(tmp_path):
     assert torch.equal(saved["blocks.1.mlp.fc1.weight"], small_model(3).blocks[1].mlp.fc1.weight)
 
 
-def test_local_vae_is_linked_and_a_hub_name_is_named(tmp_path, vae_folder):
-    local = write(tmp_path / "local", vae=vae_folder)
+def test_a_local_vae_is_copied_and_a_hub_name_is_named(tmp_path, vae_folder):
+    """A copy: damage to the folder, or to one checkpoint, is not damage to all."""
+    source = tmp_path / "source"
+    shutil.copytree(vae_folder, source)
+    local = write(tmp_path / "local", vae=source)
     for name in ("config.json", WEIGHTS):
-        assert os.path.samefile(local / "vae" / name, vae_folder / name)
+        assert (local / "vae" / name).read_bytes() == (source / name).read_bytes()
+    with (source / WEIGHTS).open("r+b") as file:
+        file.seek(1000)
+        file.write(b"damage" * 17)
+    assert flaw(local) is None
     hub = write(tmp_path / "hub", vae="stabilityai/sd-vae-ft-ema")
     assert not (hub / "vae").exists()
     assert load_for_sampling(hub).vae_source == "stabilityai/sd-vae-ft-ema"
@@ -119,14 +127,29 @@ def test_local_vae_is_linked_and_a_hub_name_is_named(tmp_path, vae_folder):
         _ = load_for_sampling(write(tmp_path / "none")).vae
 
 
-def test_vae_is_copied_where_links_are_refused(tmp_path, vae_folder, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EXDEV, "another device")
+def flip(path: Path, position: int, bits: int = 1) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        (byte,) = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte ^ bits]))
 
-    monkeypatch.setattr(os, "link", refuse)
-    folder = write(tmp_path / "c", vae=vae_folder)
-    assert (folder / "vae" / WEIGHTS).read_bytes() == (vae_folder / WEIGHTS).read_bytes()
-    assert is_complete(folder)
+
+def test_each_use_compares_the_checksums_of_what_it_reads(tmp_path, vae_folder):
+    """Resuming does not refuse for the VAE's sake, nor sampling for the optimizer's; neither takes what it reads."""
+    run = tmp_path / "run"
+    folder = write(run / "checkpoints" / "step-0000003", vae=vae_folder, training_state=saving({"step": 3}))
+    training = next(path for path in (folder / "training").iterdir())
+    for damaged, resumes, samples in ((folder / "vae" / WEIGHTS, True, False), (training, False, True)):
+        flip(damaged, 5)
+        for resumable, fits in ((True, resumes), (False, samples)):
+            if fits:
+                assert newest_checkpoint(run, resumable) == folder
+            else:
+                with pytest.raises(UserError, match="has been changed or damaged"):
+                    newest_checkpoint(run, resumable)
+        assert "changed or damaged" in flaw(folder)
+        flip(damaged, 5)
 
 
 def test_a_checkpoint_cut_off_at_any_byte_is_recognized(tmp_path, vae_folder):
@@ -167,18 +190,49 @@ def test_damage_that_keeps_the_size_is_recognized(tmp_path):
     assert "changed" in flaw(folder)
 
 
-def test_fingerprint_of_a_big_file_sees_both_ends_and_lost_pages(tmp_path):
-    path = tmp_path / "big"
-    size = 9 * 2**20 + 17
-    content = bytearray(torch.randint(0, 255, (size,), generator=torch.Generator().manual_seed(0)).byte().numpy())
-    path.write_bytes(content)
+def test_every_byte_of_the_index_counts(tmp_path):
+    index = write(tmp_path / "c") / "sit.json"
+    text = index.read_bytes()
+    assert b'"step": 7,' in text
+    index.write_bytes(text.replace(b'"step": 7,', b'"step": 9,'))
+    assert "damaged" in flaw(tmp_path / "c")
+    with pytest.raises(UserError, match="sit.json is cut off or damaged"):
+        load_for_sampling(tmp_path / "c")
+    index.write_bytes(text.replace(b'"format": 2', b'"format": 1'))
+    assert "damaged" in flaw(tmp_path / "c")
+    index.write_bytes(text)
+    for position in range(len(text)):
+        flip(index, position)
+        assert flaw(tmp_path / "c"), position
+        flip(index, position)
+    assert is_complete(tmp_path / "c")
+
+
+def test_every_byte_of_a_big_file_counts(tmp_path):
+    path, size = tmp_path / "big", 9 * 2**20 + 17
+    content = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    content.tofile(path)
     before = integrity.fingerprint(path)
-    assert before == integrity.fingerprint(path) and before["size"] == size
-    for start, stop in ((0, 1), (size - 1, size), (size // 2, size // 2 + 2**18)):
-        damaged = content.copy()
-        damaged[start:stop] = bytes((b + 1) % 256 for b in damaged[start:stop])
-        path.write_bytes(damaged)
+    assert before == {"size": size, "crc32": zlib.crc32(content)}
+    for position in (0, size - 1, *np.random.default_rng(1).integers(0, size, 20).tolist()):
+        flip(path, position)
         assert integrity.fingerprint(path) != before
+        flip(path, position)
+
+
+def test_checksums_of_version_0_1_0_are_compared_as_it_did(tmp_path):
+    """64 blocks of 64 KiB spread over a large file, and none of sit.json."""
+    folder = tmp_path / "c"
+    folder.mkdir()
+    content = np.random.default_rng(0).integers(0, 256, 9 * 2**20 + 17, dtype=np.uint8).tobytes()
+    (folder / "big").write_bytes(content)
+    starts = [(len(content) - 65536) * block // 63 for block in range(64)]
+    crc = zlib.crc32(b"".join(content[start : start + 65536] for start in starts))
+    files = {"big": {"size": len(content), "crc32": crc}}
+    (folder / "sit.json").write_text(json.dumps({"format": 1, "step": 4, "files": files}))
+    assert flaw(folder) is None
+    flip(folder / "big", starts[9] + 7)
+    assert flaw(folder) == "big has been changed or damaged"
 
 
 def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, caplog):
@@ -218,30 +272,49 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_a_full_disk_is_told_from_the_errors_of_torch_and_safetensors(tmp_path):
-    """The limit on the size of files stands in for a full disk: the libraries meet a write that fails."""
-    code = """
-import errno, resource, shutil, sys, types
-from pathlib import Path
-import torch
-from safetensors.torch import save_file
-from sit.utils.errors import UserError
-from sit.utils.files import explain_os_errors, _FULL
-_FULL.add(errno.EFBIG)
-shutil.disk_usage = lambda path: types.SimpleNamespace(free=0)
-resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-for save in (lambda p: torch.save({"a": torch.ones(9999)}, p), lambda p: save_file({"a": torch.ones(9999)}, p),
-             lambda p: p.write_bytes(bytes(9999))):
-    path = Path(sys.argv[1]) / "file"
-    try:
-        with explain_os_errors(path):
-            save(path)
-    except UserError as error:
-        assert "disk is full" in str(error)
-    else:
-        raise SystemExit("not noticed")
-"""
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+@pytest.mark.parametrize("size", [0, 300, 1000, 3000, 10_000, 30_000, 60_000, 100_000, 130_000, 160_000])
+def test_a_full_disk_is_told_and_what_was_there_stays(tmp_path, size, vae_folder):
+    """The system's own limit on the size of files stands in for a full disk: every writer meets a write that fails."""
+
+    def save(folder: Path) -> None:
+        save_torch({"a": torch.ones(40_000)}, folder / "optimizer.pt")
+
+    before = write(tmp_path / "checkpoints" / "a", vae=vae_folder, training_state=save)
+    with file_size_limit(size), pytest.raises(UserError, match="limit on the size of files is reached, so .* not writ"):
+        write(tmp_path / "checkpoints" / "b", vae=vae_folder, training_state=save)
+    assert list((tmp_path / "checkpoints").iterdir()) == [before] and flaw(before) is None
+
+
+def test_torch_and_safetensors_and_python_tell_why_a_write_failed(tmp_path):
+    writers = (
+        lambda path: save_torch({"a": torch.ones(9999)}, path),
+        lambda path: save_file({"a": torch.ones(9999)}, path),
+        lambda path: path.write_bytes(bytes(39_996)),
+    )
+    for write_file in writers:
+        with file_size_limit(5000), pytest.raises(UserError, match="limit on the size of files"):
+            with explain_os_errors(tmp_path / "file"):
+                write_file(tmp_path / "file")
+        write_file(tmp_path / "file")
+    save_torch({"a": torch.ones(9999)}, tmp_path / "file")
+    assert torch.equal(torch.load(tmp_path / "file", weights_only=True)["a"], torch.ones(9999))
+
+
+def test_what_must_not_be_read_is_named_and_never_passed_over():
+    with open_folder() as place:
+        run = place / "run"
+        folders = [
+            write(run / "checkpoints" / f"step-{step:07d}", training_state=saving({"step": step})) for step in (3, 4)
+        ]
+        last = folders[-1]
+        training = next(path for path in (last / "training").iterdir())
+        for path in (training, last / "sit.json", last / "training", last, run / "checkpoints"):
+            mode = path.stat().st_mode
+            path.chmod(0)
+            with not_as_root(), pytest.raises(UserError, match=r"can't be read \(Permission denied\)"):
+                newest_checkpoint(run, resumable=True)
+            path.chmod(mode)
+        assert newest_checkpoint(run, resumable=True) == last
 
 
 def test_a_checkpoint_without_its_training_folder_still_samples(tmp_path):
@@ -291,7 +364,7 @@ def test_mistakes_are_named_in_one_line(tmp_path, vae_folder):
     content = (bare / WEIGHTS).read_bytes()
     for cut in (0, 5, 1000, len(content) - 1):
         (bare / WEIGHTS).write_bytes(content[:cut])
-        assert "can't be read" in message(bare)
+        assert "cut off" in message(bare)
     (bare / WEIGHTS).unlink()
     assert WEIGHTS in message(bare)
     config = json.loads((bare / "config.json").read_text())

@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from sit.checkpoint.convert import Convert, Inspect, convert, inspect, main
+from sit.checkpoint.arguments import Convert, Inspect
+from sit.checkpoint.cli import main
+from sit.checkpoint.convert import convert, inspect
+from sit.checkpoint.hints import Hints
 from sit.checkpoint.load import load_for_sampling
-from sit.checkpoint.published import Hints, grid_of_table, read_published
+from sit.checkpoint.published import grid_of_table, read_published
 from sit.mixers import known_mixers, parse_mixers
 from sit.mixers.registry import _factory
 from sit.model import SiT, sincos_table

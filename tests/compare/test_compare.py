@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 from pathlib import Path
@@ -13,15 +12,22 @@ import pytest
 import torch
 import tyro
 from PIL import Image
+from processes import Connected
 from scipy import stats
 
 from sit.checkpoint.info import CheckpointInfo
 from sit.checkpoint.load import load_for_sampling
 from sit.checkpoint.save import save_checkpoint
-from sit.compare.compare import Arguments, command, compare, open_runs
+from sit.checkpoint.snapshots import save_snapshot
+from sit.compare.arguments import Arguments
+from sit.compare.compare import command, compare
+from sit.compare.runs import open_runs
 from sit.compare.speed import measure_speed
+from sit.latents.encode import Encode, encode
 from sit.latents.vae import DIGITS_VAE
-from sit.metrics.features import FeatureWeights
+from sit.metrics import cli as eval_fid
+from sit.metrics.arguments import FeatureWeights
+from sit.metrics.generated import GeneratedImages
 from sit.metrics.report import Number, Report
 from sit.model import create_model
 from sit.sampling.config import SamplerConfig
@@ -31,6 +37,8 @@ from sit.sampling.sampler import KeyedNoise
 from sit.training.config import TrainConfig
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def make_run(folder: Path, mixer: str, steps: tuple[int, ...], **config) -> Path:
@@ -129,7 +137,7 @@ def test_what_is_refused(runs, classifier_of_three, tmp_path):
     weights = FeatureWeights("inception.pth", "dinov2.safetensors")
     for features, said in (("inception", "inception.pth are missing"), ("dinov2", "`dinov2_weights=dinov2.safetens")):
         with pytest.raises(UserError, match=said):
-            compare(Arguments(runs, str(tmp_path / "no"), features=features, weights_files=weights))
+            compare(Arguments(runs, str(tmp_path / "no"), features=(features,), weights_files=weights))
     with pytest.raises(UserError, match="knows 3 classes, and the samples have 10"):
         compare(Arguments(runs, str(tmp_path / "no"), classifier=classifier_of_three))
     (tmp_path / "taken").mkdir()
@@ -148,15 +156,16 @@ def test_seeds_are_repetitions(tmp_path, monkeypatch):
     for mixer in values:
         for seed in range(3):
             paths.append(str(make_run(tmp_path / f"{mixer}-{seed}", mixer, (2,), seed=seed)))
-    calls = []
+    seeds = []
 
-    def made_up(samples, *arguments, **options):
-        calls.append(samples.name)
+    def made_up(samples, against, work):
         mixer, seed = samples.loaded.path.parent.parent.name.split("-")
-        return Report("s", 10, "r", "f", [Number("FID", values[mixer][int(seed)], 0.5), Number("Class accuracy", 0.5)])
+        seeds.append((mixer, int(seed), samples.seed))
+        fid = Number("FID", values[mixer][int(seed)], 0.5)
+        return SimpleNamespace(report=lambda: Report("s", 10, "r", "f", [fid, Number("Class accuracy", 0.5)]))
 
-    monkeypatch.setattr("sit.compare.compare.evaluate", made_up)
-    options = dict(num_samples=20, speed_repeats=0, sampler=SamplerConfig(steps=2), work_dir=str(tmp_path / "work"))
+    monkeypatch.setattr("sit.compare.compare.measure", made_up)
+    options = dict(num_samples=20, speed_repeats=0, sampler=SamplerConfig(steps=2))
     compare(Arguments(tuple(paths), str(tmp_path / "report"), **options))
     found = json.loads((tmp_path / "report" / "numbers.json").read_text())
     ours = found["groups"]["SiT-XS/2 atconv"]
@@ -168,13 +177,89 @@ def test_seeds_are_repetitions(tmp_path, monkeypatch):
     test = stats.ttest_rel(values["atconv"], values["attention"]).confidence_interval(0.95)
     assert paired["value"] - paired["error"] == pytest.approx(test.low)
     assert paired["value"] + paired["error"] == pytest.approx(test.high)
-    assert "| FID | 6 ± 2.5 | 5 ± 3.3 |" in (tmp_path / "report" / "README.md").read_text()
-    assert len(calls) == 6
-    compare(Arguments(tuple(paths), str(tmp_path / "again"), **options))
-    assert len(calls) == 6, "what is in --work-dir is made again"
-    os.utime(next(Path(paths[0]).glob("checkpoints/*/transformer/*.safetensors")), ns=(0, 0))
-    compare(Arguments(tuple(paths), str(tmp_path / "retrained"), **options))
-    assert len(calls) == 7, "replaced weights are another evaluation, and only those"
+    text = (tmp_path / "report" / "README.md").read_text()
+    assert "| FID | 6 ± 2.5 | 5 ± 3.3 |" in text and f"-1 ± 1.2: {paired['verdict']} |" in text
+    assert paired["over"] == "training seeds" and paired["verdict"].startswith("not told apart: ")
+    assert found["differences"]["SiT-XS/2 atconv"]["Class accuracy"]["verdict"] == "not told apart"
+    assert seeds == [(mixer, seed, seed) for mixer in values for seed in range(3)], "evaluated with its training seed"
+    compare(Arguments(tuple(paths), str(tmp_path / "one"), evaluation_seed=7, **options))
+    assert {seed for *_, seed in seeds[6:]} == {7}
+
+
+def test_what_eval_fid_left_is_read_and_one_seed_is_paired_by_samples(runs, tmp_path, monkeypatch):
+    """Nothing is sampled again; the difference's interval is that of the paired groups, and holds for these weights."""
+    made, batch = [], GeneratedImages.batch
+    monkeypatch.setattr(
+        GeneratedImages, "batch", lambda self, numbers: made.append(self.loaded.path) or batch(self, numbers)
+    )
+    work = ["--work-dir", str(tmp_path / "work"), "--num-samples", "60", "--steps", "2"]
+    newest = [Path(run) / "checkpoints" / "step-0000004" for run in runs]
+    reports = []
+    for checkpoint in newest:
+        out = tmp_path / f"{len(reports)}.json"
+        words = ["--ckpt", str(checkpoint), "--reference", "digits", *work, "--json", str(out)]
+        monkeypatch.setattr("sys.argv", ["eval_fid.py", *words])
+        eval_fid.main()
+        reports.append({number["name"]: number for number in json.loads(out.read_text())["numbers"]})
+    assert set(made) == set(newest)
+    made.clear()
+    options = dict(num_samples=60, at_steps=(4,), speed_repeats=0, sampler=SamplerConfig(steps=2))
+    compare(Arguments(runs, str(tmp_path / "report"), work_dir=str(tmp_path / "work"), **options))
+    assert not set(made) & set(newest), "sampled again"
+    found = json.loads((tmp_path / "report" / "numbers.json").read_text())
+    name = next(name for name in reports[0] if name.startswith("FID ("))
+    groups = [found["groups"][f"SiT-XS/2 {mixer}"]["metrics"]["4"] for mixer in ("attention", "atconv")]
+    assert [group[name]["value"] for group in groups] == [report[name]["value"] for report in reports]
+    cell = found["differences"]["SiT-XS/2 atconv"][name]
+    one, other = (report[name]["replicates"] for report in reports)
+    interval = stats.ttest_rel(other, one).confidence_interval(0.95)
+    assert cell["error"] == pytest.approx((interval.high - interval.low) / 2)
+    assert cell["value"] == pytest.approx(groups[1][name]["value"] - groups[0][name]["value"])
+    assert cell["over"] == "samples" and cell["verdict"].endswith("for these weights only")
+
+    compare(Arguments(runs, str(tmp_path / "again"), work_dir=str(tmp_path / "work"), evaluation_seed=1, **options))
+    assert set(made) == set(newest), "another evaluation seed gives other samples"
+
+
+def test_a_folder_and_a_latent_cache_of_it_are_the_same_data(runs, tmp_path):
+    cache = tmp_path / "cache"
+    encode(Encode(cache, "digits", image_size=32))
+    through = make_run(tmp_path / "through", "atconv", (4,), data=str(cache))
+    assert [run.config.data for run in open_runs((runs[0], str(through)), ())] == ["digits", str(cache)]
+    other = make_run(tmp_path / "part", "atconv", (4,), data="digits:train")
+    for one in (runs[0], str(through)):
+        with pytest.raises(UserError, match=f"was trained with data digits:train and {one} with"):
+            open_runs((one, str(other)), ())
+    gone = make_run(tmp_path / "gone", "atconv", (4,), data=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="was trained with data .*nowhere and .* with digits"):
+        open_runs((runs[0], str(gone)), ())
+
+
+def test_runs_are_compared_with_the_average_that_is_asked_for(tmp_path, monkeypatch):
+    """Here the only one that is kept: weights of one value."""
+    run = make_run(tmp_path / "a", "atconv", (2, 4))
+    network = load_for_sampling(run).model
+    for step in (2, 4):
+        save_snapshot(run, step, {0.1: {name: torch.full_like(p, 2**-7) for name, p in network.named_parameters()}})
+    seen, batch = set(), GeneratedImages.batch
+
+    def noted(samples, numbers):
+        seen.update((samples.name, p.unique().item()) for p in samples.loaded.model.parameters())
+        return batch(samples, numbers)
+
+    monkeypatch.setattr(GeneratedImages, "batch", noted)
+    options = dict(num_samples=20, speed_repeats=0, sampler=SamplerConfig(steps=2), ema=0.1)
+    compare(Arguments((str(run),), str(tmp_path / "report"), **options))
+    assert {weight for _, weight in seen} == {2**-7}
+    assert all("EMA of relative length 0.1 " in name for name, _ in seen)
+    found = json.loads((tmp_path / "report" / "numbers.json").read_text())["ema"]
+    assert found["sigma_rel"] == 0.1 and found["largest_profile_error"] < 1e-6
+    text = (tmp_path / "report" / "README.md").read_text()
+    assert "20 samples a checkpoint, EMA of relative length 0.1, balanced labels" in text and "--ema 0.1" in text
+    before = len(seen)
+    with pytest.raises(UserError, match="`ema=0.05` can't be reached at step 2"):
+        compare(Arguments((str(run),), str(tmp_path / "other"), **options | dict(ema=0.05)))
+    assert len(seen) == before and not (tmp_path / "other").exists()
 
 
 def test_the_command_that_is_printed_makes_the_same_arguments():
@@ -185,3 +270,18 @@ def test_the_command_that_is_printed_makes_the_same_arguments():
     words = shlex.split(command(arguments))
     assert words[:3] == ["python", "-m", "sit.compare"]
     assert tyro.cli(Arguments, args=words[3:]) == arguments
+
+
+@pytest.mark.distributed
+def test_on_two_processes_as_on_one(runs, tmp_path):
+    """520 samples, so that either has a chunk."""
+    options = dict(num_samples=520, at_steps=(4,), speed_repeats=0, sampler=SamplerConfig(steps=2), batch_size=100)
+    compare(Arguments(runs, str(tmp_path / "one"), **options))
+    words = ["--out", tmp_path / "two", "--num-samples", 520, "--at-steps", 4, "--speed-repeats", 0, "--steps", 2]
+    said = Connected(2, "-m", "sit.compare", *runs, *words, "--batch-size", 100).output()
+    assert said.count("report: ") == 1
+    one, two = (json.loads((tmp_path / name / "numbers.json").read_text()) for name in ("one", "two"))
+    for group in one["groups"]:
+        for name, number in one["groups"][group]["metrics"]["4"].items():
+            assert two["groups"][group]["metrics"]["4"][name]["value"] == pytest.approx(number["value"], rel=1e-6), name
+    assert two["differences"]["SiT-XS/2 atconv"].keys() == one["differences"]["SiT-XS/2 atconv"].keys()

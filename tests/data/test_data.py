@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from sit.data.dataset import center_crop
 from sit.data.digits import digits_split, shrink_digits
 from sit.data.factory import open_images
+from sit.data.heldout import in_both, keyed_order
 from sit.data.reading import BadImage
 from sit.utils.errors import UserError
 
@@ -54,6 +55,27 @@ def test_digits_split_is_a_partition_of_every_class():
     assert np.array_equal(open_images("digits:heldout").labels, labels[heldout])
     assert np.array_equal(open_images("digits:train").labels, labels[train])
     assert np.bincount(labels[heldout]).min() >= 20
+
+
+def test_every_beginning_of_the_keyed_order_has_the_classes_in_their_proportions():
+    labels = np.repeat(np.arange(4), [60, 30, 9, 1])[np.random.RandomState(0).permutation(100)]
+    order = keyed_order(labels)
+    assert sorted(order) == list(range(100)) and np.array_equal(order, keyed_order(labels))
+    for count in range(1, 101):
+        found = np.bincount(labels[order[:count]], minlength=4)
+        assert np.abs(found - count * np.array([0.6, 0.3, 0.09, 0.01])).max() <= 1.5
+    members = order[labels[order] == 0]
+    assert np.abs(np.corrcoef(members, np.arange(60))[0, 1]) < 0.3  # shuffled
+
+
+def test_an_image_of_two_sources_is_known_by_its_place(folder, tmp_path):
+    (tmp_path / "again").symlink_to(folder)
+    data = open_images(str(folder), 8)
+    assert in_both(data, open_images(str(tmp_path / "again"), 8), np.array([1, 4])) == [1, 4]
+    digits = [open_images(name) for name in ("digits", "digits:train", "digits:heldout")]
+    assert [image.source.test_set for image in (*digits, data)] == [None, "digits:heldout", None, None]
+    assert len(in_both(digits[0], digits[2], np.arange(360))) == 360
+    assert not in_both(digits[1], digits[2], np.arange(360))
 
 
 def reference_crop(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -225,7 +247,10 @@ def test_torchvision_sets(tmp_path):
     data = open_images(f"fashion-mnist:{tmp_path}")
     assert data.image_size == 28 and data.labels.tolist() == [0, 1, 2, 3, 4] and len(data.classes) == 10
     assert np.array_equal(data[3][0][1].numpy(), pixels[3])
-    assert open_images(f"fashion-mnist-test:{tmp_path}", 32)[0][0].shape == (3, 32, 32)
+    assert data.source.test_set == f"fashion-mnist-test:{tmp_path}"
+    test = open_images(data.source.test_set, 32)
+    assert test[0][0].shape == (3, 32, 32) and test.source.test_set is None
+    assert in_both(data, data, np.array([4, 2])) == [2, 4] and not in_both(data, test, np.arange(5))
     for spec in (f"cifar10:{tmp_path}", f"cifar10:{tmp_path / 'none'}", f"imagenet:{tmp_path}"):
         with pytest.raises(UserError, match=spec):
             open_images(spec)
@@ -246,6 +271,17 @@ def test_sets_of_the_datasets_library(tmp_path, monkeypatch):
     made.select([1, 0, 3, 2]).map(lambda row: {"label": 1 - row["label"]}).save_to_disk(tmp_path / "other")
     other = open_images(f"datasets:{tmp_path / 'other'}", 8)
     assert np.array_equal(other.labels, data.labels) and other.fingerprint() != data.fingerprint()
+    assert in_both(data, data, np.array([3])) == [3] and not in_both(data, other, np.arange(4))
+    for splits, asked, expected in [
+        (("train", "test"), "", "test"),
+        (("train", "test", "validation"), "@train", "validation"),
+        (("train", "test"), "@test", None),
+        (("train", "extra"), "", None),
+    ]:
+        place = tmp_path / "_".join(splits)
+        datasets.DatasetDict({split: made for split in splits}).save_to_disk(place)
+        source = open_images(f"datasets:{place}{asked}", 8).source
+        assert source.test_set == (expected and f"datasets:{place}@{expected}")
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset", lambda name, split: made)
         hub = open_images("datasets:someone/something@test", 8)

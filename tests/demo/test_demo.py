@@ -22,15 +22,16 @@ import pytest
 import torch
 from PIL import Image
 
-import sample
 from sit.checkpoint.info import CheckpointInfo
 from sit.checkpoint.save import save_checkpoint
+from sit.demo import cli as demo_cli
 from sit.demo import page as demo
 from sit.demo import session as playing
 from sit.demo.kernels import draw_kernels, kernels_at, tiles
 from sit.demo.session import Trajectory, command, kernel_view, open_players, play, sheet, strip
 from sit.latents.vae import DIGITS_VAE, decode
 from sit.model import SiT
+from sit.sampling import cli as sample
 from sit.sampling.config import SamplerConfig
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
@@ -232,7 +233,7 @@ def test_a_run_without_a_checkpoint_in_one_line(tmp_path, monkeypatch, capsys):
     ):
         monkeypatch.setattr(sys, "argv", ["sit.demo", *arguments])
         with pytest.raises(SystemExit) as stop:
-            demo.run()
+            demo_cli.main()
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.startswith(words) and error.count("\n") == 1
 

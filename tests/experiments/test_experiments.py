@@ -5,25 +5,25 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
+import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from sit.model import create_model
 from sit.sampling.config import SamplerConfig
-from sit.training.cli import parse_train_arguments
-from sit.training.recipes import load_recipe
+from sit.study.config import read_study
+from sit.study.runs import planned, to_be_known
 from sit.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
 OTHER_FOLDERS = {"benchmarks", "scripts", "tests"}
-attnet_fashion, digits_table, fashion_mixers = map(
-    importlib.import_module, ("attnet_fashion", "digits_table", "fashion_mixers")
-)
+attnet_fashion, digits_table = map(importlib.import_module, ("attnet_fashion", "digits_table"))
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,6 @@ def test_attnet_on_fashion(fashion, tmp_path, capsys):
         (attnet_fashion, {"models": ("Perceptron",)}, "`models=Perceptron`: choose among AttNet, ConvNeXt, ResNet"),
         (attnet_fashion, {"epochs": 0}, "`epochs` must be at least 1, not 0"),
         (attnet_fashion, {"limit": 5}, "`limit=5` must be at least the batch size of 128"),
-        (fashion_mixers, {"mixers": ("fourier",)}, "`mixers=fourier`: unknown"),
-        (fashion_mixers, {"jobs": 0}, "`jobs` must be at least 1, not 0"),
-        (fashion_mixers, {"steps": 0}, "`steps` must be at least 1, not 0"),
     ],
 )
 def test_what_cant_be_done_is_refused(module, options, message):
@@ -89,7 +86,7 @@ def test_interval_of_the_mean():
     assert attnet_fashion.summary("ResNet", results[:1])["interval"] is None
 
 
-@pytest.mark.parametrize("name", ["attnet_fashion", "digits_table", "fashion_mixers"])
+@pytest.mark.parametrize("name", ["attnet_fashion", "digits_table"])
 def test_every_experiment_runs_by_its_path(name, monkeypatch, capsys):
     """With its own folder alone beside the packages, as ``python experiments/NAME.py`` has it."""
     monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).name not in OTHER_FOLDERS])
@@ -107,36 +104,23 @@ def test_every_experiment_runs_by_its_path(name, monkeypatch, capsys):
     assert told.startswith("error: ") and told.count("\n") == 1
 
 
-def test_mixers_and_seeds_are_commands_that_train_py_reads(tmp_path, monkeypatch):
-    commands = []
-
-    def note(command, **options):
-        commands.append(command)
-        return subprocess.CompletedProcess(command, int("2" in command[command.index("--seed") + 1]))
-
-    monkeypatch.setattr(fashion_mixers.subprocess, "run", note)
-    fashion_mixers.run(fashion_mixers.Arguments(seeds=(0, 1), steps=7, jobs=1, out=tmp_path))
-    configs = [parse_train_arguments(command[2:]).config for command in commands]
-    mixers = ["attention", "atconv", "attention,atconv", "atconv:routing=false", "atconv:inhibition=false"]
-    assert [(config.seed, config.mixer) for config in configs] == [(seed, mixer) for seed in (0, 1) for mixer in mixers]
-    recipe = load_recipe("fashion-mnist")
-    for config in configs:
-        assert (config.steps, config.model, config.data, config.vae) == (7, recipe.model, recipe.data, recipe.vae)
-        assert Path(config.output_dir).parent == tmp_path
-    with pytest.raises(UserError, match="static-seed2 stopped with exit code 1; see .*static-seed2.log"):
-        fashion_mixers.run(fashion_mixers.Arguments(seeds=(2,), mixers=("static",), jobs=1, out=tmp_path))
-
-
-@pytest.mark.slow
-def test_fashion_mixers(tmp_path, capsys):
-    """On the digits, as the latents of Fashion-MNIST are not at hand."""
-    arguments = fashion_mixers.Arguments(
-        seeds=(0,), mixers=("static",), recipe="digits", steps=2, checkpoint_every=2, jobs=1, out=tmp_path
-    )
-    fashion_mixers.run(arguments)
-    assert (tmp_path / "static-seed0" / "checkpoints" / "step-0000002" / "sit.json").is_file()
-    fashion_mixers.run(arguments)
-    assert "static-seed0: done" in capsys.readouterr().out
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_can_be_planned(path):
+    """Its runs are trainings that fit together, the first ones those that decide, and a command does it."""
+    study = read_study(path)
+    runs = planned(study, {})
+    pixels = study.recipe == "fashion-mnist-pixels"
+    assert all(run.config.heldout == ("fashion-mnist-test:data" if pixels else "none") for run in runs)
+    if study.select is not None:
+        assert len(runs) == len(study.variants) * len(study.select.choices)
+        seeds = sum(len(variant.seeds or study.seeds) for variant in study.variants)
+        assert len(runs) + to_be_known(study, {}) == len(runs) + seeds - len(study.variants)
+    for run in planned(study, {variant.name: 0 for variant in study.variants}):
+        with torch.device("meta"):
+            network = create_model(run.config.model, **run.config.network_options((1, 32, 32), 10))
+        assert network.grid == (16, 16)
+    (command,) = re.findall(r"python -m sit\.study (\S+)(?= *(?:--jobs 2)?\n)", path.read_text())
+    assert ROOT / command == path
 
 
 def test_digits_table(checkpoint, tmp_path, capsys):

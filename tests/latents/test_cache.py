@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from limits import file_size_limit
 from PIL import Image
 from processes import Connected
 
@@ -124,8 +126,8 @@ def test_two_processes_share_the_chunks_and_one_finishes(wish, whole, tmp_path):
     Connected(2, program, wish.out, wish.data).output()
     journals = {file.name: file.read_text().split("\n") for file in wish.out.glob("journal-*")}
     assert {name: [line for line in lines if line] for name, lines in journals.items()} == {
-        "journal-00000.txt": ["chunk 0 of 6 done", "chunk 2 of 6 done"],
-        "journal-00001.txt": ["chunk 1 of 6 done", "chunk 3 of 6 done"],
+        f"journal-0000{process}.txt": [f"chunk {chunk} of 6 done {crc_of_chunk(whole, chunk):08x}" for chunk in chunks]
+        for process, chunks in ((0, (0, 2)), (1, (1, 3)))
     }
     encode(wish)
     assert contents(wish.out) == contents(whole)
@@ -139,6 +141,11 @@ from sit.latents.encode import Encode, encode
 out, data = sys.argv[1:]
 encode(Encode(Path(out), data, image_size=16, batch_size=4, chunk=8, shard_size=19, workers=0), stop_after=2)
 """
+
+
+def crc_of_chunk(whole: Path, chunk: int) -> int:
+    finished = np.concatenate([np.load(file) for file in sorted(whole.glob("moments-*"))])
+    return zlib.crc32(finished[8 * chunk : 8 * chunk + 8].tobytes())
 
 
 def on_the_disk(entries: np.ndarray, whole: Path) -> list[bool]:
@@ -182,21 +189,46 @@ def test_latents_that_are_not_finite_are_refused(wish, tmp_path, value):
     assert not (wish.out / "manifest.json").exists()
 
 
+def test_verify_finds_every_changed_byte(copy):
+    """And training every one too, but for the entries of caches that are too large to be read at its start."""
+    rng, vae = np.random.default_rng(0), load_vae("digits")
+    for name in ("moments-00000.npy", "moments-00002.npy", "labels.npy", "manifest.json"):
+        content = (copy / name).read_bytes()
+        start = 0 if name == "manifest.json" else 128  # NumPy's header, of which some bytes say nothing
+        for position in [start, len(content) - 1, *rng.integers(start, len(content), 30).tolist()]:
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << int(rng.integers(8))
+            (copy / name).write_bytes(damaged)
+            with pytest.raises(UserError, match=r"entries \d+ to \d+ are damaged|labels.npy|manifest.json"):
+                if name.startswith("moments"):
+                    verify(Verify(copy, images=1))
+                else:
+                    CachedLatents(copy)
+            if name.startswith("moments"):
+                cache = CachedLatents(copy)
+                with pytest.raises(UserError, match=r"entries \d+ to \d+ are damaged; remove it and encode again"):
+                    cache.check(vae, "digits")
+        (copy / name).write_bytes(content)
+    assert verify(Verify(copy, images=1))["compared"] == 1
+    CachedLatents(copy).check(vae, "digits")
+
+
 def test_verify_finds_a_changed_entry_and_a_changed_list(copy, images, tmp_path):
-    figures = verify(Verify(copy, samples=100))
+    figures = verify(Verify(copy, images=100))
     assert figures["compared"] == COUNT and figures["worst"] < 1e-3
+    in_the_words_of_version_0_1_0(copy / "manifest.json")  # without checksums, which would find it first
     shard = np.load(copy / "moments-00001.npy", mmap_mode="r+")
     shard[3, 1, 0] += 0.5
     shard.flush()
     with pytest.raises(UserError, match=r"entry 22 .*png, flipped\) differs"):
-        verify(Verify(copy, samples=100))
+        verify(Verify(copy, images=100))
     shard[3, 1, 0] = np.nan
     shard.flush()
     with pytest.raises(UserError, match="entry 22"):
-        verify(Verify(copy, samples=100))
+        verify(Verify(copy, images=100))
     moved = Path(shutil.copytree(images, tmp_path / "moved"))
     with pytest.raises(UserError, match="differs"):
-        verify(Verify(copy, data=str(moved), samples=100))
+        verify(Verify(copy, data=str(moved), images=100))
     (moved / "class0" / "00.png").unlink()
     with pytest.raises(UserError, match="is not the list of images"):
         verify(Verify(copy, data=str(moved)))
@@ -256,19 +288,26 @@ def test_without_flipped_images(wish):
 
 def in_the_words_of_version_0_1_0(file: Path) -> None:
     """What that version wrote where this one writes ``file``."""
-    text = file.read_text()
-    assert text.count('"flipped": ') == text.count('"adm-center"') == 1
-    file.write_text(text.replace('"flipped": ', '"mirrored": ').replace('"adm-center"', '"adm-centre"'))
+    values = json.loads(file.read_text())
+    for name in ("contents", "rows_per_checksum", "checksums", "labels_checksum", "checksum"):
+        del values[name]
+    values["mirrored"], values["crop"] = values.pop("flipped"), values["crop"].replace("adm-center", "adm-centre")
+    file.write_text(json.dumps(values, indent=1))
 
 
 def test_manifests_and_plans_of_version_0_1_0_are_read(wish, copy, whole):
     in_the_words_of_version_0_1_0(copy / "manifest.json")
-    assert CachedLatents(copy, flip=True).manifest == CachedLatents(whole).manifest
+    today = CachedLatents(whole).manifest
+    earlier = replace(today, contents="", rows_per_checksum=0, checksums=[], labels_checksum=0)
+    assert CachedLatents(copy, flip=True).manifest == earlier
+    assert verify(Verify(copy, images=9))["compared"] == 9
     assert encode(replace(wish, out=copy)) == copy, "it is finished, and nothing else is asked for"
     with pytest.raises(UserError, match="another flipped .True there, False asked for"):
         encode(replace(wish, out=copy, flip=False))
     encode(wish, stop_after=2)
     in_the_words_of_version_0_1_0(wish.out / "encoding.json")
+    journal = wish.out / "journal-00000.txt"
+    journal.write_text(re.sub(r"done \w+", "done", journal.read_text()))
     encode(wish)
     assert contents(wish.out) == contents(whole)
 
@@ -300,21 +339,52 @@ def test_a_disk_too_small_is_told_before_anything_is_written(wish, monkeypatch):
     assert not wish.out.exists()
 
 
-def test_a_disk_that_fills_up_leaves_a_restartable_encoding(wish, whole, monkeypatch):
+@pytest.mark.parametrize("size", [0, 100, 128, 129, 1000, 2000, 4000, 8000, 9855])
+def test_a_full_disk_leaves_a_restartable_encoding(wish, whole, size):
+    """The system's own limit on the size of files; a shard has 9,856 bytes, which are reserved at the start."""
+    assert (whole / "moments-00000.npy").stat().st_size == 9856
+    with file_size_limit(size), pytest.raises(UserError, match="limit on the size of files is reached"):
+        encode(wish)
+    assert not wish.out.exists() or not any(wish.out.glob("moments-*"))
+    encode(wish)
+    assert contents(wish.out) == contents(whole)
+
+
+def test_room_for_the_whole_cache_is_taken_at_the_start(wish):
+    encode(wish, stop_after=0)
+    for shard in wish.out.glob("moments-*"):
+        assert shard.stat().st_blocks * 512 >= shard.stat().st_size
+
+
+@pytest.mark.parametrize("damage", ["zeros", "gone", "cut", "flip"])
+def test_shards_changed_while_it_stood_still_are_made_anew(wish, whole, damage, capsys):
+    encode(wish, stop_after=5)
+    shard = wish.out / "moments-00001.npy"
+    content = bytearray(shard.read_bytes())
+    if damage == "gone":
+        shard.unlink()
+    else:
+        content[1000] ^= 16
+        shard.write_bytes({"zeros": bytes(len(content)), "cut": content[:999], "flip": content}[damage])
+    encode(wish)
+    assert "not as they were written" in capsys.readouterr().out
+    assert contents(wish.out) == contents(whole)
+
+
+def test_a_shard_that_is_zeroed_before_the_end_is_no_finished_cache(wish, whole, monkeypatch):
     from sit.latents import encode as module
 
-    written = []
+    def zeroed(config, *arguments) -> None:
+        encode_chunks(config, *arguments)
+        shard = config.out / "moments-00001.npy"
+        shard.write_bytes(bytes(shard.stat().st_size))
 
-    def full(*arguments) -> None:
-        if len(written) == 5:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written.append(write_rows(*arguments))
-
-    write_rows = module._write_rows
-    monkeypatch.setattr(module, "_write_rows", full)
-    with pytest.raises(UserError, match="disk is full"):
+    encode_chunks = module._encode_chunks
+    monkeypatch.setattr(module, "_encode_chunks", zeroed)
+    with pytest.raises(UserError, match="3 of 6 chunks are not on the disk as they were written; start"):
         encode(wish)
-    monkeypatch.setattr(module, "_write_rows", write_rows)
+    assert not (wish.out / "manifest.json").exists()
+    monkeypatch.setattr(module, "_encode_chunks", encode_chunks)
     encode(wish)
     assert contents(wish.out) == contents(whole)
 
@@ -392,7 +462,7 @@ def synthetic_cache(folder: Path, manifest: Manifest) -> None:
 def test_a_cache_of_imagenets_size_opens_in_little_memory(whole, tmp_path):
     manifest = replace(
         CachedLatents(whole).manifest, count=1_281_167, classes=[str(n) for n in range(1000)], latent_shape=(4, 32, 32),
-        shard_size=2**17,
+        shard_size=2**17, checksums=[],
     )  # fmt: skip
     synthetic_cache(tmp_path / "large", manifest)
     command = [sys.executable, "-c", OPENED, str(tmp_path / "large")]

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from processes import Connected
 
 from sit.latents.train_vae import VAEConfig, build, center_latents
 from sit.latents.vae import encode_moments, load_vae
 from sit.utils.errors import UserError
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.slow
 def test_a_vae_is_trained_and_written(tmp_path):
     folder = tmp_path / "vae"
     words = ["-m", "sit.train_vae", "--data", "digits:train", "--steps", "3", "--widths", "4", "8", "--out"]
-    made = run(*words, str(folder))
-    assert made.returncode == 0, made.stderr
+    Connected(1, *words, folder).output()
     assert "held-out images" in (folder / "README.md").read_text()
     mean, _ = encode_moments(load_vae(str(folder)), torch.zeros(1, 3, 32, 32))
     assert mean.shape == (1, 4, 16, 16)
-    again = run(*words, str(folder))
-    assert again.returncode == 2 and "exists and is not empty" in again.stderr and "Traceback" not in again.stderr
+    with pytest.raises(AssertionError, match="exit status 2.*exists and is not empty") as refused:
+        Connected(1, *words, folder).output()
+    assert "Traceback" not in str(refused.value)
 
 
 def test_centering_changes_the_latents_and_not_the_images():
@@ -50,7 +41,7 @@ def test_centering_changes_the_latents_and_not_the_images():
 
 
 def test_bad_settings_are_named():
-    for name, value in (("steps", 0), ("batch_size", -1), ("lr", 0.0)):
+    for name, value in (("steps", 0), ("batch_size", -1), ("learning_rate", 0.0)):
         with pytest.raises(UserError, match=f"`{name}={value}` must be positive"):
             VAEConfig(**{name: value})
     for widths in ((), (2, 8), (4, 6)):

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DModel
+from PIL import Image
 from sklearn.svm import SVC
 
 from sit.data.digits import shrink_digits
 from sit.data.factory import open_images
+from sit.latents.datasets import scaled_sample
 from sit.latents.vae import (
     DIGITS_VAE,
     decode,
@@ -20,6 +22,7 @@ from sit.latents.vae import (
     latent_shape,
     load_vae,
     sample_posterior,
+    scaling,
     to_unit,
     vae_fingerprint,
 )
@@ -134,3 +137,54 @@ def test_what_is_said_of_vaes_that_can_not_be_had(tmp_path, monkeypatch):
         with pytest.raises(UserError) as caught:
             load_vae(name)
         assert f"`vae={name}`" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_channels_with_a_scaling_of_their_own(vae, heldout):
+    """(z − mean) · scaling_factor / std for each channel, and back in the decoder: what diffusers' SDXL pipeline does
+    to latents before it decodes them gives the same images."""
+    mean, std = [0.5, -1.0, 0.0, 2.0], [1.5, 0.5, 2.0, 1.0]
+    config = {"scaling_factor": 0.7, "latents_mean": mean, "latents_std": std, "latent_channels": 4}
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scaled = sample_posterior(z, torch.zeros_like(z), torch.zeros_like(z), config)
+    for channel in range(4):
+        expected = (z[:, channel].double() - mean[channel]) * 0.7 / std[channel]
+        torch.testing.assert_close(scaled[:, channel].double(), expected, atol=1e-5, rtol=1e-5)
+    moments = torch.stack([z, torch.zeros_like(z)], dim=1)
+    torch.testing.assert_close(scaled_sample(moments, torch.zeros_like(z), scaling(config)), scaled)
+
+    other = load_vae("digits")
+    before = vae_fingerprint(other)
+    other.register_to_config(scaling_factor=0.7, latents_mean=mean, latents_std=std)
+    assert vae_fingerprint(other) != before == vae_fingerprint(vae)
+    sdxl = scaled * torch.tensor(std).view(1, 4, 1, 1) / 0.7 + torch.tensor(mean).view(1, 4, 1, 1)
+    with torch.no_grad():
+        pixels = vae.decode(sdxl).sample.permute(0, 2, 3, 1)
+    close = decode(other, scaled, batch_size=2).int() - (127.5 * pixels + 128).clamp(0, 255).int()
+    assert close.abs().max() <= 1 and (close != 0).float().mean() < 0.01
+
+
+def test_the_cache_keeps_the_scaling_of_channels(tmp_path):
+    from sit.latents.cache import CachedLatents
+    from sit.latents.datasets import encode_in_memory
+    from sit.latents.encode import Encode, Verify, encode, verify
+
+    folder = tmp_path / "vae"
+    other = load_vae("digits")
+    other.register_to_config(latents_mean=[0.5, -1.0, 0.0, 2.0], latents_std=[1.5, 0.5, 2.0, 1.0])
+    other.save_pretrained(folder)
+    source = tmp_path / "images"
+    for name in "ab":
+        (source / name).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8, 3), ord(name), dtype=np.uint8)).save(source / name / "0.png")
+    out = encode(Encode(tmp_path / "cache", str(source), str(folder), 8, workers=0, flip=False))
+    cache, again = CachedLatents(out), load_vae(folder)
+    cache.check(again, str(folder))
+    assert cache.scaling == scaling(again.config) != scaling(load_vae("digits").config)
+    everything, noise = np.arange(2), torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    memory = encode_in_memory(open_images(str(source), 8), again, progress=False)
+    flipped = np.zeros(2, dtype=bool)
+    one, two = (data.fetch(everything, flipped, noise.clone())["latents"] for data in (cache, memory))
+    torch.testing.assert_close(one, two, atol=1e-2, rtol=1e-2)
+    assert verify(Verify(out))["compared"] == 2
+    with pytest.raises(UserError, match="scaling .*; `vae=digits` has"):
+        cache.check(load_vae("digits"), "digits")

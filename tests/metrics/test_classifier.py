@@ -24,7 +24,7 @@ def test_classes_are_found_by_name(tmp_path):
     save_classifier(network, tmp_path)
     found = LabelClassifier.load(str(tmp_path), CPU, 3, names)
     assert found(images).tolist() == expected
-    assert found.identity != LabelClassifier.load(str(tmp_path), CPU, 3).identity
+    assert found.about != LabelClassifier.load(str(tmp_path), CPU, 3).about
 
 
 def test_other_names_are_refused(classifier_of_three):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -15,21 +14,25 @@ import pytest
 import torch
 from PIL import Image
 from processes import Connected
+from safetensors.torch import load_file, save_file
 from torch_fidelity import calculate_metrics, register_feature_extractor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-import eval_fid
 from sit.checkpoint.info import WEIGHTS
 from sit.checkpoint.load import load_for_sampling
-from sit.checkpoint.published import FileHints
 from sit.data.digits import digits_arrays
 from sit.data.factory import open_images
+from sit.metrics import cli as eval_fid
 from sit.metrics.classifier import LabelClassifier
 from sit.metrics.digits import EXTRACTOR, DigitsFeatureExtractor
+from sit.metrics.estimate import half_width
 from sit.metrics.evaluate import evaluate
-from sit.metrics.extraction import CHUNK, extract
+from sit.metrics.extraction import CHUNK, Wanted, extract
 from sit.metrics.features import get_extractor
-from sit.metrics.image_sets import ArrayImages, DataImages, GeneratedImages, open_reference, open_samples
+from sit.metrics.generated import GeneratedImages
+from sit.metrics.identity import canonical
+from sit.metrics.image_sets import ArrayImages, DataImages, open_samples
+from sit.metrics.statistics_files import open_reference
 from sit.sampling.config import SamplerConfig
 from sit.utils.errors import UserError
 
@@ -82,7 +85,8 @@ def test_digits_fid_is_torch_fidelitys(tmp_path):
     assert report.numbers[0].value == pytest.approx(theirs, rel=1e-3)
     accuracy = next(number for number in report.numbers if number.name == "Class accuracy")
     assert 0.97 < accuracy.value < 1
-    assert accuracy.error == pytest.approx((accuracy.value * (1 - accuracy.value) / 200) ** 0.5)
+    means = np.array(accuracy.replicates)  # of random groups of 20
+    assert means.mean() == pytest.approx(accuracy.value) and accuracy.error == pytest.approx(half_width(means))
 
 
 def test_folder_npz_and_statistics_agree(tmp_path, capsys):
@@ -141,11 +145,12 @@ def test_the_inception_path_from_end_to_end(inception_weights, tmp_path):
     stats = tmp_path / "stats.npz"
     write_npz(tmp_path / "real.npz", 6, seed=1)
     run_command(["eval_fid.py", "reference", "--data", str(tmp_path / "real.npz"), "--out", str(stats),
-              "--inception-weights", str(inception_weights), "--images", "5"])  # fmt: skip
+              "--inception-weights", str(inception_weights), "--images", "6"])  # fmt: skip
     with np.load(stats) as archive:
         shapes = {name: archive[name].shape for name in archive}
+    assert shapes.pop("about") == ()
     assert shapes == {
-        "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023), "arr_0": (5, 32, 32, 3),
+        "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023), "arr_0": (6, 32, 32, 3),
     }  # fmt: skip
 
     # the spatial features by hand: hook-free, from the modules in turn, in TensorFlow's order
@@ -164,7 +169,7 @@ def test_the_inception_path_from_end_to_end(inception_weights, tmp_path):
     samples, reference = open_samples(str(tmp_path / "real.npz")), open_reference(str(stats))
     report = evaluate(samples, reference, extractor, device=CPU)
     assert {"FID", "sFID", "KID", "Precision", "Recall"} <= set(numbers(report))
-    scale = np.trace(reference.features.sigma)
+    scale = np.trace(reference.of(extractor).features.sigma)
     assert abs(numbers(report)["FID"]) < 1e-6 * max(1, scale)
     assert numbers(report)["Precision"] == 1
 
@@ -201,17 +206,18 @@ def test_a_restart_does_not_repeat_what_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr("sit.metrics.extraction.CHUNK", 16)
     array = np.random.default_rng(0).integers(0, 256, size=(50, 32, 32, 3), dtype=np.uint8)
     extractor = get_extractor("digits", CPU)
-    whole = extract(Counting(Path("x"), array, None), extractor, tmp_path / "a", **EIGHT)
+    whole = extract(Counting(Path("x"), array, None), [Wanted(extractor)], tmp_path / "a", **EIGHT)["digits"]
     images = Counting(Path("x"), array, None)
     images.fail_at = 40
     with pytest.raises(KeyboardInterrupt):
-        extract(images, extractor, tmp_path / "b", **EIGHT)
+        extract(images, [Wanted(extractor)], tmp_path / "b", **EIGHT)
     images.fail_at, Counting.reads = None, 0
-    resumed = extract(images, extractor, tmp_path / "b", **EIGHT)
+    resumed = extract(images, [Wanted(extractor)], tmp_path / "b", **EIGHT)["digits"]
     assert Counting.reads == 18
-    np.testing.assert_array_equal(whole["features"], resumed["features"])
-    with pytest.raises(UserError, match="is of another evaluation"):
-        extract(Counting(Path("y"), array, None), extractor, tmp_path / "b", **EIGHT)
+    np.testing.assert_array_equal(whole.rows()["features"], resumed.rows()["features"])
+    np.testing.assert_allclose(whole.sums["features"].moments().sigma, resumed.sums["features"].moments().sigma)
+    extract(Counting(Path("y"), array, None), [Wanted(extractor)], tmp_path / "b", **EIGHT)
+    assert Counting.reads == 18 + 50, "other images are another entry of the work folder"
 
 
 @pytest.mark.parametrize(
@@ -295,14 +301,19 @@ def test_the_order_of_the_reference_does_not_decide_precision(monkeypatch):
 
 
 def test_a_replaced_file_or_other_weights_are_another_evaluation(tmp_path):
-    extractor, path = get_extractor("digits", CPU), tmp_path / "samples.npz"
-    extract(open_samples(str(write_npz(path, 8))), extractor, tmp_path / "work", **EIGHT)
-    other = dataclasses.replace(extractor, weights="other.pth")
-    with pytest.raises(UserError, match="is of another evaluation"):
-        extract(open_samples(str(path)), other, tmp_path / "work", **EIGHT)
-    write_npz(path, 8, seed=1, arr_1=np.arange(8))
-    with pytest.raises(UserError, match="is of another evaluation"):
-        extract(open_samples(str(path)), extractor, tmp_path / "work", **EIGHT)
+    """In one work folder, and each beside the others."""
+    first, other = get_extractor("digits", CPU), get_extractor("digits", CPU)
+    other.network.classifier.classifier.body[0].bias.data += 1
+    path, found = tmp_path / "samples.npz", []
+    for seed in range(2):
+        images = open_samples(str(write_npz(path, 8, seed=seed)))
+        for extractor in (first, other):
+            rows = extract(images, [Wanted(extractor)], tmp_path / "work", **EIGHT)["digits"].rows("features")
+            found.append(rows["features"])
+            pixels = torch.from_numpy(images.array).permute(0, 3, 1, 2)
+            np.testing.assert_array_equal(found[-1], extractor(pixels)["features"])
+        os.utime(path, ns=(0, seed))
+    assert len({rows.tobytes() for rows in found}) == 4
 
 
 def test_everything_that_features_depend_on_tells_an_evaluation_from_others(checkpoint, classifier_of_three, tmp_path):
@@ -318,57 +329,75 @@ def test_everything_that_features_depend_on_tells_an_evaluation_from_others(chec
         archive.add(tmp_path / "classes", arcname=".")
     changing = {"flat": "flat/a.png", "classes": "classes/n1/a.png", "classes.tar": "classes.tar"}
     for name, file in changing.items():
-        seen = [open_samples(str(tmp_path / name), size).identity for size in (32, 16)]
+        seen = [identity(open_samples(str(tmp_path / name), size)) for size in (32, 16)]
         change(tmp_path / file)
-        seen.append(open_samples(str(tmp_path / name), 32).identity)
-        assert len(set(seen)) == 3 and seen[-1] == open_samples(str(tmp_path / name), 32).identity
+        seen.append(identity(open_samples(str(tmp_path / name), 32)))
+        assert len(set(seen)) == 3 and seen[-1] == identity(open_samples(str(tmp_path / name), 32))
     (tmp_path / "flat" / "b.png").rename(tmp_path / "flat" / "c.png")
-    seen = [open_samples(str(tmp_path / "flat"), None).identity]
+    seen = [identity(open_samples(str(tmp_path / "flat"), None))]
     (tmp_path / "flat" / "c.png").unlink()
-    assert open_samples(str(tmp_path / "flat"), None).identity not in seen
+    assert identity(open_samples(str(tmp_path / "flat"), None)) not in seen
 
+
+def test_everything_that_samples_depend_on_tells_them_from_others(checkpoint, classifier_of_three, tmp_path):
+    """The weights themselves, not their place or time; each change gives another identity, and no change the same."""
     run, vae = tmp_path / "run", tmp_path / "vae"
     shutil.copytree(checkpoint, run)
+    (run / "sit.json").unlink()  # else other weights are damaged ones
     shutil.copytree(run / "vae", vae)
+    few = SamplerConfig(steps=2)
 
-    def identity(**more) -> str:
-        loaded = load_for_sampling(run, vae=vae)
-        return GeneratedImages(loaded, 2, config=SamplerConfig(steps=2), **more).identity
+    def one(place: Path = run, config: SamplerConfig = few, **more) -> str:
+        return identity(GeneratedImages(load_for_sampling(place, vae=vae), 20, config=config, **more))
 
-    seen = [identity(), identity(image_size=(64, 64)), identity(hints=FileHints(weights="model"))]
-    for file in (run / "transformer" / WEIGHTS, vae / WEIGHTS):
-        change(file)
-        seen.append(identity())
-    assert len(set(seen)) == 5 and identity() == seen[-1]
+    first = one()
+    seen = [first, one(image_size=(64, 64)), one(seed=1), one(labels="uniform"), one(config=SamplerConfig(steps=3))]
+    seen += [one(config=SamplerConfig(steps=2, cfg_scale=1.5)), one(config=SamplerConfig("ode", 2, "euler"))]
+    for folder in (run / "transformer", vae):
+        (path,) = folder.glob("*.safetensors")
+        state = load_file(path)
+        name = next(name for name, tensor in state.items() if tensor.ndim > 1)
+        state[name] = state[name] * 1.5
+        save_file(state, path, metadata={"format": "pt"})
+        seen.append(one())
+    assert len(set(seen)) == len(seen) and one() == seen[-1]
     (run / "training").mkdir()  # what is removed to make a checkpoint small
-    assert identity() == seen[-1]
-
-    classifier = tmp_path / "classifier"
-    shutil.copytree(classifier_of_three, classifier)
+    shutil.copytree(run, tmp_path / "elsewhere")
+    assert one() == one(tmp_path / "elsewhere") == seen[-1]
+    network = load_for_sampling(run, vae=vae, dtype=torch.bfloat16)
+    assert identity(GeneratedImages(network, 20, config=few)) not in seen
 
     def identities() -> tuple[str, str]:
-        extractor = get_extractor(f"classifier:{classifier}", CPU)
-        return extractor.identity, LabelClassifier.load(str(classifier), CPU).identity
+        extractor = get_extractor(f"classifier:{classifier_of_three}", CPU)
+        return identity(extractor), identity(LabelClassifier.load(classifier_of_three, CPU))
 
-    before = identities()
-    change(classifier / "model.safetensors")
-    after = identities()
-    assert before[0] != after[0] and before[1] != after[1]
+    assert identities() == identities()
+    changed = LabelClassifier.load(classifier_of_three, CPU)
+    next(changed.classifier.parameters()).data += 1
+    assert identity(changed) != identities()[1]
 
 
-def test_weights_that_were_replaced_are_another_evaluation(checkpoint, tmp_path, capsys):
+def identity(thing) -> str:
+    return canonical(thing.about)
+
+
+def test_the_same_command_reads_what_it_made_and_replaced_weights_are_sampled_anew(checkpoint, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(checkpoint, run)
+    (run / "sit.json").unlink()  # else other weights are damaged ones
     words = ["--ckpt", str(run), "--reference", "digits:heldout", "--num-samples", "12", "--steps", "2"]
     words += ["--work-dir", str(tmp_path / "work")]
-    run_command(["eval_fid.py", *words])
-    first = capsys.readouterr().out
-    run_command(["eval_fid.py", *words])
-    assert capsys.readouterr().out == first
-    os.utime(run / "transformer" / WEIGHTS, ns=(0, 0))
-    with pytest.raises(SystemExit):
+
+    def printed() -> str:
         run_command(["eval_fid.py", *words])
-    assert "is of another evaluation" in capsys.readouterr().err
+        return capsys.readouterr().out
+
+    first = printed()
+    assert printed() == first and len(list((tmp_path / "work").glob("samples-*"))) == 1
+    (path,) = (run / "transformer").glob("*.safetensors")
+    state = {name: tensor * 1.5 for name, tensor in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})
+    assert printed() != first and len(list((tmp_path / "work").glob("samples-*"))) == 2
 
 
 @pytest.mark.distributed
@@ -390,7 +419,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from sit.metrics.extraction import CHUNK, extract
+from sit.metrics.extraction import CHUNK, Wanted, extract
 from sit.metrics.features import get_extractor
 from sit.metrics.image_sets import ArrayImages
 
@@ -402,9 +431,9 @@ class Noting(ArrayImages):
 folder, seen = Path(sys.argv[1]), []
 images = Noting(folder / "none", np.zeros((3 * CHUNK + 5, 32, 32, 3), np.uint8), None)
 cpu = torch.device("cpu")
-found = extract(images, get_extractor("digits", cpu), folder / "work", device=cpu, batch_size=100)
+found = extract(images, [Wanted(get_extractor("digits", cpu))], folder / "work", device=cpu, batch_size=100)
 assert (found is not None) == (PartialState().process_index == 0)
-assert found is None or found["features"].shape == (len(images), 64)
+assert found is None or found["digits"].rows()["features"].shape == (len(images), 64)
 np.save(folder / f"seen-{PartialState().process_index}.npy", seen)
 """
 
@@ -584,33 +613,6 @@ def test_data_sets_that_torch_fidelity_has_registered(monkeypatch):
     monkeypatch.setitem(DATASETS_REGISTRY, "far-away", refuse)
     with pytest.raises(UserError, match="far-away can't be had .no network.: put torchvision's files into"):
         open_samples("far-away")
-
-
-def test_dinov2_features_are_timms_class_token(tmp_path):
-    """The small model with random weights; the input is prepared independently with PIL."""
-    import timm
-    from safetensors.torch import save_file
-
-    from sit.metrics.features import dinov2_extractor
-
-    name = "vit_small_patch14_dinov2.lvd142m"
-    torch.manual_seed(0)
-    network = timm.create_model(name, img_size=224, num_classes=0, global_pool="token").eval()
-    save_file(network.state_dict(), tmp_path / "small.safetensors")
-    extractor = dinov2_extractor(CPU, str(tmp_path / "small.safetensors"), model=name)
-    images = np.random.default_rng(0).integers(0, 256, size=(2, 64, 64, 3), dtype=np.uint8)
-    found = extractor(torch.from_numpy(images).permute(0, 3, 1, 2))["features"]
-    resized = np.stack([np.array(Image.fromarray(i).resize((224, 224), Image.Resampling.BICUBIC)) for i in images])
-    inputs = (resized / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    with torch.no_grad():
-        tokens = network.forward_features(torch.from_numpy(inputs).float().permute(0, 3, 1, 2))
-    assert found.shape == (2, 384)
-    np.testing.assert_allclose(found, tokens[:, 0].numpy(), atol=0.05)  # PIL rounds to whole numbers
-    with pytest.raises(UserError, match="`dinov2_weights=.*none`: no such file"):
-        dinov2_extractor(CPU, str(tmp_path / "none"))
-    (tmp_path / "bad").write_bytes(b"x")
-    with pytest.raises(UserError, match="the DINOv2 weights can't be had"):
-        dinov2_extractor(CPU, str(tmp_path / "bad"), model=name)
 
 
 def test_labels_of_generated_images(checkpoint):

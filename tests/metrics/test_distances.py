@@ -7,9 +7,12 @@ import pytest
 import torch
 from scipy import linalg
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
 
 from sit.metrics import distances
-from sit.metrics.distances import Moments, frechet_distance, inception_score, kernel_distance, precision_recall
+from sit.metrics.distances import RootedMoments, frechet, frechet_distance, inception_score, kernel_distance
+from sit.metrics.estimate import jackknife_groups
+from sit.metrics.moments import GroupSums, Moments
 from sit.utils.errors import UserError
 
 rng = np.random.default_rng(0)
@@ -57,51 +60,51 @@ def test_frechet_of_singular_covariances():
 
 
 def test_the_error_is_the_spread_over_repeated_draws():
-    reference = Moments(np.zeros(4), np.eye(4))
-    draws = [rng.normal(size=(1000, 4)) + 0.5 for _ in range(60)]
-    found = np.array([distances.frechet_with_error(draw, reference) for draw in draws])
-    assert found[:, 1].mean() == pytest.approx(found[:, 0].std(), rel=0.35)
+    reference = RootedMoments.of(Moments(np.zeros(4), np.eye(4)))
+    group = jackknife_groups(1000)
+    found = [frechet(GroupSums.of(rng.normal(size=(1000, 4)) + 0.5, group), reference) for _ in range(60)]
+    spread = np.std([one.value for one in found])
+    assert np.mean([one.standard_error for one in found]) == pytest.approx(spread, rel=0.35)
 
 
 def test_infinity_takes_away_the_bias_of_few_samples():
-    reference = Moments(np.zeros(16), np.eye(16))
-    draws = [rng.normal(size=(400, 16)) for _ in range(20)]
-    plain = np.mean([frechet_distance(Moments.of(draw), reference) for draw in draws])
-    infinite = np.array([distances.frechet_at_infinity(draw, reference) for draw in draws])
-    assert abs(infinite[:, 0].mean()) < 0.25 * plain
-    assert (infinite[:, 1] > 0).all()
+    reference = RootedMoments.of(Moments(np.zeros(16), np.eye(16)))
+    group = jackknife_groups(400)
+    found = [frechet(GroupSums.of(rng.normal(size=(400, 16)), group), reference) for _ in range(20)]
+    plain, infinite = np.mean([one.value for one in found]), [one.extrapolated() for one in found]
+    assert abs(np.mean([one.value for one in infinite])) < 0.1 * plain
 
 
-def test_inception_score_in_float64():
-    logits = rng.normal(size=(500, 12)) * 2
-    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    scores = []
-    for part in np.split(p, 10):
-        scores.append(np.exp((part * (np.log(part) - np.log(part.mean(0)))).sum(1).mean()))
-    mean, std = inception_score(logits.astype(np.float32))
-    assert mean == pytest.approx(np.mean(scores), rel=1e-4) and std == pytest.approx(np.std(scores), rel=1e-3)
+def score_by_hand(part):
+    p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
+    return np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean())
 
 
-def naive_share(points, centers, k):
-    inside = 0
-    radii = [np.sort([np.linalg.norm(c - d) for d in centers])[k] for c in centers]
-    for p in points:
-        inside += any(np.linalg.norm(p - c) <= r for c, r in zip(centers, radii, strict=True))
-    return inside / len(points)
+def test_inception_score_by_hand_in_splits_of_5000():
+    logits = (rng.normal(size=(10_000, 12)) * 2).astype(np.float32)
+    parts = np.split(logits.astype(np.float64), 2)
+    assert inception_score(logits).value == pytest.approx(np.mean([score_by_hand(part) for part in parts]), rel=1e-9)
+    assert inception_score(logits[:500]).value == pytest.approx(score_by_hand(parts[0][:500]), rel=1e-9)
+    group = jackknife_groups(10_000)
+    found = inception_score(logits, group)
+    left = [np.mean([score_by_hand(part[which != 3]) for part, which in zip(parts, np.split(group, 2), strict=True)])]
+    assert 10 * found.value - 9 * left[0] == pytest.approx(found.replicates[3], abs=1e-6)
 
 
-def test_precision_and_recall_against_loops_in_any_block():
-    a, b = features(60, 5).astype(np.float64), features(45, 5, 1.0).astype(np.float64)
-    expected = naive_share(a, b, 3), naive_share(b, a, 3)
-    assert 0 < expected[0] < 1
-    for block in (7, 2048):
-        assert precision_recall(a, b, block=block) == pytest.approx(expected)
+def test_inception_score_of_a_folder_that_is_sorted_by_class():
+    """As much as in any other order, where consecutive splits of one class each would give about 1."""
+    labels = np.repeat(np.arange(10), 1000)
+    logits = 6 * np.eye(10, dtype=np.float32)[labels] + rng.normal(size=(10_000, 10)).astype(np.float32)
+    mixed = inception_score(logits[rng.permutation(10_000)]).value
+    assert mixed > 7
+    assert score_by_hand(logits[:5000].astype(np.float64)) < 5, "what a split of half the classes would give"
+    assert inception_score(logits).value == pytest.approx(mixed, rel=0.01)
+    assert not distances.sorted_by_class(np.arange(10_000) % 10)
+    assert not distances.sorted_by_class(np.zeros(100, dtype=int))
 
 
 def test_degenerate_sets():
     a = features(50, 6)
-    assert precision_recall(a, a) == (1.0, 1.0)
-    assert precision_recall(a, a + 1000) == (0.0, 0.0)
     assert abs(frechet_distance(Moments.of(a), Moments.of(a))) < 1e-6 * np.trace(Moments.of(a).sigma)
 
 
@@ -116,17 +119,31 @@ def test_kid_is_the_unbiased_estimate():
         n * (n - 1)
     )
     expected -= 2 * kernel(a, b).mean()
-    mean, _ = kernel_distance(a, b)  # every subset is the whole set
-    assert mean == pytest.approx(expected, rel=1e-4)
+    assert kernel_distance(a, b).value == pytest.approx(expected, rel=1e-9)  # every subset is the whole set
 
 
-def test_the_error_of_a_share():
-    """By hand, and as the spread of shares that are drawn."""
-    assert distances.share_error(0.2, 400) == pytest.approx(0.02)
-    assert distances.share_error(0.5, 100) == pytest.approx(0.05)
-    assert distances.share_error(1.0, 7) == distances.share_error(0.0, 7) == 0
-    shares = np.random.default_rng(0).binomial(360, 0.9, size=4000) / 360
-    assert distances.share_error(0.9, 360) == pytest.approx(shares.std(), rel=0.05)
+def test_the_error_of_kid_leaves_groups_out():
+    """Every subset is the whole set: without a group it is the estimate of the others."""
+    a, b = features(80, 4), features(80, 4, 0.2)
+    group = rng.permutation(80) % 5
+    found = kernel_distance(a, b, group)
+    for number in range(5):
+        left, m = (a[group != number].astype(np.float64) @ a[group != number].T.astype(np.float64) / 4 + 1) ** 3, 64
+        real = (b.astype(np.float64) @ b.T.astype(np.float64) / 4 + 1) ** 3
+        cross = (a[group != number].astype(np.float64) @ b.T.astype(np.float64) / 4 + 1) ** 3
+        without = (left.sum() - np.trace(left)) / (m * (m - 1)) + (real.sum() - np.trace(real)) / (80 * 79)
+        without -= 2 * cross.mean()
+        assert found.replicates[number] == pytest.approx(5 * found.value - 4 * without, rel=1e-6)
+
+
+def test_kid_is_torch_fidelitys_with_its_subsets():
+    a, b = features(300, 10), features(250, 10, 0.2)
+    theirs = kid_features_to_metric(
+        *(torch.from_numpy(x).double() for x in (a, b)), kid_subset_size=100, kid_subsets=20, verbose=False
+    )["kernel_inception_distance_mean"]
+    found = kernel_distance(a, b, jackknife_groups(300), size=100, subsets=20)
+    assert found.value == pytest.approx(theirs, rel=1e-9)
+    assert len(found.replicates) == 10
 
 
 def test_too_few_images():

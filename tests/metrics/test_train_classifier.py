@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import Connected
 
+from sit.metrics.arguments import ClassifierSettings as Settings
 from sit.metrics.classifier import LabelClassifier, load_classifier
 from sit.metrics.features import get_extractor
-from sit.metrics.train_classifier import Settings, augment
+from sit.metrics.train_classifier import augment
 from sit.utils.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-
-
-def run(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("classifiers") / "digits")
-    made = run("-m", "sit.train_classifier", "--epochs", "3", "--no-flip", "--out", folder)
-    assert made.returncode == 0, made.stderr
+    Connected(1, "-m", "sit.train_classifier", "--epochs", "3", "--no-flip", "--out", folder).output()
     return folder
 
 
@@ -38,8 +32,7 @@ def test_a_classifier_learns_and_is_used_by_an_evaluation(classifier, tmp_path):
     assert config.accuracy > 0.8, "it must learn the digits"
     report = tmp_path / "report.json"
     words = ["--samples", "digits:heldout", "--reference", "digits:train", "--features", f"classifier:{classifier}"]
-    done = run("eval_fid.py", *words, "--classifier", classifier, "--json", str(report))
-    assert done.returncode == 0, done.stderr
+    Connected(1, "eval_fid.py", *words, "--classifier", classifier, "--json", report).output()
     numbers = {number["name"]: number["value"] for number in json.loads(report.read_text())["numbers"]}
     assert numbers["Class accuracy"] == pytest.approx(config.accuracy, abs=1e-6)
     assert any("not comparable with Inception FID" in name for name in numbers)

@@ -7,9 +7,20 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from processes import Connected
 
-import sample
+from sit.checkpoint.load import load_for_sampling
+from sit.data.factory import open_images
+from sit.latents.vae import encode_images, scaling
+from sit.sampling import cli as sample
+from sit.sampling.config import SamplerConfig
+from sit.sampling.guidance import GuidedModel
+from sit.sampling.images import labels_named
+from sit.sampling.likelihood import log_likelihood, random_signs
+from sit.sampling.sampler import sample as sample_latents
+from sit.utils.errors import UserError
 
 
 def run(*arguments: object) -> None:
@@ -41,6 +52,103 @@ def test_files_agree_and_the_batch_size_does_not_matter(checkpoint, tmp_path):
     assert names == sorted([f"{i:06d}.png" for i in range(17)] + ["grid.png", "samples.npz"])
     for number, image in enumerate(images):
         assert np.array_equal(np.array(Image.open(tmp_path / "5" / f"{number:06d}.png")), image)
+
+
+def test_several_processes_make_the_same_images_each_once(checkpoint, tmp_path):
+    words = ["--ckpt", checkpoint, "--steps", 3, "--num-samples", 11, "--labels", "2,5", "--seed", 3,
+             "--batch-size", 2, "--label-order", "uniform", "--device", "cpu"]  # fmt: skip
+    run(*words, "--out", tmp_path / "one")
+    said = Connected(2, "-m", "sit.sample", *words, "--out", tmp_path / "two").output()
+    assert said.count("samples: ") == 1
+    with np.load(tmp_path / "one" / "samples.npz") as one, np.load(tmp_path / "two" / "samples.npz") as two:
+        assert set(one["arr_1"]) == {2, 5} and one["arr_1"].tolist() != [2, 5] * 5 + [2]
+        for name in ("arr_0", "arr_1"):
+            assert np.array_equal(one[name], two[name])
+    assert len({path.name for path in (tmp_path / "two").iterdir()}) == 13
+
+
+def test_images_go_back_to_the_noise_that_makes_them(checkpoint, tmp_path, capsys):
+    """Sampled again, the noise gives samples of the images' posteriors; the density is that by other probes."""
+    words = ["--ckpt", checkpoint, "--data", "digits", "--num-samples", 3, "--batch-size", 2, "--sampler", "ODE",
+             "--method", "rk4", "--steps", 12, "--device", "cpu"]  # fmt: skip
+    run(*words, "--reverse", "--out", tmp_path / "reverse")
+    run(*words, "--likelihood", "--probes", 64, "--out", tmp_path / "likelihood")
+    said = capsys.readouterr().out
+    with np.load(tmp_path / "reverse" / "inversion.npz") as one:
+        back = dict(one)
+    with np.load(tmp_path / "likelihood" / "inversion.npz") as two:
+        both = dict(two)
+    numbers = [0, 898, 1796]
+    assert back["image"].tolist() == numbers and np.allclose(back["noise"], both["noise"], atol=1e-5)
+    assert f"{both['bits_per_dimension'].mean():.4f}" in said
+
+    loaded, data = load_for_sampling(checkpoint, device=torch.device("cpu")), open_images("digits", 32)
+    assert back["label"].tolist() == [data[number][1] for number in numbers]
+    config = SamplerConfig(sampler="ode", method="rk4", steps=12)
+    noise, labels = torch.from_numpy(back["noise"]), torch.from_numpy(back["label"])
+    with torch.no_grad():
+        latents = sample_latents(loaded.model, loaded.transport, noise, labels, config)
+    mean, std = encode_images(loaded.vae, torch.stack([data[number][0] for number in numbers]))
+    shift, scale = scaling(loaded.vae.config)
+    deviations = (latents - (mean - shift) * scale) / (std * scale)
+    assert abs(deviations.mean()) < 0.2 and 0.85 < deviations.std() < 1.15
+
+    probes = random_signs(64, latents, torch.Generator().manual_seed(9))
+    guided = GuidedModel(loaded.model, labels, config)
+    nats, _ = log_likelihood(guided, loaded.transport, latents, config, probes)
+    bits = -nats.numpy() / latents[0].numel() / np.log(2)
+    assert np.allclose(both["bits_per_dimension"], bits, atol=0.1) and np.ptp(bits) > 0.02
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--reverse"], "--reverse works along the ODE, on images: give --sampler ode and --data"),
+        (["--likelihood", "--data", "digits"], "--likelihood works along the ODE"),
+        (["--data", "digits"], "--data digits is for --reverse and --likelihood"),
+        (["--reverse", "--data", "digits", "--sampler", "ode", "--labels", "1"], "leave them out"),
+        (["--reverse", "--data", "nowhere", "--sampler", "ode"], "--data nowhere: no such folder"),
+    ],
+)
+def test_inversion_says_what_it_needs(checkpoint, tmp_path, capsys, arguments, words):
+    with pytest.raises(SystemExit):
+        run("--ckpt", checkpoint, "--out", tmp_path / "a", *arguments)
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+NAMES = ["tench, Tinca tinca", "three", "golden_retriever", "Tabby Cat", "7"]
+
+
+@pytest.mark.parametrize(
+    "words, wanted",
+    [
+        (["1", "2"], [1, 2]),
+        (["1,2"], [1, 2]),
+        (["three", "0"], [1, 0]),
+        (["Golden", "Retriever", "three"], [2, 1]),
+        (["golden retriever"], [2]),
+        (["golden_retriever,tabby cat"], [2, 3]),
+        (["tabby", "cat,1"], [3, 1]),
+        (["tench, tinca tinca", "3"], [0, 3]),
+        ([], []),
+    ],
+)
+def test_classes_by_number_and_by_name(words, wanted):
+    assert labels_named(words, NAMES, 5) == wanted
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["zebra", "dog"], "zebra` is no class of this network: it has the labels 0 to 4"),
+        (["thre"], "thre` is no class of this network; did you mean three"),
+        (["7"], "7` is out of range"),
+        (["-1"], "-1` is out of range"),
+    ],
+)
+def test_a_class_that_there_is_not(words, told):
+    with pytest.raises(UserError, match=told):
+        labels_named(words, NAMES, 5)
 
 
 def test_another_image_size(checkpoint, tmp_path):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-import sample
 from sit.checkpoint.load import load_for_sampling
 from sit.checkpoint.save import save_checkpoint
 from sit.latents.vae import NotFinite, decode, load_vae
+from sit.sampling import cli as sample
 from sit.sampling.config import SamplerConfig
 from sit.sampling.images import sample_images
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torchdiffeq import odeint
 
-from sit.sampling import cli
+from sit.sampling import ode, run
+from sit.sampling.arguments import Arguments
 from sit.sampling.config import (
     ADAPTIVE_METHODS,
     FIXED_METHODS,
@@ -24,6 +25,7 @@ from sit.sampling.ode import ODE_STEPS, sample_ode, solve
 from sit.sampling.sampler import SAMPLERS
 from sit.sampling.sde import DIFFUSION_FORMS, LAST_STEPS, SDE_STEPS
 from sit.transport.transport import Transport
+from sit.utils.errors import UserError
 
 
 def test_the_tables_have_what_the_config_names():
@@ -86,7 +88,7 @@ def test_a_step_is_three_calls_below_the_command(checkpoint, tmp_path, monkeypat
 
     def watched(*arguments):
         frame, chain = sys._getframe(1), []
-        while frame.f_code is not cli.sample.__code__:
+        while frame.f_code is not run.sample.__code__:
             chain += [frame.f_code.co_name] if "torch" not in frame.f_code.co_filename else []
             frame = frame.f_back
         chains.append([*chain[::-1], step.__name__])
@@ -94,5 +96,24 @@ def test_a_step_is_three_calls_below_the_command(checkpoint, tmp_path, monkeypat
 
     monkeypatch.setitem(table, method, watched)
     config = SamplerConfig(sampler, 2, method)
-    cli.sample(cli.Arguments(str(checkpoint), str(tmp_path / "a"), labels=(1,), sampler=config, device="cpu"))
+    run.sample(Arguments(str(checkpoint), out=str(tmp_path / "a"), labels=("1",), sampler=config, device="cpu"))
     assert chains and all(len(chain) <= 3 for chain in chains), chains[0]
+
+
+ADAPTIVE = [method for method in ADAPTIVE_METHODS if method != "dopri8"]  # the slowest is bounded as the others are
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_an_adaptive_solver_that_finds_no_end_says_so(method, monkeypatch):
+    """A field that can't be integrated to the tolerance, and one that is NaN: one line, not hours or an assertion."""
+    monkeypatch.setattr(ode, "MOST_EVALUATIONS", 300)
+    config = SamplerConfig(sampler="ode", method=method, rtol=1e-12, atol=1e-12)
+    x = torch.ones(1, 1, 2, 2, dtype=torch.float64)
+    fields = {
+        "wild": lambda x, t: torch.sin(1e9 * x),
+        "not a number": lambda x, t: x * float("nan"),
+    }
+    for field in fields.values():
+        with pytest.raises(UserError, match=f"`method={method}` doesn't come to the end with `atol=1e-12` and"):
+            ode.sample_ode(field, Transport(), x, config)
+    assert ode.sample_ode(lambda x, t: x, Transport(), x, SamplerConfig(sampler="ode", method=method)).isfinite().all()

@@ -1,19 +1,27 @@
-"""Every script runs in a short form. That of ``kill_resume.py`` is in ``tests/training/test_trainer.py``."""
+"""Every script runs in a short form."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
-import kill_resume
+import fuzz
+import kill_trials
 import make_digits_classifier
 import make_digits_vae
+import pairs
 import pytest
+import signal_trials
 import torch
-from safetensors.torch import save_file
 
 from sit.latents.vae import load_vae
 from sit.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_vae_is_made(tmp_path, monkeypatch, capsys):
@@ -44,36 +52,140 @@ def test_digits_are_moved_a_little(module):
     assert 20 < still < 44 if module is make_digits_vae else still == 0
 
 
-def test_contents_of_files_are_told_apart(tmp_path):
-    """What decides whether two ends are the same: one changed bit of a tensor, or a plain value, is seen."""
-    weights = {"a": torch.arange(3.0), "b": torch.zeros(2)}
-    save_file(weights, tmp_path / "one.safetensors")
-    save_file(weights | {"b": torch.tensor([0.0, -0.0])}, tmp_path / "two.safetensors")
-    one, two = (kill_resume.contents(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
-    assert set(one) == set(two) == {"/a", "/b"} and one["/a"] == two["/a"] and one["/b"] != two["/b"]
-    for name, step in (("one", 1), ("two", 2)):
-        torch.save({"state": [{"step": step, "moment": torch.ones(1)}]}, tmp_path / f"{name}.pt")
-    one, two = (kill_resume.contents(tmp_path / f"{name}.pt") for name in ("one", "two"))
-    assert {name for name in one if one[name] != two[name]} == {"/state/0/step"}
+def test_what_differs_between_two_ends_is_seen(tmp_path):
+    """What decides whether two ends are the same: one changed bit, a plain value, a file that is left over."""
+    for name in ("one", "two"):
+        (tmp_path / name / "empty").mkdir(parents=True)
+        (tmp_path / name / "file").write_bytes(b"abc")
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 2, "steps_per_second": 3}\n')
+        files = {"training/optimizer.pt": {"size": 1}, "file": {"size": 3}}
+        (tmp_path / name / "sit.json").write_text(json.dumps({"step": 1, "files": files, "checksum": name}))
+        torch.save({"state": [{"step": 1, "moment": torch.zeros(2)}]}, tmp_path / name / "optimizer.pt")
+    one, two = tmp_path / "one", tmp_path / "two"
+    same = kill_trials.contents(one)
+    assert same == kill_trials.contents(two) and same["empty"] is None and same["file"] == b"abc"
+    (two / "metrics.jsonl").write_text('{"step": 1, "loss": 2, "steps_per_second": 4}\n')
+    assert kill_trials.contents(two) == same
+    for name, content in (("file", b"abd"), (".left.tmp", b""), ("metrics.jsonl", b'{"step": 1, "loss": 3}\n')):
+        before = (two / name).read_bytes() if (two / name).is_file() else None
+        (two / name).write_bytes(content)
+        assert kill_trials.contents(two) != same, name
+        (two / name).unlink() if before is None else (two / name).write_bytes(before)
+    torch.save({"state": [{"step": 1, "moment": torch.tensor([0.0, -0.0])}]}, two / "optimizer.pt")
+    found = kill_trials.contents(two)["optimizer.pt"]
+    assert {name for name in found if found[name] != same["optimizer.pt"][name]} == {"/state/0/moment"}
 
 
-def test_kills_of_none_are_refused():
-    with pytest.raises(UserError, match="`kills` must be at least 1, not 0"):
-        kill_resume.Arguments(kills=0)
+@pytest.mark.slow
+def test_killed_programs_end_as_undisturbed_ones(tmp_path):
+    """One kill of each; a process of its own, as torch's threads don't fork."""
+    words = [f"--{name}=1" for name in kill_trials.PROGRAMS]
+    command = [sys.executable, "scripts/kill_trials.py", *words, "--json", str(tmp_path / "kills.json")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = json.loads((tmp_path / "kills.json").read_text())["trials"]
+    assert {name: trial["different"] for name, trial in trials.items()} == {name: [] for name in kill_trials.PROGRAMS}
+    assert any(trial["met"] for trial in trials.values())  # one that is due after the last operation meets nothing
+    assert all(trial["operations"] > 20 for trial in trials.values())
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_the_exit_status_says_whether_the_ends_are_the_same(same, monkeypatch):
-    monkeypatch.setattr(kill_resume, "run", lambda arguments: same)
-    monkeypatch.setattr(sys, "argv", ["scripts/kill_resume.py", "--kills", "1"])
+@pytest.mark.slow
+def test_signals_are_answered_at_the_start_and_in_the_middle(tmp_path):
+    words = ["--moments", "2", "--signals", "SIGUSR1", "--json", str(tmp_path / "signals.json")]
+    done = subprocess.run(
+        [sys.executable, "scripts/signal_trials.py", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = json.loads((tmp_path / "signals.json").read_text())["trials"]
+    assert first["status"] == 85 and first["saved_step"] == 0
+    assert not first["wrong"] and not second["wrong"]
+
+
+def test_signals_that_are_not_answered_are_refused():
+    with pytest.raises(UserError, match="`signals=SIGHUP` is none"):
+        signal_trials.Arguments(signals=("SIGHUP",))
+
+
+def test_kills_below_none_are_refused():
+    with pytest.raises(UserError, match="`training` must be at least 0, not -1"):
+        kill_trials.Arguments(training=-1)
+
+
+@pytest.mark.parametrize("different", [[], [{"operation": 3}]])
+def test_the_exit_status_says_whether_the_ends_are_the_same(different, monkeypatch):
+    monkeypatch.setattr(kill_trials, "run", lambda arguments, place: {"training": {"different": different}})
+    monkeypatch.setattr(sys, "argv", ["scripts/kill_trials.py"])
     with pytest.raises(SystemExit) as stopped:
-        kill_resume.main()
-    assert stopped.value.code == (0 if same else 1)
+        kill_trials.main()
+    assert stopped.value.code == (1 if different else 0)
 
 
 def test_a_mistake_is_told_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["scripts/kill_resume.py", "--nonsense"])
+    monkeypatch.setattr(sys, "argv", ["scripts/kill_trials.py", "--nonsense"])
     with pytest.raises(SystemExit) as stopped:
-        kill_resume.main()
+        kill_trials.main()
     told = capsys.readouterr().err
     assert stopped.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["recipe", "published .pt", "packed npz", "tar", "image folder", "run"])
+def test_damaged_files_are_right_or_one_line_or_have_no_checksum(kind, tmp_path):
+    (tmp_path / "place").mkdir()
+    counts = fuzz.fuzz(kind, 12, 0, 20.0, tmp_path / "place")
+    assert sum(counts.outcomes.values()) >= 9 and not counts.outcomes.keys() & set(fuzz.BAD), counts.wrong
+    if kind in ("published .pt", "packed npz"):
+        assert not counts.outcomes["silent"], counts.wrong
+
+
+def test_a_fuzzed_reader_that_fails_hangs_or_says_nothing_is_told(tmp_path, monkeypatch):
+    """Readers that answer every damage in one way, and what the fuzzer calls it."""
+
+    def read(place):
+        content, answer = (place / "file").read_text(), place.parent.name
+        if content == "whole":
+            return content
+        if answer == "traceback":
+            raise ValueError("no line for a user")
+        if answer == "several lines":
+            raise UserError(f"{place}\n is damaged")
+        if answer == "without a name":
+            raise UserError("something is damaged")
+        if answer == "hang":
+            time.sleep(60)
+        if answer == "killed":
+            fuzz.os._exit(1)
+        if answer == "one line":
+            raise UserError(f"{place / 'file'} is damaged")
+        return "whole" if answer == "right" else content
+
+    def make(place):
+        (place / "file").write_text("whole")
+        return fuzz.Kind(place, [place / "file"], read)
+
+    monkeypatch.setitem(fuzz.KINDS, "checkpoint", make)
+    expected = {name: name for name in ("traceback", "hang", "killed", "one line", "right", "silent")}
+    expected |= {"several lines": "traceback", "without a name": "traceback"}
+    for answer, outcome in expected.items():
+        (tmp_path / answer / "place").mkdir(parents=True)
+        counts = fuzz.fuzz("checkpoint", 1, 1, 0.5 if answer == "hang" else 30.0, tmp_path / answer / "place")
+        assert counts.outcomes == {outcome: 1}, answer
+        assert fuzz.is_clean({"checkpoint": counts}) == (outcome in ("one line", "right"))
+
+
+@pytest.mark.slow
+def test_of_two_programs_on_one_folder_one_works_and_the_other_says_who_holds_it(checkpoint, tmp_path):
+    """Sampling; the script has the other programs, of which ``tests/training/test_two_programs.py`` asks the same."""
+    assert pairs.flaw(pairs.PROGRAMS["sample"], tmp_path / "place", checkpoint) is None
+
+
+def test_a_pair_that_ends_otherwise_is_told(checkpoint, tmp_path):
+    """Programs of which both work, both fail, or one fails without a word."""
+    both_work = pairs.Program(lambda folder, _: ["-c", ""], ())
+    both_fail = pairs.Program(lambda folder, _: ["-c", "raise SystemExit(2)"], ())
+    once = "import os, sys; os.mkdir(sys.argv[1])"
+    one_fails = pairs.Program(lambda folder, _: ["-c", once, str(folder)], ())
+    for number, program in enumerate((both_work, both_fail, one_fails)):
+        assert pairs.flaw(program, tmp_path / str(number), checkpoint).startswith("statuses")
+    silent = "import os, sys\ntry: os.mkdir(sys.argv[1])\nexcept OSError: sys.exit(2)"
+    program = pairs.Program(lambda folder, _: ["-c", silent, str(folder)], ())
+    assert pairs.flaw(program, tmp_path / "silent", checkpoint).startswith("the second said")

@@ -33,6 +33,18 @@ def test_command_line_over_recipe_over_defaults(tmp_path):
     assert load_recipe(str(recipe)) == dataclasses.replace(load_recipe("digits"), steps=3)
 
 
+@pytest.mark.parametrize("written, meant", [("on", "on"), ("off", "off"), ("'on'", "on"), ("auto", "auto")])
+def test_a_bare_on_or_off_in_a_recipe_is_no_boolean(tmp_path, written, meant):
+    """YAML 1.1 reads it as one; elsewhere a boolean stays one, and is refused where none is meant."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"positional_embedding: {written}\nflip: on\n")
+    config = load_recipe(str(recipe))
+    assert (config.positional_embedding, config.flip) == (meant, True)
+    recipe.write_text("interpolant: on\n")
+    with pytest.raises(UserError, match="interpolant: True is not linear or gvp or vp"):
+        load_recipe(str(recipe))
+
+
 def test_a_resumed_run_has_its_own_config(tmp_path):
     (tmp_path / "config.yaml").write_text(TrainConfig(steps=3, mixer="atconv").to_yaml())
     config = parse_train_arguments(["--resume", str(tmp_path), "--steps", "5"]).config
@@ -49,6 +61,7 @@ FIXED = dict(
     vae="a/vae",
     model="SiT-S/4",
     mixer="atconv",
+    positional_embedding="on",
     learn_sigma=True,
     class_dropout=0.2,
     interpolant="gvp",
@@ -60,7 +73,13 @@ FIXED = dict(
     betas=(0.8, 0.95),
     weight_decay=0.1,
     ema_decay=0.99,
+    ema_warmup=False,
+    posthoc_ema=(0.05, 0.1),
     seed=1,
+    seed_weights=2,
+    seed_order=2,
+    seed_noise=2,
+    heldout="auto",
     repa="an/encoder",
     repa_weight=0.25,
     repa_block=4,
@@ -86,10 +105,13 @@ FREE = dict(
     resume="auto",
     trackers=(),
     log_every=5,
+    heldout_every=10,
+    heldout_images=100,
     preview_every=0,
     preview_steps=9,
     preview_cfg_scale=2.0,
     checkpoint_every=7,
+    posthoc_ema_every=10,
     keep_last=0,
     keep_every=70,
 )
@@ -103,6 +125,14 @@ def test_what_a_run_keeps_to_its_end(tmp_path, name):
         check_same_run(dataclasses.replace(TrainConfig(), **{name: FIXED[name]}), tmp_path)
 
 
+def test_a_share_is_the_same_from_a_recipe_and_from_the_command_line(tmp_path):
+    (tmp_path / "mine.yaml").write_text("heldout: 0.1\n")
+    written, typed = (["--recipe", str(tmp_path / "mine.yaml")], ["--heldout", "0.1"])
+    shares = [parse_train_arguments(arguments).config for arguments in (written, typed)]
+    assert [(config.heldout, config.heldout_share) for config in shares] == [("0.1", 0.1)] * 2
+    assert from_mapping(yaml.safe_load(shares[0].to_yaml()), "it").heldout == "0.1"
+
+
 def test_every_setting_is_one_of_the_two():
     default = dataclasses.asdict(TrainConfig())
     assert FIXED.keys() | FREE.keys() == default.keys() and not FIXED.keys() & FREE.keys()
@@ -111,17 +141,21 @@ def test_every_setting_is_one_of_the_two():
 
 
 def test_what_may_change_when_a_run_goes_on(tmp_path):
-    (tmp_path / "config.yaml").write_text(TrainConfig().to_yaml())
-    check_same_run(dataclasses.replace(TrainConfig(), **FREE), tmp_path)
+    begun = TrainConfig(heldout="auto")  # without, there is nothing to measure
+    (tmp_path / "config.yaml").write_text(begun.to_yaml())
+    check_same_run(dataclasses.replace(begun, **FREE), tmp_path)
 
 
 def test_a_run_of_before_a_setting_was_there_has_its_default(tmp_path):
     written = yaml.safe_load(TrainConfig().to_yaml())
-    del written["time_distribution"]
+    for setting in ("time_distribution", "ema_warmup", "posthoc_ema", "posthoc_ema_every"):
+        del written[setting]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
     check_same_run(TrainConfig(), tmp_path)
     with pytest.raises(UserError, match="`time_distribution=logit-normal` .* begun with uniform"):
         check_same_run(TrainConfig(time_distribution="logit-normal"), tmp_path)
+    with pytest.raises(UserError, match="`ema_warmup=False` .* begun with True"):
+        check_same_run(TrainConfig(ema_warmup=False), tmp_path)
 
 
 def test_the_help_of_each_setting_is_shown(capsys):
@@ -143,6 +177,7 @@ def test_network_and_objective_get_the_settings():
     network = create_model(config.model, **config.network_options((3, 16, 12), 7)).config
     assert (network.mixer, network.learn_sigma, network.patch_size) == ("atconv", True, 4)
     other = TrainConfig(class_dropout=0.0, learn_sigma=False).network_options((4, 8, 8), 10)
+    assert (network.positional_embedding, other["positional_embedding"]) == (True, None)
     assert network.null_class and (other["null_class"], other["learn_sigma"]) == (False, False)
     assert (network.in_channels, tuple(network.input_size), network.num_classes) == (3, (16, 12), 7)
     transport = Transport(**config.transport_options()).config
@@ -150,12 +185,20 @@ def test_network_and_objective_get_the_settings():
     assert [transport[name] for name in names] == ["gvp", "noise", "velocity", 0.01, 0.02, "logit-normal"]
 
 
+def test_a_recipe_in_the_spelling_of_flags_and_in_the_published_capitals(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("learning-rate: 0.5\ninterpolant: GVP\nmixed-precision: bfloat16\ndata: Folder\ncompile: false\n")
+    config = load_recipe(str(path))
+    assert (config.learning_rate, config.interpolant, config.mixed_precision) == (0.5, "gvp", "bf16")
+    assert (config.data, config.compile) == ("Folder", False)
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
         ("stesp: 5", "unknown setting 'stesp'"),
-        ("steps: many", "steps: 'many' is not an instance of int"),
-        ("interpolant: cubic", "interpolant: 'cubic' is not any of"),
+        ("steps: many", "steps: 'many' is not a whole number"),
+        ("interpolant: cubic", "interpolant: 'cubic' is not linear or gvp or vp"),
         ("steps: 0", "`steps` must be at least 1"),
         ("cpu_threads: 0", "`cpu_threads` must be at least 1, not 0"),
         ("cpu_threads: -2", "`cpu_threads` must be at least 1, not -2"),
@@ -168,6 +211,16 @@ def test_network_and_objective_get_the_settings():
         ("preview_steps: 1", "`preview_steps=1` leaves the SDE no step before its last one"),
         ("preview_cfg_scale: -1.5", "`preview_cfg_scale` must be a number of at least 0, not -1.5"),
         ("gradient_accumulation: 3\nbatch_size: 8", "`batch_size=8` can't be divided"),
+        ("heldout: 0", "`heldout=0`: a share must be above 0 and below 1, or a folder's path as ./0"),
+        ("heldout: 1.5", "`heldout=1.5`: a share must be above 0"),
+        ("heldout: .nan", "`heldout=nan`: a share must be above 0"),
+        ("heldout_every: 5", "`heldout_every=5` needs held-out images: give `heldout=auto`"),
+        ("heldout_every: -1", "`heldout_every` must be at least 0, not -1"),
+        ("heldout_images: 0", "`heldout_images` must be at least 1, not 0"),
+        ("batch-size: 8\nbatch_size: 4", "batch_size is there twice"),
+        ("posthoc_ema: [0.05, 0.3]", "`posthoc_ema` must be different relative lengths .* 0.2887, not 0.05 0.3"),
+        ("posthoc_ema: [0.1, 0.1]", "`posthoc_ema` must be different relative lengths"),
+        ("posthoc_ema_every: 0", "`posthoc_ema_every` must be at least 1, not 0"),
         ("- a", "must be a mapping"),
         ("a: [", "not readable YAML"),
     ],

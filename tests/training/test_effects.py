@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
+from sit.model import SiT, create_model
 from sit.training.recipes import load_recipe
 from sit.training.run_folder import read_metrics
 from sit.training.trainer import train
@@ -145,6 +146,19 @@ def test_the_average_decays_as_told_once_it_is_warm(stepwise):
     assert not same(averaged_weights(stepwise, STEPS), raw_weights(stepwise, STEPS))
 
 
+def test_without_a_warm_up_the_average_begins_at_the_initial_weights(begin):
+    """As in the published program: the first step's decay is the last one's."""
+    run = begin(steps=2, learning_rate=0.003, ema_decay=EMA_DECAY, ema_warmup=False)
+    config = load_recipe(str(run / "config.yaml"))
+    initial = create_model(config.model, config.seed, **config.network_options((4, 8, 8), 2)).state_dict()
+    average = doubled({name: initial[name] for name in raw_weights(run)})
+    for step in (1, 2):
+        raw = raw_weights(run, step)
+        average = {name: EMA_DECAY * average[name] + (1 - EMA_DECAY) * raw[name] for name in raw}
+        for name, saved in averaged_weights(run, step).items():
+            torch.testing.assert_close(saved, average[name], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("step", range(2, STEPS + 1))
 def test_a_step_moves_the_weights_by_the_schedules_rate_and_the_weight_decay(stepwise, step):
     rate, before, after = RATES[step - 1], raw_weights(stepwise, step - 1), raw_weights(stepwise, step)
@@ -203,6 +217,30 @@ def test_the_seed_alone_decides_the_initial_weights(begin, still):
     assert same(raw_weights(still, 5), raw_weights(begin(learning_rate=0.0)))
     other = raw_weights(begin(learning_rate=0.0, seed=1))
     assert not torch.equal(other["x_embedder.proj.weight"], raw_weights(still, 5)["x_embedder.proj.weight"])
+
+
+@pytest.mark.parametrize("cause", ["weights", "order", "noise"])
+def test_a_seed_of_one_cause_changes_that_alone(begin, monkeypatch, cause):
+    """By what the network is given in the first step, and its weights, which a learning rate of 0 leaves alone."""
+    given, forward = [], SiT.forward
+
+    def note(network, x, t, y, **options):
+        given.append((x, t, y))
+        return forward(network, x, t, y, **options)
+
+    monkeypatch.setattr(SiT, "forward", note)
+    runs = [
+        raw_weights(begin(learning_rate=0.0, class_dropout=0.0, flip=True, **seeds))
+        for seeds in ({}, {f"seed_{cause}": 7}, dict(seed_weights=0, seed_order=0, seed_noise=0))
+    ]
+    (x, t, y), (other_x, other_t, other_y), explicit = given
+    assert all(torch.equal(one, other) for one, other in zip(given[0], explicit, strict=True)) and same(
+        runs[0], runs[2]
+    )
+    assert same(runs[0], runs[1]) == (cause != "weights")
+    assert torch.equal(x, other_x) == (cause == "weights")
+    assert torch.equal(t, other_t) == (cause != "noise")
+    assert torch.equal(y, other_y) == (cause != "order")
 
 
 def test_learn_sigma_doubles_the_output_channels(begin, stepwise):

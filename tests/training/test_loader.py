@@ -98,6 +98,27 @@ def test_starting_anywhere_goes_on_as_if_never_stopped(start):
     assert_same(later, {name: values[start : start + 60] for name, values in everything.items()})
 
 
+def test_order_and_noise_have_seeds_of_their_own():
+    """The order's seed decides which images come and which are flipped; the other one all else, and is left alone."""
+    data, alike = latent_data(), latent_data()
+    data.moments[:] = torch.arange(50, dtype=torch.float16)[:, None, None, None, None, None]
+    data.moments[:, 1] *= -1  # a flipped image shows itself by its sign
+    data.moments[:, :, 1] = 0
+    alike.moments[:] = 1
+    base, order, noise = ({}, {"seed_order": 4}, {"seed": 4, "seed_order": 3})
+    of_images = [joined(take(data, 9, **seeds)) for seeds in (base, order, noise)]
+    latents = [batch["latents"] for batch in of_images]
+    assert torch.equal(latents[0], latents[2]) and not torch.equal(latents[0].abs(), latents[1].abs())
+    flips = [batch["latents"][:, 0, 0, 0] < -0.05 for batch in of_images]  # a zero stands for −0.1 / 2
+    assert torch.equal(flips[0], flips[2]) and not torch.equal(flips[0], flips[1])
+    assert [torch.equal(batch["indices"], of_images[0]["indices"]) for batch in of_images] == [True, False, True]
+    of_noise = [joined(take(alike, 9, **seeds)) for seeds in (base, order, noise)]
+    for name in ("latents", "t_uniform", "noise", "drop"):
+        assert torch.equal(of_noise[0][name], of_noise[1][name]), name
+        assert not torch.equal(of_noise[0][name], of_noise[2][name]), name
+    assert_same(joined(take(data, 9, seed=4)), joined(take(data, 9, seed=4, seed_order=4)))
+
+
 def test_the_global_random_state_is_left_alone():
     torch.manual_seed(0)
     before = torch.random.get_rng_state()

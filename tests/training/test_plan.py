@@ -87,6 +87,25 @@ def test_the_table(tmp_path):
         plan(TrainConfig(batch_size=64), gpus=3, images_per_second=None)
 
 
+def test_the_cost_of_the_held_out_loss_is_told():
+    """After steps 300, 600, 900 and 1000: 4 · 100 · 8 forward passes, of which training makes 3 · 1000 · 256."""
+    config = TrainConfig(heldout="auto", heldout_every=300, heldout_images=100)
+    assert "at most 100 images x 8 times x 4: 0.42 % of training" in plan(config, 1, None)
+    assert "held-out" not in plan(TrainConfig(), 1, None)
+
+
+def test_what_post_hoc_ema_costs_is_told():
+    config = replace(load_recipe("digits"), steps=100_000, model="SiT-B/4")
+    with torch.device("meta"):
+        network = create_model(config.model, **config.network_options((4, 8, 8), 10))
+    gib = sum(p.numel() for p in network.parameters()) / 2**30
+    plain = plan(config, 1, None)
+    assert f"{20 * gib:.2f} GiB, not sharded" in plain and "snapshots" not in plain
+    kept = plan(replace(config, posthoc_ema=(0.05, 0.1), posthoc_ema_every=7000), 1, None)
+    assert f"{28 * gib:.2f} GiB, not sharded" in kept and f"{8 * gib:.2f} GiB of that state" in kept
+    assert f"15 snapshots of {4 * gib:.3g} GiB = {60 * gib:.3g} GiB of disk" in kept  # 14 and that of the last step
+
+
 def test_a_vae_of_another_downsampling_is_planned_with_if_it_is_here(tmp_path):
     """Two levels halve 32 pixels once: 16 x 16 latents, 64 tokens of 2 x 2. The config alone is needed."""
     vae = AutoencoderKL(

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from sit.model import SiT
 from sit.training.ema import ema_weights
+from sit.training.posthoc_ema import PowerAverage
 from sit.training.state import TrainingState
 
 folder, world = Path(sys.argv[1]), int(sys.argv[2])
@@ -44,7 +45,8 @@ if world > 1:
     fully_shard(network, mesh=mesh)  # as Accelerate does it: torch leaves the root whole after a forward pass
 optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, eps=1e-3)  # a key bias has only rounding as gradient
 ema = EMAModel(network.parameters(), decay=0.9, foreach=True)
-state = TrainingState(network, optimizer, ema)
+averages = {sigma: PowerAverage(network.parameters(), sigma) for sigma in (0.05, 0.1)}
+state = TrainingState(network, optimizer, ema, averages=averages)
 
 def steps(first, last):
     for step in range(first, last):
@@ -53,7 +55,8 @@ def steps(first, last):
         mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
         network(x[mine], t[mine], y[mine]).square().mean().backward()
         optimizer.step()
-        ema.step(network.parameters())
+        for average in (ema, *averages.values()):
+            average.step(network.parameters())
         optimizer.zero_grad()
 
 def preview():
@@ -63,11 +66,12 @@ def preview():
 
 def save(name):
     averaged, raw, optim = state.gather()
+    kept = state.gather_averages()
     if rank == 0:
         place = folder / name
         (place / "transformer").mkdir(parents=True)
         save_file(averaged, place / "transformer" / "diffusion_pytorch_model.safetensors")
-        state.save(place / "training", raw, optim)
+        state.save(place / "training", raw, optim, kept)
     dist.barrier()
 
 steps(0, 3)
@@ -134,7 +138,7 @@ sit.training.trainer.gradient_norm = checked
 sit.training.trainer.train(dataclasses.replace(
     load_recipe("digits"), model="SiT-XS/2", mixer="attention,atconv", steps=4, batch_size=8, log_every=1,
     preview_every=2, preview_steps=2, checkpoint_every=2, trackers=(), cpu_threads=1, mixed_precision="bf16",
-    output_dir=str(folder / "run"), learning_rate=1e-3,
+    output_dir=str(folder / "run"), learning_rate=1e-3, heldout="auto", heldout_every=2, heldout_images=3,
 ))
 assert len(norms) == 4
 assert len(given) == len(seen) > 4
@@ -151,10 +155,18 @@ def run(folder: Path, processes: int, program: str = PROGRAM) -> Path:
     return folder
 
 
+PARTS = (
+    "transformer/diffusion_pytorch_model",
+    "training/model",
+    "training/posthoc-ema-0.05",
+    "training/posthoc-ema-0.1",
+)
+
+
 def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
     found = {
         f"{part}/{name}": tensor
-        for part in ("transformer/diffusion_pytorch_model", "training/model")
+        for part in PARTS
         for name, tensor in load_file(checkpoint / f"{part}.safetensors").items()
     }
     optimizer = torch.load(checkpoint / "training" / "optimizer.pt", weights_only=True)["optimizer"]
@@ -178,9 +190,12 @@ def test_two_shards_save_and_take_up_what_one_process_does(tmp_path):
 
 
 def test_bfloat16_rounds_neither_times_nor_sums_of_gradients(tmp_path):
-    """Trained as docs/accelerate/8gpus-fsdp2.yaml says, with previews and checkpoints, it is one process's autocast."""
+    """Trained as docs/accelerate/8gpus-fsdp2.yaml says, with previews and all, it is one process's autocast."""
     one, two = (run(tmp_path / str(processes), processes, TRAINING) / "run" for processes in (1, 2))
-    losses = [[row["loss"] for row in read_metrics(folder / "metrics.jsonl")] for folder in (one, two)]
+    rows = [read_metrics(folder / "metrics.jsonl") for folder in (one, two)]
+    losses = [[row["loss"] for row in these if "loss" in row] for these in rows]
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    heldout = [[row["heldout_loss"] for row in these if "heldout_loss" in row] for these in rows]
+    assert len(heldout[0]) == 2 and heldout[1] == pytest.approx(heldout[0], rel=1e-3)
     assert (two / "samples" / "step-0000004.png").is_file()

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from processes import holder_of
 
 from sit.latents.encode import Encode, encode
-from sit.metrics.extraction import WorkDirectory
+from sit.metrics.work_folder import WorkDirectory
 from sit.training.config import TrainConfig
 from sit.training.optimization import gradient_norm
 from sit.training.recipes import load_recipe
@@ -63,6 +63,7 @@ def test_a_run_of_more_steps_is_not_taken_for_trained(tmp_path, fresh_accelerate
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "identity.json",
         "metrics.jsonl",
         "vae",
     ]

@@ -45,3 +45,21 @@ def test_a_command_tells_a_mistake_in_one_line_and_an_interruption_in_a_word(cap
 def test_the_first_line_of_an_error():
     assert first_line(RuntimeError("\n  first  \nsecond")) == "first"
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_a_file_that_the_system_refuses_is_one_line_wherever_it_is_met(tmp_path, capsys):
+    """And a file that the program itself should have had is still a traceback."""
+    deep = tmp_path
+    for _ in range(3):
+        deep = deep / ("x" * 300)
+
+    @entry_point
+    def reads_what_can_not_be(path):
+        open(path)  # noqa: SIM115
+
+    with pytest.raises(SystemExit) as stop:
+        reads_what_can_not_be(deep)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {deep}: File name too long\n"
+    with pytest.raises(FileNotFoundError):
+        reads_what_can_not_be(tmp_path / "nowhere")

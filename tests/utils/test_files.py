@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def events(tmp_path, monkeypatch) -> list[tuple[str, ...]]:
     fsync, replace, rename = os.fsync, os.replace, os.rename
 
     def short(path: str | os.PathLike) -> str:
-        return str(os.path.relpath(path, tmp_path)).replace(str(os.getpid()), "PID")
+        return re.sub(rf"(\w+-)?{os.getpid()}", "PID", os.path.relpath(path, tmp_path))
 
     def watch_fsync(descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))

@@ -69,3 +69,19 @@ def test_a_folder_made_for_nothing_goes_again(tmp_path):
 def test_a_folder_that_can_not_be_made_is_named():
     with pytest.raises(UserError, match="/proc/nowhere can't be made there"), locked("/proc/nowhere", "output_dir"):
         raise AssertionError
+
+
+def test_a_folder_that_is_yet_to_be_made_is_held_beside_its_place(tmp_path):
+    """As sampling does; what a forked process meets is what another program does."""
+    folder = tmp_path / "samples"
+    with locked(folder, "out", beside=True):
+        assert not folder.exists() and [path.name for path in tmp_path.iterdir()] == [".samples.lock"]
+        child = os.fork()
+        if child == 0:
+            try:
+                with locked(folder, "out", beside=True):
+                    os._exit(1)
+            except UserError as error:
+                os._exit(0 if f"`out={folder}` is in use by process {os.getppid()} on" in str(error) else 2)
+        assert os.waitpid(child, 0)[1] == 0
+    assert not list(tmp_path.iterdir())

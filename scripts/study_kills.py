@@ -1,0 +1,139 @@
+"""A study, killed at random moments and given again, against one that nobody disturbs: the reports' numbers are equal.
+
+    python scripts/study_kills.py --kills 10
+
+It trains six tiny runs on the embedded digits twice. Each kill is a SIGKILL to the study and to the runs that it has
+started, after a time drawn at random. What depends on the clock is left out of the comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from sit.utils.cli import one_line_errors
+from sit.utils.errors import UserError, entry_point
+
+STUDY = """
+recipe: digits
+settings: {model: SiT-XS/8, data: "digits:heldout", vae: "none:channels=1", heldout: 0.1, heldout_images: 20,
+           heldout_every: 3, checkpoint_every: 3, steps: STEPS, batch_size: 4, warmup_steps: 0, log_every: 1}
+seeds: [SEEDS]
+select: {seed: 0, learning_rate: [2e-3, 4e-3]}
+variants:
+  - {name: attention, mixer: attention}
+  - {name: depthwise, mixer: depthwise}
+evaluate: {reference: digits, num_samples: 40, sampler: {sampler: ode, method: euler, steps: 2}}
+"""
+
+
+@dataclass
+class Arguments:
+    """Kill a study at random moments and compare its report."""
+
+    kills: int = 10
+    """how often"""
+    longest: float | None = None
+    """seconds until a kill, at most; None takes half of those of the undisturbed study"""
+    steps: int = 30
+    """of each run"""
+    seeds: int = 2
+    """training seeds"""
+    seed: int = 0
+    """of the moments"""
+    jobs: int = 2
+    """runs at a time"""
+
+    def __post_init__(self) -> None:
+        if min(self.kills, self.steps, self.seeds, self.jobs) < 1:
+            raise UserError("`kills`, `steps`, `seeds` and `jobs` must be at least 1")
+
+
+def command(file: Path, out: Path, jobs: int) -> list[str]:
+    return [sys.executable, "-m", "sit.study", str(file), "--out", str(out), "--jobs", str(jobs)]
+
+
+def children(process: int) -> list[int]:
+    """The processes that one has started, and theirs."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(entry.read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent == process:
+            found += [int(entry.parent.name), *children(int(entry.parent.name))]
+    return found
+
+
+def killed(arguments: Arguments, longest: float, file: Path, out: Path) -> int:
+    """Start the study and kill it, again and again, and let it come to its end; returns how often it was killed."""
+    moments, kills = random.Random(arguments.seed), 0
+    while True:
+        process = subprocess.Popen(command(file, out, arguments.jobs), stderr=subprocess.DEVNULL)
+        wait = moments.uniform(0, longest) if kills < arguments.kills else None
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            doomed = [process.pid, *children(process.pid)]
+            for number in doomed:
+                try:
+                    os.kill(number, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            process.wait()
+            kills += 1
+            done = len(list((out / "runs").glob("*.json")))
+            print(f"killed {len(doomed)} processes after {wait:.1f} s; {done} runs have their JSON", flush=True)
+            continue
+        if process.returncode:
+            raise UserError(f"the study ended with exit status {process.returncode}")
+        return kills
+
+
+def numbers(out: Path) -> dict:
+    """A report's numbers but those that depend on the clock."""
+    found = json.loads((out / "report" / "numbers.json").read_text())
+    del found["seconds"]
+    return found
+
+
+def run(arguments: Arguments) -> None:
+    """Compare, and say so.
+
+    Raises:
+        UserError: the numbers differ.
+    """
+    with tempfile.TemporaryDirectory(prefix="study-kills-") as place:
+        file = Path(place) / "digits.yaml"
+        seeds = ", ".join(map(str, range(arguments.seeds)))
+        file.write_text(STUDY.replace("STEPS", str(arguments.steps)).replace("SEEDS", seeds))
+        start = time.monotonic()
+        subprocess.run(command(file, Path(place) / "whole", arguments.jobs), stderr=subprocess.DEVNULL, check=True)
+        seconds = time.monotonic() - start
+        print(f"undisturbed in {seconds:.0f} s", flush=True)
+        kills = killed(arguments, arguments.longest or seconds / 2, file, Path(place) / "killed")
+        if numbers(Path(place) / "whole") != numbers(Path(place) / "killed"):
+            raise UserError(f"after {kills} kills the report has other numbers")
+        print(f"after {kills} kills the report has the same numbers")
+
+
+@entry_point
+def main() -> None:
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="scripts/study_kills.py")
+    run(arguments)
+
+
+if __name__ == "__main__":
+    main()

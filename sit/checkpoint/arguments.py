@@ -1,0 +1,37 @@
+"""What ``python -m sit.checkpoint`` takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sit.checkpoint.hints import Hints
+
+
+@dataclass
+class Convert:
+    """Write a checkpoint in another layout. Weights are never changed in value; there and back is bitwise."""
+
+    source: tyro.conf.Positional[Path]
+    """a published .pt or .safetensors file, or a run or checkpoint folder of ours"""
+    target: tyro.conf.Positional[Path]
+    """what to write: a folder in our layout, else a .pt or .safetensors file; must not exist"""
+    layout: Literal["ours", "published", "training", "repa"] = "ours"
+    """ours: a diffusers folder. published: the bare state dict of SiT, of ATConv's SiT variant and of the hybrid.
+    training: the same inside a training checkpoint (model, ema, args). repa: the bare state dict of ATConv's REPA
+    variant"""
+    vae: str | None = None
+    """in our layout: the VAE to name, a Hub name, or a folder to take in"""
+    hints: Annotated[Hints, tyro.conf.arg(name="")] = field(default_factory=Hints)
+
+
+@dataclass
+class Inspect:
+    """Print what a file or folder is."""
+
+    path: tyro.conf.Positional[Path]
+    """any weights file, checkpoint or run"""
+    hints: Annotated[Hints, tyro.conf.arg(name="")] = field(default_factory=Hints)

@@ -1,0 +1,70 @@
+"""Which folders are the classes: those at the top, or, where these only hold the whole set, those below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from sit.utils.errors import UserError
+
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+"""Names of the parts of a data set, of which one is to be given."""
+
+
+def wrapping_folders(names: Iterable[bytes], spec: str) -> bytes:
+    """The folders around the classes, as a beginning of every name (``b"dir/"``); empty where the classes are on top.
+
+    A folder alone at the top, with at least two folders of images and no image beside them, is no class: it is what
+    ``tar cf x.tar dir`` puts around them. Several folders at the top are the classes, with images at any depth below,
+    as torchvision's ``ImageFolder`` has it; but not if they are parts of one data set.
+
+    Args:
+        names: paths of the images in the data set, class folders first.
+        spec: the data set, for messages.
+
+    Raises:
+        UserError: the folders at the top have no images but the same folders below, or are named train, val or so.
+    """
+    names, looked, prefix = list(names), b"", b""
+    while below := _folders_below(names, len(looked)):
+        if len(below) > 1:
+            _refuse_parts(below, looked, spec)
+            break
+        ((top, inner),) = below.items()
+        looked += top + b"/"
+        if len(inner) > 1:
+            prefix = looked
+    return prefix
+
+
+def _folders_below(names: Sequence[bytes], start: int) -> dict[bytes, set[bytes]] | None:
+    """Each folder on top, by name, with those in it; None if an image lies directly in one, which is then a class."""
+    below: dict[bytes, set[bytes]] = {}
+    for name in names:
+        top, _, rest = name[start:].partition(b"/")
+        inner, slash, _ = rest.partition(b"/")
+        if not slash:
+            return None
+        below.setdefault(top, set()).add(inner)
+    return below
+
+
+def _refuse_parts(below: dict[bytes, set[bytes]], prefix: bytes, spec: str) -> None:
+    shared = set.intersection(*below.values())
+    if {top.decode(errors="replace").lower() for top in below} <= PARTS or len(shared) > 1:
+        tops = [(prefix + top).decode(errors="replace") for top in sorted(below)]
+        what = f"{', '.join(tops[:3])}{' …' if len(tops) > 3 else ''}"
+        raise UserError(
+            f"`data={spec}` holds {what}, which look like parts of one data set rather than classes: give one of them, "
+            "or put the images of each class directly into its folder"
+        )
+
+
+def check_class_names(names: Iterable[str], spec: str) -> None:
+    """Raise UserError, which names it, unless every class can be written in a checkpoint: its name is UTF-8."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"`data={spec}`: the class folder {ascii(name)} has a name that is not UTF-8: rename it"
+            ) from error

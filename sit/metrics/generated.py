@@ -1,0 +1,92 @@
+"""Images that a checkpoint samples when they are asked for, and what tells them from others."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from sit.checkpoint.hints import FileHints
+from sit.checkpoint.load import Loaded
+from sit.latents.vae import vae_fingerprint
+from sit.metrics.identity import About, hash_numbers
+from sit.metrics.image_sets import Images
+from sit.sampling.config import LabelOrder, SamplerConfig
+from sit.sampling.images import balanced_labels, latent_shape_for, sample_images, uniform_labels
+from sit.utils.fingerprint import weights_fingerprint
+
+
+class GeneratedImages(Images):
+    """Images that a checkpoint samples when they are asked for: number i under the seed.
+
+    Args:
+        loaded: the checkpoint.
+        count: how many there are.
+        seed: the seed.
+        labels: the classes.
+        config: the sampler.
+        image_size: (height, width); None as the network was trained.
+        hints: how a published file was read.
+
+    Raises:
+        UserError: the network or its VAE can't make images of that size.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        count: int,
+        *,
+        seed: int = 0,
+        labels: LabelOrder = "balanced",
+        config: SamplerConfig,
+        image_size: tuple[int, int] | None = None,
+        hints: FileHints | None = None,
+    ) -> None:
+        self.shape = latent_shape_for(loaded, image_size)  # a size that doesn't fit is told before anything is made
+        self.classes, self.class_names = loaded.model.config.num_classes, loaded.info.label_names
+        classes = range(self.classes)
+        numbers = range(count)
+        drawn = balanced_labels(numbers, classes) if labels == "balanced" else uniform_labels(numbers, classes, seed)
+        self.loaded, self.count, self.seed, self.config = loaded, count, seed, config
+        self.labels, self.image_size, self.label_order = drawn.numpy(), image_size, labels
+        size = f", {image_size[0]} x {image_size[1]} pixels" if image_size else ""
+        average = f", {loaded.average}" if loaded.average is not None else ""
+        self.name = f"{loaded.path}{average}, seed {seed}, {labels} labels{size}, {config}"
+        weights = (hints or FileHints()).weights if loaded.path.is_file() else loaded.weights_name
+        self.source = {"checkpoint": str(loaded.path), "step": loaded.info.step, "weights": weights}
+
+    @functools.cached_property
+    def about(self) -> About:
+        """What decides their pixels: the weights of network and VAE, sampler, guidance, seed, labels and precision.
+
+        It reads every weight, and is asked for before the network's dtype or products' precision change.
+        """
+        network, transport = self.loaded.model, self.loaded.transport
+        return {
+            "network": weights_fingerprint(network),
+            "config": {name: value for name, value in network.config.items() if not name.startswith("_")},
+            "transport": {name: value for name, value in transport.config.items() if not name.startswith("_")},
+            "VAE": vae_fingerprint(self.loaded.vae),
+            "sampler": asdict(self.config) | {"method": self.config.resolved_method},
+            "seed": self.seed,
+            "labels": self.label_order,
+            "label list": hash_numbers(self.labels),
+            "latents": self.shape,
+            "precision": f"{network.dtype}, products in {torch.get_float32_matmul_precision()} precision",
+        }
+
+    def batch(self, numbers: np.ndarray) -> torch.Tensor:
+        indices = torch.from_numpy(numbers)
+        (made,) = sample_images(
+            self.loaded,
+            indices,
+            torch.from_numpy(self.labels[numbers]),
+            seed=self.seed,
+            config=self.config,
+            image_size=self.image_size,
+            batch_size=len(numbers),
+        )
+        return made.images.permute(0, 3, 1, 2)

@@ -1,0 +1,43 @@
+"""What features and images are of, in a form that is written into files and compared when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+About = dict[str, Any]
+"""What something is of, as JSON has it; equal for equal things, wherever their files lie"""
+
+
+def hash_numbers(numbers: np.ndarray) -> str:
+    """16 hexadecimal digits of whole numbers (n,)."""
+    return hashlib.blake2b(np.ascontiguousarray(numbers, dtype="<i8").tobytes(), digest_size=8).hexdigest()
+
+
+def canonical(about: About) -> str:
+    """The one text of it: keys in order, tuples as lists."""
+    return json.dumps(about, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def short_hash(about: About) -> str:
+    """16 hexadecimal digits that tell it from others, for names of folders and files."""
+    return hashlib.blake2b(canonical(about).encode(), digest_size=8).hexdigest()
+
+
+def same(one: About, other: About) -> bool:
+    """Whether both are of the same thing, one of them perhaps read from JSON."""
+    return canonical(one) == canonical(other)
+
+
+def difference(one: About, other: About) -> str:
+    """The first entry in which they differ, for messages: its name and both values."""
+    for name in sorted({*one, *other}):
+        ours, theirs = one.get(name), other.get(name)
+        if canonical({"": ours}) != canonical({"": theirs}):
+            if isinstance(ours, dict) and isinstance(theirs, dict):
+                return f"{name}.{difference(ours, theirs)}"
+            return f"{name}: {ours} and {theirs}"
+    return "nothing"

@@ -1,0 +1,111 @@
+"""``python -m sit.study STUDY.yaml``: mixers × training seeds, trained, evaluated and compared in one report.
+
+The same command may be given again at any time: what is done is not done again, and what was cut off goes on. Each
+finished run leaves a small JSON in ``OUT/runs``, from which the study goes on on another machine.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import tyro
+
+from sit.study.config import read_study
+from sit.utils.cli import parse
+from sit.utils.errors import UserError, entry_point
+
+
+@dataclass
+class Arguments:
+    """Train what is missing of a study, evaluate it, and write its report."""
+
+    study: tyro.conf.Positional[str]
+    """the study's YAML file"""
+    out: str | None = None
+    """the study's folder; None takes the file's, or studies/NAME"""
+    only: tuple[str, ...] = ()
+    """names of runs or variants to do; none given means all"""
+    jobs: int = 1
+    """runs at a time, each with one computing thread on a CPU, or on the next GPU; 0 does them in this process"""
+    hours: float | None = None
+    """time limit: after it no run is begun, those that go on save themselves, and the exit status is 85"""
+    seconds_per_step: float | None = None
+    """for the hours that are left, where no run has measured it yet"""
+    dry_run: bool = False
+    """tell runs, hours and disk, and start nothing"""
+    print_commands: bool = False
+    """print the command of each run that can be started now, for a cluster's array job, and start nothing"""
+    report_only: bool = False
+    """write the report of what is there, and start nothing"""
+    run: str | None = None
+    """do this run alone, in this process and those launched with it; what the lines of --print-commands do"""
+
+    def __post_init__(self) -> None:
+        if self.jobs < 0:
+            raise UserError(f"`jobs` must be at least 0, not {self.jobs}")
+        for name in ("hours", "seconds_per_step"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"`{name}` must be positive, not {value}")
+        modes = [name for name in ("dry_run", "print_commands", "report_only") if getattr(self, name)]
+        modes += ["run"] if self.run is not None else []
+        if len(modes) > 1:
+            raise UserError(f"`{modes[0]}` and `{modes[1]}` exclude each other")
+
+
+def run_study(arguments: Arguments) -> bool:
+    """Do what the arguments say; returns whether nothing is left to do.
+
+    Raises:
+        UserError: the study's file is wrong, a name is unknown, or runs failed.
+    """
+    study = read_study(arguments.study, arguments.out)
+    from sit.study.report import write_report  # torch comes once the file is read
+    from sit.study.schedule import Known, carry_out, carry_out_here, command_lines
+
+    known = Known(study)
+    state = known.state()
+    names = {name for run in state.runs for name in (run.name, run.variant)}
+    for name in (*arguments.only, *((arguments.run,) if arguments.run else ())):
+        if name not in names:
+            raise UserError(f"`only={name}`: no run and no variant is called so; the runs: {', '.join(sorted(names))}")
+    if arguments.dry_run:
+        from sit.study.plan import plan
+
+        print(plan(study, state, arguments.jobs or 1, arguments.seconds_per_step))
+        return True
+    if arguments.print_commands:
+        print(command_lines(study, state, arguments.only, arguments.out))
+        return True
+    if arguments.run:
+        from sit.study.one_run import do
+
+        do(next(run for run in state.runs if run.name == arguments.run), study)
+        return True
+    done = True
+    if not arguments.report_only:
+        if arguments.jobs:
+            done = carry_out(
+                study,
+                jobs=arguments.jobs,
+                only=arguments.only,
+                hours=arguments.hours,
+                out=arguments.out,
+                seconds_per_step=arguments.seconds_per_step,
+            )
+        else:
+            done = carry_out_here(study, only=arguments.only, hours=arguments.hours)
+    state = known.state()
+    if done or arguments.report_only or state.found:
+        print(f"report: {write_report(study, state) / 'README.md'}")
+    return done
+
+
+@entry_point
+def main() -> None:
+    arguments = parse(Arguments, "python -m sit.study", description=__doc__)
+    if not run_study(arguments):
+        from sit.training.stop_signal import REQUEUE_EXIT
+
+        sys.exit(REQUEUE_EXIT)

@@ -1,0 +1,71 @@
+"""One run of a study from whatever of it is there to its JSON: training, then evaluation. All its processes call it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+from collections.abc import Iterator
+
+from sit.checkpoint.find import find_checkpoints
+from sit.checkpoint.integrity import is_complete
+from sit.study import record
+from sit.study.config import Study
+from sit.study.evaluation import evaluate_run
+from sit.study.runs import Run
+from sit.training.trainer import train
+from sit.utils.device import process_state
+from sit.utils.lock import locked
+from sit.utils.signals import TRAINING
+
+
+def do(run: Run, study: Study) -> None:
+    """Do what is missing of a run, and leave its JSON, and its grid of samples if it is evaluated.
+
+    Raises:
+        UserError: another program is at it, or as the training and the evaluation.
+        SystemExit: a signal asked for the end; what was done is kept and the status is
+            :data:`~sit.utils.signals.TRAINING`'s.
+    """
+    state = process_state()
+    with contextlib.ExitStack() as held:
+        if state.is_main_process:
+            held.enter_context(locked(run.work(study), "out"))
+        found = record.read(run, study)
+        if record.is_finished(run, study, found):
+            return
+        if found is None:
+            if not is_trained(run, study):
+                train(run.config)
+            found = record.describe_training(run, study, state.device)
+            if state.is_main_process and not run.steps_to_evaluate(study):
+                record.write(run.json(study), found)
+        if steps := run.steps_to_evaluate(study):
+            with ending_by_signals():
+                evaluation = evaluate_run(run, study, steps, state.device)
+            if state.is_main_process:
+                record.write(run.json(study), found | {"evaluation": evaluation})
+                shutil.rmtree(run.work(study) / "evaluation", ignore_errors=True)
+
+
+def is_trained(run: Run, study: Study) -> bool:
+    """Whether the training has come to its last step."""
+    folder = run.training(study)
+    if not (folder / "config.yaml").is_file():
+        return False
+    return any(step == run.config.steps and is_complete(place) for step, place in find_checkpoints(folder))
+
+
+@contextlib.contextmanager
+def ending_by_signals() -> Iterator[None]:
+    """Within the block, the signals that ask a training to save itself end the program: evaluations keep each chunk."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(TRAINING[number])
+
+    before = {number: signal.signal(number, end) for number in TRAINING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

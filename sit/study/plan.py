@@ -1,0 +1,95 @@
+"""What a study is and will take, before anything is started: runs, hours, disk."""
+
+from __future__ import annotations
+
+import torch
+
+from sit.model import create_model
+from sit.study.config import Study
+from sit.study.progress import in_words, remaining_hours, seconds_of_a_step, steps_done
+from sit.study.runs import Run
+from sit.study.schedule import State
+from sit.training.plan import describe_data
+from sit.utils.errors import UserError
+from sit.utils.tables import text_table
+
+BYTES = 20
+"""of a checkpoint, for each parameter, in float32: averaged weights, twice (to sample from and to go on with), raw
+weights, and AdamW's two moments"""
+
+
+def plan(study: Study, state: State, jobs: int, seconds_per_step: float | None) -> str:
+    """A table, as text: each run with its state, steps, hours and disk, and their sums.
+
+    Args:
+        study: the study.
+        state: what is known of it.
+        jobs: runs at a time.
+        seconds_per_step: where nothing is measured yet.
+    """
+    missing = state.missing(study)
+    sizes = {variant.name: 0.0 for variant in study.variants}
+    rows: list[tuple[str, ...]] = [("run", "state", "steps", "hours", "disk")]
+    total = 0.0
+    for run in state.runs:
+        sizes[run.variant] = sizes[run.variant] or checkpoint_bytes(run)
+        size = sizes[run.variant] * checkpoints_kept(run)
+        total += size
+        pace = seconds_of_a_step(run, state.runs, state.found, seconds_per_step)
+        hours = "?" if pace is None else f"{pace * run.config.steps / 3600:.2f}"
+        rows.append((run.name, how_far(run, study, state), f"{run.config.steps:,}", hours, _in_bytes(size)))
+    lines = [text_table(rows, align="llrrr"), ""]
+    done = len(state.runs) - len(missing)
+    lines.append(f"runs: {len(state.runs) + state.unknown}, of them {done} done")
+    if state.unknown:
+        decided = "not known before it is chosen what each variant is best with"
+        lines.append(f"besides those above: {state.unknown}, {decided}")
+    left = remaining_hours(study, missing, state.found, jobs=jobs, told=seconds_per_step)
+    if left is not None and state.unknown:
+        left += left * state.unknown / max(1, len(missing))  # as long as those above, on average
+    trained = "training what is missing, without evaluations: "
+    lines.append(
+        f"{trained}{in_words(left)} with {jobs} at a time" + ("" if left is not None else ": no run has measured it")
+    )
+    if state.runs:
+        total += total / len(state.runs) * state.unknown
+    lines.append(f"disk: {_in_bytes(total)} of checkpoints in {study.out / 'work'}")
+    return "\n".join(lines)
+
+
+def how_far(run: Run, study: Study, state: State) -> str:
+    """In a word or two, how far a run is."""
+    if run.name in state.found:
+        steps = run.steps_to_evaluate(study)
+        evaluated = state.found[run.name]["evaluation"] is not None
+        return "done" if not steps or evaluated else "trained"
+    step = steps_done(run, study)
+    return f"at step {step:,}" if step else "missing"
+
+
+def checkpoint_bytes(run: Run) -> float:
+    """Bytes of a checkpoint of a run, counted on the meta device.
+
+    Raises:
+        UserError: the network can't be made for the data; the message names the variant.
+    """
+    shape, classes, _, _ = describe_data(run.config)
+    try:
+        with torch.device("meta"):
+            network = create_model(run.config.model, **run.config.network_options(shape, classes))
+    except UserError as error:
+        raise UserError(f"{run.variant}: {error}") from error
+    return BYTES * sum(parameter.numel() for parameter in network.parameters())
+
+
+def checkpoints_kept(run: Run) -> int:
+    """How many checkpoints a run leaves."""
+    config = run.config
+    if not config.keep_last:
+        return -(-config.steps // config.checkpoint_every)
+    for_good = config.steps // config.keep_every if config.keep_every else 0
+    return for_good + config.keep_last
+
+
+def _in_bytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -1,0 +1,98 @@
+"""The images of a study's report: everything is given, nothing is measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from sit.utils.image_grid import save_png
+
+MARKERS = "osD^vP*X<>hd"
+ENLARGED = 2
+"""the factor by which small samples are enlarged in the grid"""
+
+
+def _look(index: int) -> dict[str, Any]:
+    """A color and a marker; no two of the first 60 variants share both."""
+    return {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
+
+
+def plot_curves(
+    curves: Mapping[str, Sequence[tuple[float, float, float | None]]], path: Path, *, x: str, y: str, log: bool = False
+) -> None:
+    """Quality against seconds or steps, a curve a variant.
+
+    Args:
+        curves: variant → (place on the x axis, mean over seeds, half the width of its interval or None).
+        path: the PNG.
+        x: name of the x axis.
+        y: of the y axis.
+        log: whether the y axis is logarithmic.
+    """
+    figure = Figure(figsize=(8, 5))  # not pyplot's, which would choose a backend for the whole program
+    axes = figure.subplots()
+    for index, (name, points) in enumerate(curves.items()):
+        if points:
+            places, values, errors = zip(*points, strict=True)
+            bars = [error or 0 for error in errors]
+            axes.errorbar(places, values, yerr=bars, label=name, capsize=3, markersize=5, linewidth=1, **_look(index))
+    if log:
+        axes.set_yscale("log")
+    axes.set(xlabel=x, ylabel=y)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+
+
+def plot_points(points: Sequence[Mapping[str, Any]], order: Sequence[str], path: Path, fid: str) -> None:
+    """FID against held-out loss, a point for each variant, seed and step; both axes logarithmic."""
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    for index, name in enumerate(order):
+        own = [point for point in points if point["variant"] == name]
+        losses, distances = [point["loss"] for point in own], [point["fid"] for point in own]
+        axes.plot(losses, distances, linestyle="", markersize=5, label=name, **_look(index))
+    axes.set(xlabel="held-out loss", ylabel=fid, xscale="log", yscale="log")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+
+
+def plot_by_time(curves: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Held-out loss by t, less the first variant's."""
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    first = next(iter(curves.values()))
+    for index, (name, losses) in enumerate(curves.items()):
+        times = [time for time in losses if time in first]
+        rest = [losses[time] - first[time] for time in times]
+        axes.plot([float(time) for time in times], rest, label=name, markersize=5, linewidth=1, **_look(index))
+    axes.set(xlabel="t (0: noise, 1: data)", ylabel=f"held-out loss less that of {next(iter(curves))}")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def join_grids(grids: Mapping[str, Path], path: Path) -> None:
+    """One image of the runs' grids below each other, each under its name."""
+    opened = {}
+    for name, place in grids.items():
+        with Image.open(place) as image:
+            opened[name] = image.convert("RGB").resize((image.width * ENLARGED, image.height * ENLARGED), 0)
+    font = ImageFont.load_default(size=13)
+    line = 18
+    width = max(max(image.width, int(font.getlength(name)) + 4) for name, image in opened.items())
+    height = sum(image.height + line + 4 for image in opened.values())
+    sheet = Image.fromarray(np.full((height, width, 3), 255, dtype=np.uint8))
+    draw, top = ImageDraw.Draw(sheet), 0
+    for name, image in opened.items():
+        draw.text((2, top + 1), name, fill="black", font=font)
+        sheet.paste(image, (0, top + line))
+        top += image.height + line + 4
+    save_png(sheet, path)

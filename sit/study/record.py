@@ -1,0 +1,151 @@
+"""A run's small JSON: what the report needs of it, read from the training's folder once it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+
+from sit.study.config import Study
+from sit.study.runs import Run
+from sit.training.recipes import from_mapping
+from sit.training.run_folder import read_metrics
+from sit.utils.errors import UserError
+from sit.utils.files import atomic_write
+from sit.utils.record import record
+from sit.version import __version__
+
+FORMAT = 1
+HOW_IT_RUNS = {
+    "output_dir", "resume", "trackers", "log_every", "preview_every", "preview_steps", "preview_cfg_scale",
+    "checkpoint_every", "keep_last", "keep_every", "cpu_threads", "workers", "tf32", "compile",
+    "gradient_checkpointing", "gradient_accumulation", "non_finite_limit", "sample_eps", "heldout_every",
+}  # fmt: skip
+"""Fields of TrainConfig in which runs of one study may differ: where, how and how closely watched they were made."""
+HOW_IT_IS_EVALUATED = {"every", "batch_size"}
+"""The same of Evaluation's."""
+PLACES = ("data", "vae", "heldout", "reference", "features", "classifier", "inception_weights", "dinov2_weights")
+"""Settings that name a place, which may be another on another machine: what stands before a colon is compared, or the
+last part of the path."""
+
+
+def describe_training(run: Run, study: Study, device: torch.device) -> dict[str, Any]:
+    """The JSON of a run whose training is finished, without an evaluation yet."""
+    folder = run.training(study)
+    rows = read_metrics(folder / "metrics.jsonl")
+    losses = [row for row in rows if "loss" in row]
+    return {
+        "format": FORMAT,
+        "name": run.name,
+        "variant": run.variant,
+        "cause": run.cause,
+        "seed": run.seed,
+        "choice": None if study.select is None or run.choice is None else study.select.choices[run.choice],
+        "config": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(run.config).items()},
+        "loss": [[row["step"], _rounded(row["loss"])] for row in losses],
+        "heldout": _heldout(folder, rows),
+        "speed": speed(losses),
+        "evaluation": None,
+        "versions": {
+            "sit": __version__,
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+            "diffusers": version("diffusers"),
+            "numpy": version("numpy"),
+            "python": platform.python_version(),
+        },
+        **record(device),
+    }
+
+
+def speed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds of a step: the median over the rows, which work beside it hardly moves, and each row's."""
+    paces = [[row["step"], _rounded(1 / row["steps_per_second"])] for row in rows if row.get("steps_per_second")]
+    return {"seconds_per_step": statistics.median(pace for _, pace in paces) if paces else None, "rows": paces}
+
+
+def _heldout(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Held-out losses: means at every measurement, and those of each image at the last; None if there are none."""
+    curve = [row for row in rows if "heldout_loss" in row]
+    files = sorted((folder / "heldout").glob("step-*.json"))
+    if not curve or not files:
+        return None
+    last = json.loads(files[-1].read_text())
+    by_time = [name for name in curve[-1] if name.startswith("heldout_loss_t")]
+    return {
+        "steps": [row["step"] for row in curve],
+        "loss": [_rounded(row["heldout_loss"], 7) for row in curve],
+        "by_time": [[_rounded(row[name], 7) for name in by_time] for row in curve],
+        "times": last["times"],
+        "images": last["images"],
+        "step": last["step"],
+        "per_image": [[_rounded(value) for value in row] for row in last["loss"]],
+    }
+
+
+def _rounded(value: float, digits: int = 5) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Write a run's JSON whole: a line for each of its entries, so that it is small and can be looked at."""
+    lines = [f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in found.items()]
+    with atomic_write(path) as temporary:
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def read(run: Run, study: Study) -> dict[str, Any] | None:
+    """A run's JSON; None if there is none.
+
+    Raises:
+        UserError: it can't be read, or is of a run with other settings.
+    """
+    path = run.json(study)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = found["config"]
+        if found["format"] != FORMAT:
+            raise ValueError(f"format {found['format']!r} and not {FORMAT}")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a run's JSON ({error!r}); remove it, and the run is made again") from error
+    made, wanted = dataclasses.asdict(from_mapping(settings, str(path))), dataclasses.asdict(run.config)
+    _check_same(path, "made", made, {name: wanted[name] for name in wanted.keys() - HOW_IT_RUNS})
+    if study.evaluate is not None and found["evaluation"] is not None:
+        wanted = json.loads(json.dumps(dataclasses.asdict(study.evaluate)))
+        wanted = {name: wanted[name] for name in wanted.keys() - HOW_IT_IS_EVALUATED}
+        _check_same(path, "evaluated", found["evaluation"]["settings"], wanted)
+    return found
+
+
+def _check_same(path: Path, done: str, then: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        same = _last_part(then[name]) == _last_part(value) if name in PLACES else then[name] == value
+        if not same:
+            raise UserError(
+                f"{path} was {done} with {name} {then[name]}, and the study says {value}: remove it, rename the "
+                "variant, or choose another `out`"
+            )
+
+
+def _last_part(place: str | None) -> tuple[str, str]:
+    """What stays the same of ``fashion-mnist:/data/sets`` or ``vaes/fashion`` when the folder is another."""
+    kind, colon, _ = str(place).partition(":")
+    return (kind, "") if colon else ("", Path(str(place)).name)
+
+
+def is_finished(run: Run, study: Study, found: dict[str, Any] | None) -> bool:
+    """Whether nothing is left to do for a run with this JSON."""
+    if found is None:
+        return False
+    steps = run.steps_to_evaluate(study)
+    evaluated = found["evaluation"]["steps"] if found["evaluation"] is not None else {}
+    return set(map(str, steps)) <= evaluated.keys()

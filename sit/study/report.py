@@ -1,0 +1,111 @@
+"""The report of a study: README.md, numbers.json and plots, written from the runs' JSONs alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sit.study import plots, text
+from sit.study.analysis import LOSS, analyze, groups
+from sit.study.config import Study
+from sit.study.relations import agreement, causes, points
+from sit.study.schedule import State
+from sit.utils.errors import UserError
+from sit.utils.files import replaced_folder
+
+
+def numbers(study: Study, state: State) -> dict[str, Any]:
+    """All numbers of the report.
+
+    Raises:
+        UserError: no run is done that could be reported.
+    """
+    compared = {run.name: state.found[run.name] for run in state.runs if run.compared and run.name in state.found}
+    if not compared and not any(state.losses.values()):
+        raise UserError(f"no run of {study.path} is done yet: there is nothing to report")
+    found: dict[str, Any] = {
+        "study": study.path.name,
+        "runs": {"done": len(state.runs) - len(state.missing(study)), "of": len(state.runs) + state.unknown},
+        "machines": sorted({one["machine"] for one in state.found.values()}),
+        "selection": selection(study, state),
+    }
+    if compared:
+        found |= analyze(study, compared)
+        if found["fid"]:
+            found["points"] = points(compared, found["fid"])
+            found["agreement"] = agreement(found["points"])
+        if len(study.vary) > 1:
+            found["causes"] = causes({cause: groups(study, compared, cause) for cause in study.vary}, found["fid"])
+    return found
+
+
+def selection(study: Study, state: State) -> dict[str, Any]:
+    """Variant → the held-out loss of each choice, the choice, and whether it is at the edge of what was tried."""
+    if study.select is None:
+        return {}
+    found = {}
+    for name, losses in state.losses.items():
+        if not losses:
+            continue
+        best = state.choices.get(name)
+        found[name] = {
+            "losses": {study.select.label(choice): loss for choice, loss in losses.items()},
+            "chosen": None if best is None else study.select.label(best),
+            "settings": None if best is None else study.select.choices[best],
+            "at_edge": best in (0, len(study.select.choices) - 1) and len(study.select.choices) > 1,
+        }
+    return found
+
+
+def write_report(study: Study, state: State) -> Path:
+    """Write the report's folder anew, whole, and return it.
+
+    Raises:
+        UserError: nothing is done yet, or the folder can't be written.
+    """
+    found = numbers(study, state)
+    folder = study.out / "report"
+    with replaced_folder(folder) as place:
+        images = draw(study, state, found, place)
+        content = json.dumps(found, indent=1, ensure_ascii=False)
+        (place / "numbers.json").write_text(content + "\n", encoding="utf-8")
+        (place / "README.md").write_text(text.markdown(study, found, images), encoding="utf-8")
+    return folder
+
+
+def draw(study: Study, state: State, found: Mapping[str, Any], place: Path) -> dict[str, str]:
+    """Draw what there is to draw into the folder: what it shows → its file."""
+    images: dict[str, str] = {}
+    variants = found.get("variants", {})
+    paces = (found.get("seconds") or {}).get("seconds_per_step", {})
+    for metric in (LOSS, found.get("fid")):
+        curves = {}
+        for name, one in variants.items():
+            by_step = one["heldout_by_step"] if metric == LOSS else one["metrics_by_step"]
+            cells = {step: cell if metric == LOSS else cell.get(metric) for step, cell in by_step.items()}
+            if paces.get(name):
+                curves[name] = [
+                    (int(step) * paces[name], cell["value"], cell["error"]) for step, cell in cells.items() if cell
+                ]
+        if any(curves.values()):
+            images[metric] = "loss-seconds.png" if metric == LOSS else "fid-seconds.png"
+            plots.plot_curves(
+                curves, place / images[metric], x="seconds of training", y=text.short(metric), log=metric != LOSS
+            )
+    by_time = {name: one["heldout_by_time"] for name, one in variants.items() if one["heldout_by_time"]}
+    if len(by_time) > 1:
+        images["by time"] = "loss-by-time.png"
+        plots.plot_by_time(by_time, place / images["by time"])
+    if found.get("points"):
+        images["points"] = "fid-against-loss.png"
+        plots.plot_points(found["points"], list(variants), place / images["points"], text.short(found["fid"]))
+    grids = {}
+    for run in state.runs:
+        if run.compared and run.variant not in grids and run.name in state.found and run.grid(study).is_file():
+            grids[run.variant] = run.grid(study)
+    if grids:
+        images["samples"] = "samples.png"
+        plots.join_grids(grids, place / images["samples"])
+    return images

@@ -1,0 +1,42 @@
+"""Each variant at its best: the choice with the lowest held-out loss of the runs that decide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sit.study.config import Study
+from sit.study.runs import Run
+
+
+def heldout_loss(found: Mapping[str, Any]) -> float:
+    """The held-out loss at a run's end; infinite where it could not be measured, because it was not finite."""
+    heldout = found["heldout"]
+    if heldout is None or heldout["steps"][-1] != found["config"]["steps"]:
+        return math.inf
+    return heldout["loss"][-1]
+
+
+def tried(study: Study, runs: list[Run], found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Variant → choice → held-out loss, of the runs that decide and are done.
+
+    Args:
+        study: the study.
+        runs: those that are known.
+        found: run's name → its JSON.
+    """
+    losses: dict[str, dict[int, float]] = {variant.name: {} for variant in study.variants}
+    if study.select is not None:
+        for run in runs:
+            if run.choice is not None and (run.cause, run.seed) == ("seed", study.select.seed) and run.name in found:
+                losses[run.variant][run.choice] = heldout_loss(found[run.name])
+    return losses
+
+
+def chosen(study: Study, losses: Mapping[str, Mapping[int, float]]) -> dict[str, int]:
+    """Variant → the choice with the lowest loss, where all are tried; the first of equals."""
+    if study.select is None:
+        return {}
+    count = len(study.select.choices)
+    return {name: min(range(count), key=by.__getitem__) for name, by in losses.items() if len(by) == count}

@@ -1,0 +1,269 @@
+"""The text of a study's report."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from sit.study.analysis import LOSS
+from sit.study.config import Study
+from sit.utils.tables import markdown_table
+
+CAUSES = {
+    "seed": "everything",
+    "weights": "initial weights",
+    "order": "order of the images",
+    "noise": "noise of the loss",
+}
+"""what the seeds vary, in words"""
+
+
+def markdown(study: Study, found: Mapping[str, Any], images: Mapping[str, str]) -> str:
+    """The report's README.md."""
+    variants = found.get("variants", {})
+    first = next(iter(variants), None)
+    lines = [
+        f"# {study.path.stem}",
+        "",
+        f"`python -m sit.study {study.path}`; {found['runs']['done']} of {found['runs']['of']} runs are done. Trained "
+        f"on {'; '.join(found['machines'])}. All numbers: [numbers.json](numbers.json), from the JSONs in `runs/`.",
+        "",
+    ]
+    lines += _selection(study, found["selection"])
+    if first is None:
+        return "\n".join(lines)
+    lines += _table(study, found, first)
+    lines += _differences(found, first)
+    lines += _images(found, first)
+    lines += _pairing(found, first)
+    lines += _seconds(found, first, images)
+    lines += _agreement(found, images)
+    lines += _causes(found)
+    if "by time" in images:
+        lines += ["## Held-out loss by time", "", f"![held-out loss by time]({images['by time']})", ""]
+    if "samples" in images:
+        lines += ["## Samples of the same noise", "", f"![samples]({images['samples']})", ""]
+    return "\n".join(lines)
+
+
+def _selection(study: Study, found: Mapping[str, Any]) -> list[str]:
+    if study.select is None or not found:
+        return []
+    labels = [study.select.label(choice) for choice in range(len(study.select.choices))]
+    name = next(iter(study.select.choices[0]))
+    rows = []
+    for variant, one in found.items():
+        cells = []
+        for label in labels:
+            loss = one["losses"].get(label)
+            cell = "" if loss is None else f"{loss:.4f}"
+            cells.append(f"**{cell}**" if label == one["chosen"] else cell)
+        rows.append((variant, *cells, "yes" if one["at_edge"] else ""))
+    return [
+        f"## What was chosen: {name}",
+        "",
+        f"Held-out loss at the end, seed {study.select.seed}; each variant goes on with its lowest (bold). At the edge "
+        "means that a value outside of those that were tried may be better.",
+        "",
+        markdown_table(["", *(f"{name} {label}" for label in labels), "at the edge"], rows),
+        "",
+    ]
+
+
+def short(metric: str) -> str:
+    """A metric's name without the features that it is on, which the report tells once."""
+    return metric.partition(" (")[0]
+
+
+def _cell(number: Mapping[str, Any] | None, digits: str = ".4g") -> str:
+    if number is None:
+        return ""
+    return f"{number['value']:{digits}}" + (f" ± {number['error']:.2g}" if number["error"] is not None else "")
+
+
+def _table(study: Study, found: Mapping[str, Any], first: str) -> list[str]:
+    variants = found["variants"]
+    metrics = list(dict.fromkeys(name for one in variants.values() for name in one["metrics"]))
+    paces = (found["seconds"] or {}).get("seconds_per_step", {})
+    on = sorted({metric.partition(" (")[2].removesuffix(")") for metric in metrics if " (" in metric})
+    told = f" FID and the like are on these features: {'; '.join(on)}." if on else ""
+    rows = []
+    for name, one in variants.items():
+        pace = paces.get(name)
+        cells = [_cell(one["metrics"].get(metric)) for metric in metrics]
+        speed = f"{pace:.3g}" if pace else ""
+        parameters = f"{one['parameters']:,}" if one["parameters"] else ""
+        rows.append((name, f"`{one['mixer']}`", parameters, len(one["seeds"]), *cells, speed))
+    return [
+        "## At the last step",
+        "",
+        "Mean over training seeds ± half the width of its 95 % interval (Student's t); none with one seed." + told,
+        "",
+        markdown_table(["", "mixer", "parameters", "seeds", *map(short, metrics), "seconds a step"], rows),
+        "",
+    ]
+
+
+def _difference_table(found: Mapping[str, Any], names: list[str]) -> str:
+    metrics = list(found)
+    rows = []
+    for name in names:
+        cells = []
+        for metric in metrics:
+            one = found[metric].get(name)
+            said = "" if one is None else f"{one['value']:+.4g} ± {one['error']:.2g}"
+            cells.append(f"{said}: {one['verdict']}" if one and "verdict" in one else said)
+        rows.append((name, *cells))
+    return markdown_table(["", *map(short, metrics)], rows)
+
+
+def _differences(found: Mapping[str, Any], first: str) -> list[str]:
+    if not found["differences"]:
+        return []
+    return [
+        f"## Difference to {first}, paired by seed",
+        "",
+        "Mean ± half the width of the 95 % interval over the training seeds that both have (Student's t). Runs of a "
+        "seed share initial weights outside the mixer, order, noise and the samples' noise. Verdicts: p below 0.05 "
+        "after Holm's adjustment over all verdicts of the table.",
+        "",
+        _difference_table(found["differences"], [name for name in found["variants"] if name != first]),
+        "",
+    ]
+
+
+def _images(found: Mapping[str, Any], first: str) -> list[str]:
+    rows = []
+    for name, by_seed in found["per_image"].items():
+        if by_seed:
+            values = list(by_seed.values())
+            ts = [one["t"] for one in values]
+            times = [statistics.fmean(column) for column in zip(*(one["t_by_time"] for one in values), strict=True)]
+            rows.append((name, f"{min(map(abs, ts)):.3g} … {max(map(abs, ts)):.3g}", *(f"{t:+.3g}" for t in times)))
+    if not rows:
+        return []
+    times = next(one["heldout_by_time"] for one in found["variants"].values() if one["heldout_by_time"])
+    count = next(one["images"] for by_seed in found["per_image"].values() for one in by_seed.values())
+    return [
+        f"## Image by image against {first}",
+        "",
+        f"t of the paired difference of held-out loss over {count} images: least and greatest |t| over the seeds, and "
+        "the mean t at each time; below zero is less loss. It tells the weights at hand apart; what another seed "
+        "brings is in the table above.",
+        "",
+        markdown_table(["", "|t|", *(f"t = {time}" for time in times)], rows),
+        "",
+    ]
+
+
+def _pairing(found: Mapping[str, Any], first: str) -> list[str]:
+    rows = []
+    for over, metrics in found["pairing"].items():
+        for metric, one in metrics.items():
+            if one["all"] is not None:
+                name = metric if metric == LOSS else f"log {short(metric)}"
+                singles = ", ".join(f"{variant} {ratio:.2f}" for variant, ratio in one["by_variant"].items())
+                rows.append((f"{name}, {over}", f"{one['all']:.3g}", singles))
+    if not rows:
+        return []
+    return [
+        "## What pairing is worth",
+        "",
+        f"Variance of the paired difference to {first} over the variance of an unpaired one. Ratios over few seeds are "
+        "rough.",
+        "",
+        markdown_table(["", "all", "each"], rows),
+        "",
+    ]
+
+
+def _seconds(found: Mapping[str, Any], first: str, images: Mapping[str, str]) -> list[str]:
+    seconds = found["seconds"]
+    if not seconds:
+        return []
+    names = [name for name in found["variants"] if name != first]
+    lines = [
+        "## At equal seconds",
+        "",
+        f"After {seconds['seconds']:.4g} seconds of training, what the fastest variant takes for all its steps; speeds "
+        "are medians over the rows of the runs' metrics. Slower variants are then in the middle of their schedule of "
+        "learning rates: variants with `steps` of their own compare finished trainings.",
+        "",
+    ]
+    metrics = list(dict.fromkeys(name for one in seconds["metrics"].values() for name in one))
+    rows = [(name, *(_cell(one.get(metric)) for metric in metrics)) for name, one in seconds["metrics"].items()]
+    lines += [markdown_table(["", *map(short, metrics)], rows), ""]
+    if seconds["differences"]:
+        lines += [f"Less that of {first}, paired by seed:", "", _difference_table(seconds["differences"], names), ""]
+    for metric in (LOSS, found["fid"]):
+        if metric in images:
+            lines += [f"![{short(metric)} against seconds]({images[metric]})", ""]
+    return lines
+
+
+def _correlation(one: Mapping[str, Any] | None) -> str:
+    if one is None:
+        return "too few points"
+    interval = f" [{one['interval'][0]:.2f}, {one['interval'][1]:.2f}]" if one["interval"] else ""
+    return f"{one['value']:.3f}{interval}, {one['points']} points of {one['runs']} runs"
+
+
+def _agreement(found: Mapping[str, Any], images: Mapping[str, str]) -> list[str]:
+    if "agreement" not in found:
+        return []
+    agreement = found["agreement"]
+    rows = [("all variants, seeds and steps", _correlation(agreement["all"]))]
+    rows.append(("the last step of each run", _correlation(agreement["last step"])))
+    rows += [(f"{name} alone", _correlation(one)) for name, one in agreement["within"].items()]
+    lines = [
+        "## Does the held-out loss rank as FID does?",
+        "",
+        "Spearman's rank correlation, with a 95 % bootstrap interval over runs.",
+        "",
+        markdown_table(["", "rank correlation"], rows),
+        "",
+    ]
+    if agreement["off_the_line"]:
+        rows = [
+            (name, f"{one['factor']:.3f}", "{:.3f} … {:.3f}".format(*one["interval"]) if one["interval"] else "")
+            for name, one in agreement["off_the_line"].items()
+        ]
+        lines += [
+            "FID over what the common line of log FID over log loss gives for the loss, by variant, with the 95 % "
+            "interval over runs. Intervals that are apart: these variants follow different curves.",
+            "",
+            markdown_table(["", "factor", "interval"], rows),
+            "",
+        ]
+    if "points" in images:
+        lines += [f"![FID against held-out loss]({images['points']})", ""]
+    return lines
+
+
+def _causes(found: Mapping[str, Any]) -> list[str]:
+    if "causes" not in found:
+        return []
+    lines = [
+        "## Where the spread over seeds comes from",
+        "",
+        "Standard deviation over seeds that vary one cause alone, with its 95 % interval (of normal values, by χ²), "
+        "and its share of the sum of the causes' variances. Of FID it is that of the logarithm.",
+        "",
+    ]
+    for metric, variants in found["causes"].items():
+        rows = []
+        for name, own in variants.items():
+            for cause, one in own.items():
+                low, high = one["interval"]
+                share = f"{one['share']:.0%}" if one.get("share") is not None else ""
+                rows.append(
+                    (name, CAUSES[cause], one["seeds"], f"{one['deviation']:.3g}", f"{low:.2g} … {high:.2g}", share)
+                )
+        lines += [
+            f"{short(metric)}:",
+            "",
+            markdown_table(["", "varied", "seeds", "deviation", "interval", "share"], rows),
+            "",
+        ]
+    return lines

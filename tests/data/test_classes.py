@@ -1,0 +1,110 @@
+"""Which folders are taken for classes, and tars that are cut where tarfile sees an end."""
+
+from __future__ import annotations
+
+import logging
+import tarfile
+
+import pytest
+from PIL import Image
+
+from sit.data import factory
+from sit.data.factory import open_images
+from sit.metrics.image_sets import open_samples
+from sit.utils.errors import UserError
+
+
+def put(*parts) -> None:
+    path = parts[0].joinpath(*parts[1:])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path)
+
+
+def tar_of(folder, inside):
+    """What ``tar cf x.tar`` makes of a folder, as GNU tar does."""
+    path = folder.with_suffix(".tar")
+    with tarfile.open(path, "w") as archive:
+        archive.add(folder, arcname=inside)
+    return path
+
+
+@pytest.fixture
+def classes(tmp_path):
+    for name in "abc":
+        put(tmp_path / "set", name, "0.png")
+    return tmp_path / "set"
+
+
+def test_a_folder_around_the_classes_is_looked_through(classes, tmp_path):
+    plain = open_images(str(classes), 8)
+    (tmp_path / "around").mkdir()
+    classes.rename(tmp_path / "around" / "set")
+    for spec in (tmp_path / "around", tar_of(tmp_path / "around", "."), tar_of(tmp_path / "around", "one/two/three")):
+        found = open_images(str(spec), 8)
+        assert found.classes == ["a", "b", "c"] and found.labels.tolist() == [0, 1, 2]
+        assert found.fingerprint() == plain.fingerprint() and found[2][0].shape == (3, 8, 8)
+    assert open_samples(str(tmp_path / "around"), 8).class_names == ["a", "b", "c"]
+
+
+def test_one_class_stays_one(tmp_path):
+    put(tmp_path / "deep", "faces", "part", "0.png")
+    put(tmp_path / "flat", "faces", "0.png")
+    put(tmp_path / "mixed", "faces", "0.png")
+    put(tmp_path / "mixed", "faces", "more", "1.png")
+    put(tmp_path / "mixed", "faces", "others", "2.png")
+    for name in ("deep", "flat", "mixed"):
+        assert open_images(str(tmp_path / name), 8).classes == ["faces"]
+
+
+def test_images_at_any_depth_below_several_classes(tmp_path):
+    put(tmp_path / "set", "animals", "cat", "0.png")
+    put(tmp_path / "set", "animals", "dog", "0.png")
+    put(tmp_path / "set", "vehicles", "car", "0.png")
+    assert open_images(str(tmp_path / "set"), 8).classes == ["animals", "vehicles"]
+
+
+def test_parts_of_a_data_set_are_not_its_classes(classes, tmp_path):
+    (tmp_path / "both").mkdir()
+    classes.rename(tmp_path / "both" / "train")
+    put(tmp_path / "both", "val", "a", "1.png")
+    put(tmp_path / "both", "val", "b", "1.png")
+    for spec in (tmp_path / "both", tar_of(tmp_path / "both", "."), tar_of(tmp_path / "both", "both")):
+        with pytest.raises(
+            UserError, match=f"`data={spec}` holds .*train, .*val, which look like parts of one data set"
+        ):
+            open_images(str(spec), 8)
+    assert open_images(str(tmp_path / "both" / "train"), 8).classes == ["a", "b", "c"]
+
+
+def test_what_was_found_is_said_once(classes, caplog, monkeypatch):
+    factory.announce.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for size in (8, 16):
+            open_images(str(classes), size)
+        open_images("digits:heldout")
+    assert caplog.messages == [
+        f"note: {classes}: 3 images in 3 classes",
+        "note: digits:heldout: 360 images in 10 classes",
+    ]
+    caplog.clear()
+    factory.announce.cache_clear()
+    monkeypatch.setenv("RANK", "1")  # another process of the launch
+    open_images(str(classes), 8)
+    assert not caplog.messages
+
+
+def test_a_tar_cut_at_the_edge_of_a_member_is_refused(classes):
+    path = tar_of(classes, ".")
+    content, edges = path.read_bytes(), []
+    with tarfile.open(path) as archive:
+        edges = [member.offset for member in archive][1:] + [archive.offset, archive.offset + 512]
+    assert len(open_images(str(path), 8)) == 3
+    for edge in edges:
+        path.write_bytes(content[:edge])
+        with pytest.raises(UserError, match="can't be read as an uncompressed tar"):
+            open_images(str(path), 8)
+    damaged = bytearray(content)
+    damaged[edges[-3]] ^= 1  # in the name of the last member, whose header is then none
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="has no end"):
+        open_images(str(path), 8)

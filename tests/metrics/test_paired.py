@@ -1,0 +1,94 @@
+"""Paired differences and their verdicts against SciPy's tests, tables of power, and draws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sit.metrics.estimate import Estimate, of_mean
+from sit.metrics.paired import Difference, holm, over_images, over_samples, over_seeds, power, seeds_needed
+from sit.metrics.verdict import verdict, verdicts
+
+rng = np.random.default_rng(0)
+
+
+def test_seeds_against_scipys_paired_t():
+    first, second = {1: 5.0, 2: 6.0, 3: 5.5, 4: 7.0, 9: 1.0}, {4: 6.1, 3: 5.2, 2: 5.1, 1: 4.9, 8: 2.0}
+    found = over_seeds(first, second)
+    expected = stats.ttest_rel([4.9, 5.1, 5.2, 6.1], [5.0, 6.0, 5.5, 7.0])
+    assert found.value == pytest.approx(expected.statistic * found.standard_error)
+    assert found.p_value == pytest.approx(expected.pvalue) and found.count == 4
+    low, high = expected.confidence_interval(0.95)
+    assert (found.value - found.error, found.value + found.error) == pytest.approx((low, high))
+    with pytest.raises(ValueError, match="at least two training seeds, not 1"):
+        over_seeds({1: 1.0, 2: 2.0}, {2: 2.0, 3: 3.0})
+
+
+def test_images_against_scipys_paired_t():
+    first = rng.normal(size=200)
+    second = first + 0.1 * rng.normal(size=200) - 0.02
+    found, expected = over_images(first, second), stats.ttest_rel(second, first)
+    assert found.p_value == pytest.approx(expected.pvalue) and found.over == "images"
+    with pytest.raises(ValueError, match="200 images can't be paired with those of 199"):
+        over_images(first, second[1:])
+
+
+def test_what_both_runs_share_drops_out_of_the_error():
+    group, shared = np.arange(1000) % 10, rng.normal(size=1000)
+    first, second = of_mean(shared, group), of_mean(shared + 0.5, group)
+    found = over_samples(first, second)
+    assert found.value == pytest.approx(0.5) and found.error == pytest.approx(0, abs=1e-12)
+    assert first.error > 0.01
+    with pytest.raises(ValueError, match="10 groups can't be paired with 0"):
+        over_samples(first, Estimate(1.0))
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("effect", "arms", "needed"),
+    # Cohen's tables (1988, table 2.4.1) for two arms at 80 % power; G*Power 3.1 for paired differences
+    [(0.5, 2, 64), (0.8, 2, 26), (0.2, 2, 394), (0.5, 1, 34), (0.8, 1, 15), (1.0, 1, 10)],
+)
+def test_seeds_needed_against_published_tables(effect, arms, needed):
+    assert seeds_needed(1.0, effect, arms=arms) == needed
+
+
+def test_power_against_draws():
+    draws = rng.normal(0.15, 0.2, size=(20_000, 8))
+    told = stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05
+    assert power(8, 0.2, 0.15) == pytest.approx(told.mean(), abs=0.01)
+    assert seeds_needed(0.0, 0.15) == 2 and seeds_needed(1e6, 0.15) is None
+
+
+def test_verdicts_in_words():
+    clear, unclear = Difference(-0.4, 0.2, 5, "training seeds"), Difference(-0.05, 0.2, 3, "training seeds")
+    assert verdict(clear, lower=True) == "better" and verdict(clear, lower=False) == "worse"
+    assert verdict(clear, lower=True, p_value=0.06).startswith("not told apart: ")
+    assert seeds_needed(0.2, 0.15) == 16
+    assert verdict(unclear, lower=True) == "not told apart: 13 more training seeds would tell 0.15 at 80 % power"
+    assert verdict(unclear, lower=True, target=None) == "not told apart"
+    fifteen = Difference(-0.05, 0.2, 15, "training seeds")
+    assert verdict(fifteen, lower=True) == "not told apart: 1 more training seed would tell 0.15 at 80 % power"
+    many = Difference(-0.01, 0.2, 20, "training seeds")
+    assert verdict(many, lower=True) == "not told apart: 20 training seeds would tell 0.15 at 80 % power"
+    one_run = Difference(-0.4, 0.2, 10, "samples")
+    assert verdict(one_run, lower=True) == "better, for these weights only"
+    assert verdict(Difference(0.0, 0.2, 10, "images"), lower=True) == "not told apart, for these weights only"
+    wild = Difference(0.0, 1e9, 3, "training seeds")
+    assert verdict(wild, lower=True) == "not told apart: more training seeds than can be had would tell 0.15"
+
+
+def test_a_table_is_adjusted_as_one():
+    just = Difference(-0.25, 0.2, 5, "training seeds")
+    assert 0.025 < just.p_value < 0.05
+    table = {"a": just, "b": Difference(0.0, 0.2, 5, "training seeds"), "c": just}
+    assert verdicts({"a": just}, {"a": "FID"}) == {"a": "better"}
+    said = verdicts(table, {"a": "FID", "b": "Recall (digits features)", "c": "Class accuracy"})
+    assert said["a"].startswith("not told apart: ") and said["c"] == "not told apart" == said["b"]
+    with pytest.raises(ValueError, match="whether less of `Beauty` is better"):
+        verdicts({"a": just}, {"a": "Beauty"})

@@ -1,0 +1,161 @@
+"""The numbers of a report against SciPy and closed forms, on JSONs that are made up."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sit.study.analysis import LOSS, Found, analyze, at_equal_seconds
+from sit.study.config import Study, Variant
+from sit.study.relations import agreement, causes, correlation, points, spearman
+
+FID = "FID"
+
+
+def made(variant: str, seed: int, losses: list[float], fids: list[float], **changes) -> dict:
+    """A run of 20 steps, measured after 10 and 20."""
+    images = np.random.default_rng(seed).normal(losses[-1], 0.1, (50, 8))
+    heldout = {
+        "steps": [10, 20],
+        "loss": losses,
+        "by_time": [[loss] * 8 for loss in losses],
+        "times": [t / 8 for t in range(8)],
+        "images": "x",
+        "step": 20,
+        "per_image": images.tolist(),
+    }
+    evaluation = {
+        "steps": {str(s): [{"name": FID, "value": f}] for s, f in zip((10, 20), fids, strict=True)},
+        "parameters": 9,
+        "settings": {},
+        "seed": 0,
+    }
+    config = {"steps": 20, "mixer": variant, "model": "SiT-XS/2"}
+    one = {"variant": variant, "cause": "seed", "seed": seed, "config": config, "heldout": heldout, "choice": None}
+    return one | {"evaluation": evaluation, "machine": "m", "speed": {"seconds_per_step": 1.0}} | changes
+
+
+def study(*names: str, seeds: tuple[int, ...] = (0, 1, 2), vary=("seed",)) -> Study:
+    variants = tuple(Variant(name, {}) for name in names)
+    return Study(Path("x.yaml"), "digits", {}, variants, seeds, vary, None, None, True, 1, Path("x"))
+
+
+@pytest.fixture
+def records() -> dict[str, dict]:
+    source = np.random.default_rng(0)
+    found = {}
+    for name, seed in itertools.product("ab", range(3)):
+        shared = np.random.default_rng(100 + seed).normal(0, 0.1)
+        losses = [2 + shared + source.normal(0, 0.01), 1 + shared + source.normal(0, 0.01) + (name == "b") * 0.2]
+        found[f"{name}-seed{seed}"] = made(name, seed, losses, [20 + 10 * losses[0], 10 * losses[1]])
+    return found
+
+
+def test_pairing_and_differences(records):
+    found = analyze(study("a", "b"), records)
+    a, b = ([records[f"{name}-seed{seed}"]["heldout"]["loss"][1] for seed in range(3)] for name in "ab")
+    test = stats.ttest_rel(b, a)
+    told = found["differences"][LOSS]["b"]
+    assert (told["value"], told["p_value"]) == (pytest.approx(np.mean(b) - np.mean(a)), pytest.approx(test.pvalue))
+    assert told["verdict"] == "worse"
+    assert told["p_value_holm"] == pytest.approx(2 * min(test.pvalue, found["differences"][FID]["b"]["p_value"]))
+    ratio = np.var(np.subtract(b, a), ddof=1) / (np.var(a, ddof=1) + np.var(b, ddof=1))
+    assert found["pairing"]["over seeds"][LOSS]["all"] == pytest.approx(ratio) and ratio < 0.1
+    a, b = (
+        [records[f"{name}-seed{seed}"]["evaluation"]["steps"]["20"][0]["value"] for seed in range(3)] for name in "ab"
+    )
+    a, b = np.log(a), np.log(b)
+    ratio = np.var(b - a, ddof=1) / (np.var(a, ddof=1) + np.var(b, ddof=1))
+    assert found["pairing"]["over seeds"][FID]["by_variant"]["b"] == pytest.approx(ratio)
+    images = [np.array(records[f"{name}-seed0"]["heldout"]["per_image"]) for name in "ab"]
+    told = found["per_image"]["b"][0]
+    assert told["t"] == pytest.approx(stats.ttest_rel(images[1].mean(1), images[0].mean(1)).statistic)
+    assert told["t_by_time"][3] == pytest.approx(stats.ttest_rel(images[1][:, 3], images[0][:, 3]).statistic)
+
+
+def test_runs_that_one_variant_lacks_are_left_out(records):
+    del records["b-seed1"]
+    found = analyze(study("a", "b"), records)
+    assert found["differences"][LOSS]["b"]["seeds"] == 2 and found["variants"]["a"]["seeds"] == [0, 1, 2]
+    records["a-seed0"] |= {"evaluation": None}
+    found = analyze(study("a", "b"), records)
+    assert found["variants"]["a"]["metrics"][FID]["by_seed"].keys() == {1, 2}
+    assert "b" not in found["differences"].get(FID, {}) and LOSS in found["differences"]
+    alone = {name: one | {"evaluation": None} for name, one in records.items() if name == "b-seed0"}
+    found = analyze(study("a", "b"), alone)
+    assert (
+        found["fid"] is None and found["differences"] == {} and found["variants"]["b"]["metrics"][LOSS]["error"] is None
+    )
+
+
+def test_equal_seconds(records):
+    """The first takes 3 s a step and the second 2: after the second's 40 s the first has done 13⅓ of its steps."""
+    for name, one in records.items():
+        one["speed"] = {"seconds_per_step": 3.0 if name[0] == "a" else 2.0}
+    groups = [Found(name, {seed: records[f"{name}-seed{seed}"] for seed in range(3)}) for name in "ab"]
+    found = at_equal_seconds(groups, FID)
+    assert found["seconds"] == 40 and found["seconds_per_step"] == {"a": 3.0, "b": 2.0}
+    for seed in range(3):
+        one = records[f"a-seed{seed}"]
+        first, last = one["heldout"]["loss"]
+        told = found["metrics"]["a"]
+        assert told[LOSS]["by_seed"][seed] == pytest.approx(first + (last - first) / 3)
+        first, last = (math.log(one["evaluation"]["steps"][step][0]["value"]) for step in ("10", "20"))
+        assert told[FID]["by_seed"][seed] == pytest.approx(math.exp(first + (last - first) / 3))
+        assert found["metrics"]["b"][LOSS]["by_seed"][seed] == records[f"b-seed{seed}"]["heldout"]["loss"][1]
+    for one in groups[0].records.values():  # 40 s are 8 steps: before the first measurement
+        one["speed"] = {"seconds_per_step": 5.0}
+    assert at_equal_seconds(groups, FID)["metrics"]["a"] == {}
+
+
+def test_rank_correlation(records):
+    found = points(records, FID)
+    assert len(found) == 12
+    told = correlation(found)
+    value = stats.spearmanr([point["loss"] for point in found], [point["fid"] for point in found]).statistic
+    assert told["value"] == pytest.approx(value) and told["interval"][0] <= told["value"] <= told["interval"][1]
+    assert agreement(found)["last step"]["points"] == 6 and correlation(found[:3]) is None
+
+
+def test_spearman_of_points_that_come_several_times():
+    source = np.random.default_rng(0)
+    values, times = source.integers(0, 5, (12, 2)).astype(float), source.integers(0, 4, (20, 12))
+    for told, how_often in zip(spearman(values, times), times, strict=True):
+        again = np.repeat(values, how_often, axis=0)
+        assert told == pytest.approx(stats.spearmanr(again[:, 0], again[:, 1]).statistic)
+    assert np.isnan(spearman(np.ones((3, 2)), np.ones((1, 3), dtype=int))[0])
+
+
+def test_variants_on_different_curves_are_told():
+    """FID is 10 · loss for one and 20 · loss for the other: each is √2 off the common line."""
+    source = np.random.default_rng(1)
+    losses = source.uniform(1, 2, 20)
+    found = [
+        {"run": f"{name}{seed}", "variant": name, "step": 1, "loss": loss, "fid": factor * loss}
+        for name, factor in (("a", 10), ("b", 20))
+        for seed, loss in enumerate(losses)
+    ]
+    told = agreement(found)["off_the_line"]
+    assert told["a"]["factor"] == pytest.approx(2**-0.5) and told["b"]["factor"] == pytest.approx(2**0.5)
+    assert told["a"]["interval"][1] < 1 < told["b"]["interval"][0]
+
+
+def test_the_spread_by_its_causes():
+    values = {"weights": [1.0, 1.1, 1.3, 1.2], "order": [1.0, 1.02, 1.01, 0.98], "seed": [1.0, 1.4, 0.8, 1.1]}
+    by_cause = {
+        cause: [Found("a", {seed: made("a", seed, [2, loss], [9, 9]) for seed, loss in enumerate(losses)})]
+        for cause, losses in values.items()
+    }
+    told = causes(by_cause, None)[LOSS]["a"]
+    deviations = {cause: np.std(losses, ddof=1) for cause, losses in values.items()}
+    for cause, one in told.items():
+        assert one["deviation"] == pytest.approx(deviations[cause])
+        low, high = (3 * deviations[cause] ** 2 / stats.chi2(3).ppf(level) for level in (0.975, 0.025))
+        assert one["interval"] == [pytest.approx(math.sqrt(low)), pytest.approx(math.sqrt(high))]
+    share = deviations["weights"] ** 2 / (deviations["weights"] ** 2 + deviations["order"] ** 2)
+    assert told["weights"]["share"] == pytest.approx(share) and "share" not in told["seed"]

@@ -1,0 +1,177 @@
+"""A study's file: what it means, and how its mistakes are told."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from sit.study.cli import main
+from sit.study.config import read_study
+from sit.study.plan import plan
+from sit.study.runs import planned, to_be_known
+from sit.study.schedule import Known, command_lines
+from sit.study.selection import chosen, tried
+from sit.training.recipes import load_recipe
+from sit.utils.errors import UserError
+from sit.utils.reading import read_yaml
+
+BASE = """recipe: digits
+settings: {model: SiT-XS/2, steps: 6, heldout: 0.1}
+seeds: [3, 4]
+"""
+VARIANTS = """variants:
+  - {name: A, mixer: attention}
+  - {name: B, mixer: atconv, positional_embedding: on, seeds: [3], steps: 9}
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    def make(text: str):
+        (tmp_path / "mine.yaml").write_text(text)
+        return read_study(tmp_path / "mine.yaml", str(tmp_path / "out"))
+
+    return make
+
+
+def test_runs_are_variants_by_seeds(study):
+    runs = planned(study(BASE + VARIANTS), {})
+    assert [run.name for run in runs] == ["A-seed3", "B-seed3", "A-seed4"], "a seed at a time"
+    config = load_recipe("digits")
+    for run, mixer, steps in zip(runs, ("attention", "atconv", "attention"), (6, 9, 6), strict=True):
+        places = dict(output_dir=run.config.output_dir, resume="auto", trackers=(), preview_every=0, keep_last=1)
+        wanted = dict(model="SiT-XS/2", heldout="0.1", cpu_threads=1, mixer=mixer, steps=steps, seed=int(run.name[-1]))
+        table = "on" if mixer == "atconv" else "auto"
+        assert run.config == dataclasses.replace(config, **places, **wanted, positional_embedding=table)
+        assert Path(run.config.output_dir).parts[-3:] == ("work", run.name, "run")
+
+
+def test_each_variant_goes_on_with_its_lowest_held_out_loss(study):
+    select = "select: {seed: 3, learning_rate: [2e-3, 0.5], batch_size: [4, 8]}\n"
+    of = study(BASE + VARIANTS + select)
+    runs = planned(of, {})
+    assert [run.name for run in runs] == ["A-0.002-seed3", "A-0.5-seed3", "B-0.002-seed3", "B-0.5-seed3"]
+    assert [(run.config.learning_rate, run.config.batch_size) for run in runs[:2]] == [(2e-3, 4), (0.5, 8)]
+    assert not any(run.compared for run in runs) and to_be_known(of, {}) == 1
+    found = {
+        run.name: {"heldout": {"steps": [run.config.steps], "loss": [loss]}, "config": {"steps": run.config.steps}}
+        for run, loss in zip(runs, (0.3, 0.2, 0.1, 0.1), strict=True)
+    }
+    assert chosen(of, tried(of, runs, {name: found[name] for name in list(found)[:3]})) == {"A": 1}
+    best = chosen(of, tried(of, runs, found))
+    assert best == {"A": 1, "B": 0}, "the first of equals"
+    after = planned(of, best)
+    assert [run.name for run in after if run.compared] == ["A-0.5-seed3", "B-0.002-seed3", "A-0.5-seed4"]
+    assert len(after) == 5
+    found["A-0.5-seed3"]["heldout"] = None  # not finite
+    assert chosen(of, tried(of, runs, found))["A"] == 0
+
+
+def test_one_cause_varied_alone(study):
+    runs = planned(study(BASE + "vary: [weights, seed]\n" + VARIANTS), {})
+    seeds = {run.name: (run.config.seed, run.config.seed_weights, run.config.seed_order) for run in runs}
+    assert seeds == {
+        "A-seed3": (3, None, None),
+        "B-seed3": (3, None, None),
+        "A-weights4": (3, 4, None),
+        "A-seed4": (4, None, None),
+    }
+
+
+def test_checkpoints_are_where_they_are_evaluated(study):
+    evaluate = "evaluate: {reference: digits, every: 2, sampler: {sampler: ode, method: euler}}\n"
+    of = study(BASE + VARIANTS + evaluate)
+    run = planned(of, {})[1]
+    assert (run.config.checkpoint_every, run.config.keep_every) == (2, 2) and of.evaluate.sampler.method == "euler"
+    assert run.steps_to_evaluate(of) == [2, 4, 6, 8, 9]
+    with pytest.raises(UserError, match="A: evaluate: every 2 steps needs checkpoints there: checkpoint_every must di"):
+        planned(study((BASE + VARIANTS + evaluate).replace("steps: 6", "steps: 6, checkpoint_every: 3")), {})
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("recipe: [", r"not readable YAML: .* in line 1"),
+        ("variants: []", "needs recipe"),
+        ("recipe: digits", "needs variants"),
+        ("recipe: digits\nvariants: []", "variants: name at least one"),
+        ("recipe: digits\nrecipe: digits", "'recipe' stands there twice in line 2"),
+        (BASE + VARIANTS + "jobs: 2", "unknown setting 'jobs'; the settings are recipe, variants"),
+        (BASE + "variants: [attention]", "each is a mapping with a name and settings, not 'attention'"),
+        (BASE + "variants: [{name: A, steps: many}]", "A: steps: 'many'"),
+        (BASE + "variants: [{name: A, mixer: fourier}]", "A: unknown mixer 'fourier'"),
+        (BASE + "variants: [{name: A, model: SiT-M/2}]", "A: .*SiT-M/2"),
+        (BASE + "variants: [{name: A, seeds: 3}]", "A: seeds must be a list of integers, not 3"),
+        (BASE + "variants: [{name: A, seed: 3}]", "A: seed is the study's own to set; give seeds"),
+        (BASE + "variants: [{name: a b}, {name: a/b}]", "two are called 'a-b'"),
+        (BASE.replace("[3, 4]", "[3, 3]") + VARIANTS, "seeds must name at least one seed, and each once"),
+        (BASE + VARIANTS + "vary: luck", "vary: 'luck'"),
+        (BASE + VARIANTS + "processes: 0", "processes must be at least 1, not 0"),
+        (BASE + VARIANTS + "select: {learning_rate: [1e-3]}", "select: needs seed"),
+        (BASE + VARIANTS + "select: {seed: 0, learning_rate: 1e-3}", "select: needs settings with a list"),
+        (BASE + VARIANTS + "select: {seed: 0, learning_rate: [1e-3, 1e-3]}", "learning_rate has a value twice"),
+        (BASE + VARIANTS + "select: {seed: 0, learning_rate: [1e-3], steps: [1, 2]}", "must be as long as each other"),
+        (BASE.replace("heldout: 0.1", "flip: false") + VARIANTS + "select: {seed: 0, learning_rate: [1e-3]}",
+         "A: select chooses by the held-out loss: set heldout"),
+        (BASE + VARIANTS + "evaluate: {num_samples: 5}", "evaluate: needs reference"),
+        (BASE + VARIANTS + "evaluate: {reference: digits, num_samples: 0}", "num_samples must be at least 1, not 0"),
+        (BASE + VARIANTS + "evaluate: {reference: digits, sampler: {steps: 0}}", "`steps` must be at least 1|--steps"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_file_is_one_line_that_names_it(tmp_path, monkeypatch, capsys, text, said):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["study", str(path), "--dry-run"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and told.count("\n") == 1
+    with pytest.raises(UserError, match=said):
+        planned(read_study(path), {})
+    assert told.startswith(f"error: --study {path}")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["nowhere.yaml"], "error: --study nowhere.yaml: .*no such file"),
+        (["{file}", "--jobs", "-1"], "error: --jobs must be at least 0, not -1"),
+        (["{file}", "--hours", "0"], "error: --hours must be positive, not 0.0"),
+        (["{file}", "--dry-run", "--report-only"], "error: --dry-run and --report-only exclude each other"),
+        (["{file}", "--only", "C"], "error: --only C: no run and no variant is called so; the runs: A, A-seed3"),
+        (["{file}", "--report-only"], "no run of .*mine.yaml is done yet: there is nothing to report"),
+    ],
+)
+def test_a_mistake_on_the_command_line(study, tmp_path, monkeypatch, capsys, words, said):
+    study(BASE + VARIANTS)
+    words = [word.replace("{file}", str(tmp_path / "mine.yaml")) for word in words]
+    monkeypatch.setattr(sys, "argv", ["study", *words, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        main()
+    told = capsys.readouterr().err
+    assert re.search(said, told) and told.count("\n") == 1
+
+
+def test_the_plan_and_the_commands(study, tmp_path, capsys):
+    of = study(BASE + VARIANTS + "select: {seed: 3, learning_rate: [2e-3, 0.5]}\n")
+    told = plan(of, Known(of).state(), 2, 600.0)
+    assert "runs: 5, of them 0 done" in told and "besides those above: 1," in told
+    # 600 s a step: 2 runs of 6 steps and 2 of 9, and as long as the average for the one to come
+    assert "training what is missing, without evaluations: 3 h 08 min with 2 at a time" in told
+    assert "A-0.002-seed3  missing      6   1.00" in told
+    lines = command_lines(of, Known(of).state(), ("B",), str(tmp_path / "out")).splitlines()
+    assert [line.split(" --run ")[1].split()[0] for line in lines] == ["B-0.002-seed3", "B-0.5-seed3"]
+    assert all(line.startswith(f"{sys.executable} -m sit.study {of.path} --run ") for line in lines)
+    several = dataclasses.replace(of, processes=4)
+    (line,) = command_lines(several, Known(of).state(), ("B-0.5-seed3",), None).splitlines()
+    assert " -m accelerate.commands.launch --num_processes 4 -m sit.study " in line
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path):
+    (tmp_path / "a.yaml").write_text("a: [2e-3, 1E5, -.5e+2, 7, 1.5]\nb: e5\nc: 1e\n")
+    read = read_yaml(tmp_path / "a.yaml", "`study`")
+    assert read == {"a": [0.002, 1e5, -50.0, 7, 1.5], "b": "e5", "c": "1e"}

@@ -1,0 +1,156 @@
+"""Carrying out a study, with programs that take no time in place of the trainings: started, waited for, stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sit.study import schedule
+from sit.study.config import read_study
+from sit.study.schedule import carry_out
+from sit.utils.errors import UserError
+from sit.utils.lock import locked
+
+STUDY = """
+recipe: digits
+settings: {model: SiT-XS/8, heldout: 0.1, steps: 6}
+seeds: [0, 1]
+select: {seed: 0, learning_rate: [2e-3, 4e-3]}
+variants: [{name: A, mixer: attention}, {name: B, mixer: linear_attention}]
+"""
+FINISH = """
+import json, os, sys, time
+path, content, folder = sys.argv[1:4]
+open(os.path.join(folder, "begun"), "a").write(f"{time.time()}\\n")
+time.sleep(float(sys.argv[4]))
+open(os.path.join(folder, "ended"), "a").write(f"{time.time()}\\n")
+os.makedirs(os.path.dirname(path), exist_ok=True)
+open(path + ".tmp", "w").write(content)
+os.rename(path + ".tmp", path)
+"""
+WAIT = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
+open(sys.argv[1] + "/begun", "a").write("x")
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    (tmp_path / "mine.yaml").write_text(STUDY)
+    return read_study(tmp_path / "mine.yaml", str(tmp_path / "out"))
+
+
+def record_of(run) -> str:
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(run.config).items()}
+    loss = {"A": 0.3, "B": 0.2}[run.variant] + run.config.learning_rate
+    heldout = {"steps": [6], "loss": [loss]}
+    one = {"format": 1, "config": config, "heldout": heldout, "evaluation": None, "speed": {"seconds_per_step": 1}}
+    return json.dumps(one)
+
+
+def finishing(study, seconds: float = 0.0):
+    """A command that leaves the JSON of a run after some seconds."""
+
+    def command(run, *_):
+        words = str(run.json(study)), record_of(run), str(run.work(study)), str(seconds)
+        return [sys.executable, "-c", FINISH, *words]
+
+    return command
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    monkeypatch.setattr(schedule, "POLL", 0.01)
+
+
+def moments(study, what: str) -> dict[str, list[float]]:
+    found = sorted((study.out / "work").glob(f"*/{what}"))
+    return {path.parent.name: [float(line) for line in path.read_text().split()] for path in found}
+
+
+def test_all_runs_are_done_once_the_deciding_ones_first(study, monkeypatch, capsys):
+    monkeypatch.setattr(schedule, "command", finishing(study, 0.2))
+    assert carry_out(study, jobs=1)
+    begun, ended = moments(study, "begun"), moments(study, "ended")
+    # the lower learning rate has the lower loss, and its run of seed 0 is there already
+    assert set(begun) == {"A-0.002-seed0", "A-0.004-seed0", "B-0.002-seed0", "B-0.004-seed0"} | {
+        "A-0.002-seed1",
+        "B-0.002-seed1",
+    }
+    assert all(len(times) == 1 for times in begun.values())
+    order = sorted(begun, key=lambda name: begun[name])
+    assert all(ended[a][0] <= begun[b][0] for a, b in zip(order, order[1:], strict=False)), "one at a time"
+    assert begun["A-0.002-seed1"][0] > ended["A-0.004-seed0"][0]
+    assert "study: 6 of 6 runs done" in capsys.readouterr().err
+    assert carry_out(study, jobs=1) and moments(study, "begun") == begun
+
+
+def test_two_at_a_time_and_those_alone_that_are_named(study, monkeypatch):
+    monkeypatch.setattr(schedule, "command", finishing(study, 0.3))
+    assert carry_out(study, jobs=2, only=("A-0.002-seed0", "A-0.004-seed0"))
+    begun, ended = moments(study, "begun"), moments(study, "ended")
+    assert set(begun) == {"A-0.002-seed0", "A-0.004-seed0"}
+    assert max(begun.values()) < min(ended.values()), "both at once"
+    assert carry_out(study, jobs=2, only=("A",)) and set(moments(study, "begun")) == {*begun, "A-0.002-seed1"}
+
+
+def test_a_run_that_fails_keeps_no_other_from_being_done(study, monkeypatch):
+    finish = finishing(study)
+
+    def command(run, *_):
+        bad = [sys.executable, "-c", "import sys; print('error: no such luck'); sys.exit(2)"]
+        return bad if run.name == "A-0.002-seed0" else finish(run)
+
+    monkeypatch.setattr(schedule, "command", command)
+    with pytest.raises(UserError, match="A-0.002-seed0 stopped with exit status 2: error: no such luck; see the logs"):
+        carry_out(study, jobs=1)
+    assert set(moments(study, "ended")) == {"A-0.004-seed0", "B-0.002-seed0", "B-0.004-seed0", "B-0.002-seed1"}
+
+
+def test_after_the_time_limit_runs_save_themselves_and_none_is_begun(study, monkeypatch):
+    monkeypatch.setattr(schedule, "command", lambda run, *_: [sys.executable, "-c", WAIT, str(run.work(study))])
+    start = time.monotonic()
+    assert not carry_out(study, jobs=1, hours=1.0 / 3600)
+    assert time.monotonic() - start < 30, "not the minute that the run would have taken"
+    assert [path.parent.name for path in (study.out / "work").glob("*/begun")] == ["A-0.002-seed0"]
+
+
+def test_a_run_that_another_program_is_at_is_waited_for(study, monkeypatch):
+    """Another process holds it; a lock of this one would not count."""
+    run = schedule.Known(study).state().runs[0]
+    hold = f"""
+import sys, time
+from sit.utils.lock import locked
+with locked({str(run.work(study))!r}, "out"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    assert schedule.is_held(run, study)
+    monkeypatch.setattr(schedule, "command", finishing(study))
+    assert not carry_out(study, jobs=1, only=(run.name,), hours=0.5 / 3600)
+    assert not (run.work(study) / "begun").exists()
+    other.communicate()
+    assert carry_out(study, jobs=1, only=(run.name,)) and (run.work(study) / "begun").exists()
+    with locked(run.work(study), "out"):
+        pass
+
+
+def test_what_is_not_wanted_any_more_is_removed(study, monkeypatch, tmp_path):
+    (tmp_path / "mine.yaml").write_text(STUDY + "keep_checkpoints: false\n")
+    sparing = read_study(tmp_path / "mine.yaml", str(study.out))
+    monkeypatch.setattr(schedule, "command", finishing(study))
+    for name in ("A-0.002-seed0", "B-0.002-seed0"):
+        (study.out / "work" / name / "run").mkdir(parents=True)
+    assert carry_out(sparing, jobs=1, only=("A", "B-0.002-seed0"))
+    assert [path.parent.name for path in Path(study.out / "work").glob("*/run")] == ["B-0.002-seed0"], "not yet decided"
+    assert carry_out(sparing, jobs=1)
+    assert list(Path(study.out / "work").glob("*/run")) == []

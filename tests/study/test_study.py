@@ -1,0 +1,192 @@
+"""A study on the embedded digits: trained, evaluated, reported; broken off and gone on with; from its JSONs alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+from scipy import stats
+
+from sit.study import one_run, record
+from sit.study.analysis import LOSS
+from sit.study.cli import Arguments, run_study
+from sit.study.config import read_study
+from sit.study.schedule import Known
+from sit.training.run_folder import read_metrics
+from sit.utils.errors import UserError
+
+STUDY = """
+recipe: digits
+settings:
+  model: SiT-XS/8
+  data: digits:heldout
+  vae: none:channels=1
+  heldout: 0.1
+  heldout_images: 20
+  heldout_every: 2
+  steps: 4
+  batch_size: 4
+  warmup_steps: 0
+  log_every: 1
+variants:
+  - {name: attention, mixer: attention}
+  - {name: depthwise & table, mixer: depthwise, positional_embedding: on}
+seeds: [0, 1]
+evaluate:
+  reference: digits
+  num_samples: 40
+  every: 2
+  sampler: {sampler: ode, method: euler, steps: 1}
+"""
+METRIC = "FID (digits features, not comparable with Inception FID)"
+NAMES = [f"{name}-seed{seed}" for seed in (0, 1) for name in ("attention", "depthwise-table")]
+
+
+def without_times(numbers: Path) -> dict:
+    """A report's numbers but those that depend on the clock."""
+    found = json.loads(numbers.read_text())
+    del found["seconds"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """The folder of the finished study; its file stands beside."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    place = tmp_path_factory.mktemp("study")
+    (place / "digits.yaml").write_text(STUDY)
+    assert run_study(Arguments(str(place / "digits.yaml"), out=str(place / "out"), jobs=0))
+    return place / "out"
+
+
+def study_of(out: Path):
+    return read_study(out.parent / "digits.yaml", str(out))
+
+
+def test_a_run_leaves_what_the_report_needs(done):
+    assert sorted(path.stem for path in (done / "runs").glob("*.json")) == sorted(NAMES)
+    for name in NAMES:
+        found, folder = json.loads((done / "runs" / f"{name}.json").read_text()), done / "work" / name / "run"
+        rows = read_metrics(folder / "metrics.jsonl")
+        measured = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
+        assert found["heldout"]["steps"] == [2, 4] and found["heldout"]["loss"] == pytest.approx(measured, rel=1e-6)
+        images = json.loads((folder / "heldout" / "step-0000004.json").read_text())["loss"]
+        assert sum(map(sum, found["heldout"]["per_image"])) == pytest.approx(sum(map(sum, images)), rel=1e-4)
+        assert len(images) == 20 and found["config"]["positional_embedding"] == ("auto" if "att" in name else "on")
+        assert found["loss"] == [[row["step"], pytest.approx(row["loss"], rel=1e-4)] for row in rows if "loss" in row]
+        paces = sorted(1 / row["steps_per_second"] for row in rows if "loss" in row)
+        assert paces[1] * 0.999 <= found["speed"]["seconds_per_step"] <= paces[2] * 1.001
+        assert list(found["evaluation"]["steps"]) == ["2", "4"] and found["versions"]["torch"] and found["machine"]
+        assert Image.open(done / "runs" / f"{name}.png").size == (320, 64)
+        assert not (done / "work" / name / "evaluation").exists()
+    assert {json.loads((done / "runs" / f"{name}.json").read_text())["evaluation"]["seed"] for name in NAMES[:2]} == {
+        json.loads((done / "runs" / f"{NAMES[0]}.json").read_text())["evaluation"]["seed"]
+    }, "runs of a seed are evaluated with the same noise"
+
+
+def test_the_report_is_what_scipy_says_of_the_jsons(done):
+    found = json.loads((done / "report" / "numbers.json").read_text())
+    losses = {name: json.loads((done / "runs" / f"{name}.json").read_text())["heldout"]["loss"][-1] for name in NAMES}
+    first, second = ([losses[f"{name}-seed{seed}"] for seed in (0, 1)] for name in ("attention", "depthwise-table"))
+    test = stats.ttest_rel(second, first)
+    told = found["differences"][LOSS]["depthwise & table"]
+    assert told["value"] == pytest.approx(sum(second) / 2 - sum(first) / 2)
+    low, high = test.confidence_interval()
+    assert told["error"] == pytest.approx((high - low) / 2) and told["p_value"] == pytest.approx(test.pvalue)
+    assert told["p_value_holm"] >= told["p_value"] and METRIC in found["differences"]
+    images = [json.loads((done / "runs" / f"{name}.json").read_text())["heldout"]["per_image"] for name in NAMES[:2]]
+    means = [[sum(row) / 8 for row in rows] for rows in images]
+    image = found["per_image"]["depthwise & table"]["0"]
+    assert image["t"] == pytest.approx(stats.ttest_rel(means[1], means[0]).statistic)
+    assert len(found["points"]) == 8 and found["agreement"]["all"]["value"] == pytest.approx(
+        stats.spearmanr(*zip(*((point["loss"], point["fid"]) for point in found["points"]), strict=True)).statistic
+    )
+    text = (done / "report" / "README.md").read_text()
+    for file in ("loss-seconds.png", "fid-seconds.png", "loss-by-time.png", "fid-against-loss.png", "samples.png"):
+        assert f"]({file})" in text and Image.open(done / "report" / file).size[0] > 100
+    assert f"{told['value']:+.4g} ± {told['error']:.2g}: {told['verdict']}" in text
+    assert "4 of 4 runs are done" in text
+
+
+def test_the_jsons_alone_are_enough(done, tmp_path, monkeypatch):
+    """Carried to another machine, where nothing else is: nothing is trained, and the report is the same."""
+    shutil.copytree(done / "runs", tmp_path / "runs")
+    monkeypatch.setattr(one_run, "train", lambda config: pytest.fail("trained again"))
+    assert run_study(Arguments(str(done.parent / "digits.yaml"), out=str(tmp_path), jobs=0))
+    for file in ("numbers.json", "README.md", "samples.png"):
+        assert (tmp_path / "report" / file).read_bytes() == (done / "report" / file).read_bytes()
+    (tmp_path / "runs" / f"{NAMES[3]}.json").unlink()
+    assert [run.name for run in Known(study_of(done)).state().missing(study_of(done))] == []
+    left = read_study(done.parent / "digits.yaml", str(tmp_path))
+    assert [run.name for run in Known(left).state().missing(left)] == [NAMES[3]]
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_broken_off_and_gone_on_with_it_is_the_same(done, tmp_path, monkeypatch):
+    """Once in a training, once before a JSON, once in an evaluation; finished runs are not trained again."""
+    shutil.copytree(done / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("depthwise*seed1*"))
+    arguments = Arguments(str(done.parent / "digits.yaml"), out=str(tmp_path), jobs=0)
+    begun = []
+
+    def breaking(place: str, after: int):
+        """Have the ``after``-th call from now on of a function end the program, as an interrupt would."""
+        module, _, name = place.rpartition(".")
+        owner = __import__(module, fromlist=[name])
+        real, calls = getattr(owner, name), []
+
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == after:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, name, call)
+            run_study(arguments)
+
+    real_train = one_run.train
+    monkeypatch.setattr(one_run, "train", lambda config: begun.append(config.seed) or real_train(config))
+    breaking("sit.training.trainer.learning_rate_at", 4)  # in step 4, after the checkpoint of step 2
+    assert [path.name for path in (tmp_path / "work" / NAMES[3] / "run" / "checkpoints").iterdir()] == ["step-0000002"]
+    breaking("sit.study.evaluation.measure", 2)
+    breaking("sit.study.record.write", 1)
+    assert run_study(arguments)
+    assert begun == [1, 1], "the training was begun, gone on with, and finished"
+    assert without_times(tmp_path / "report" / "numbers.json") == without_times(done / "report" / "numbers.json")
+
+
+def test_a_json_of_something_else_is_refused(done, tmp_path):
+    shutil.copytree(done / "runs", tmp_path / "runs")
+    study = read_study(done.parent / "digits.yaml", str(tmp_path))
+    run = Known(study).state().runs[0]
+    kept = json.loads(run.json(study).read_text())
+    for change, said in (
+        ({"config": kept["config"] | {"learning_rate": 0.1}}, "was made with learning_rate 0.1, and the study says"),
+        ({"format": 0}, "is not a run's JSON .*format 0.*remove it"),
+        ({"config": kept["config"] | {"nonsense": 1}}, "unknown setting 'nonsense'"),
+        (
+            {"evaluation": kept["evaluation"] | {"settings": kept["evaluation"]["settings"] | {"num_samples": 7}}},
+            "was evaluated with num_samples 7, and the study says 40",
+        ),
+    ):
+        record.write(run.json(study), kept | change)
+        with pytest.raises(UserError, match=said):
+            Known(study).state()
+    run.json(study).write_text(json.dumps(kept)[:500])
+    with pytest.raises(UserError, match="is not a run's JSON"):
+        Known(study).state()
+    record.write(run.json(study), kept | {"config": kept["config"] | {"cpu_threads": 9, "log_every": 7}})
+    os.utime(run.json(study), ns=(1, 1))  # written anew, whatever the clock's grain
+    assert Known(study).state().missing(study) == [], "how a run was made does not matter"
+
+
+def test_another_machines_folders_are_other_places(done, tmp_path):
+    (tmp_path / "digits.yaml").write_text(STUDY.replace("digits:heldout", "digits:train"))
+    shutil.copytree(done / "runs", tmp_path / "runs")
+    study = read_study(tmp_path / "digits.yaml", str(tmp_path))
+    assert Known(study).state().missing(study) == []
