@@ -22,6 +22,27 @@ def pytest_xdist_auto_num_workers(config) -> int:
     return min(os.cpu_count() or 1, 4)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def digits_are_encoded_once():
+    """Most trainings in the tests read the embedded digits, whose encoding takes longer than their few steps."""
+    from sit.latents import factory
+    from sit.latents.vae import vae_fingerprint
+
+    made, encode = {}, factory.encode_in_memory
+
+    def once(images, vae, flip, progress=True):
+        if not images.name.startswith("digits"):
+            return encode(images, vae, flip, progress=progress)
+        key = images.name, images.image_size, vae_fingerprint(vae), str(vae.dtype), flip
+        if key not in made:
+            made[key] = encode(images, vae, flip, progress=progress)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factory, "encode_in_memory", once)
+        yield
+
+
 @pytest.fixture
 def fresh_accelerate():
     """Accelerate keeps its state in the process; each training run of a test starts without it."""

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
 from sit.model import SiT, create_model
+from sit.training.cli import main
 from sit.training.config import TrainConfig
 from sit.training.plan import multiply_accumulates, plan, saved_bytes
 from sit.training.recipes import load_recipe
 from sit.utils.errors import UserError
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("mixer, blocks_g", [("attention", 76.1 + 38.0 + 4.2), ("atconv", 76.1 + 19.4)])
@@ -135,8 +132,9 @@ def test_what_is_assumed_of_a_vae_that_is_not_here_is_said(vae, tmp_path, monkey
         assert "\n" not in str(caught.value)
 
 
-def test_a_dry_run_starts_nothing(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--dry-run", "--mixer", "atconv"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "SiT-XS/2, mixer atconv" in done.stdout
+def test_a_dry_run_starts_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dry-run", "--mixer", "atconv"])
+    main()
+    assert "SiT-XS/2, mixer atconv" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
