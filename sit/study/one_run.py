@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
 from collections.abc import Iterator
 
 from sit.checkpoint.find import find_checkpoints
@@ -16,7 +15,7 @@ from sit.study.runs import Run
 from sit.training.trainer import train
 from sit.utils.device import process_state
 from sit.utils.lock import locked
-from sit.utils.signals import TRAINING
+from sit.utils.signals import TRAINING, handled
 
 
 def do(run: Run, study: Study) -> None:
@@ -63,9 +62,5 @@ def ending_by_signals() -> Iterator[None]:
     def end(number: int, frame: object) -> None:
         raise SystemExit(TRAINING[number])
 
-    before = {number: signal.signal(number, end) for number in TRAINING}
-    try:
+    with handled(TRAINING, end):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -27,6 +27,7 @@ from sit.study.selection import chosen, tried
 from sit.training.stop_signal import REQUEUE_EXIT
 from sit.utils.errors import UserError
 from sit.utils.lock import locked
+from sit.utils.signals import TRAINING, handled
 
 POLL = 0.5
 """seconds between two looks at the runs that are going on"""
@@ -174,13 +175,8 @@ def heeding_signals(stop: Stop) -> Iterator[None]:
     def ask(number: int, frame: object) -> None:
         stop.asked = True
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, ask) for number in numbers}
-    try:
+    with handled(TRAINING, ask):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def is_held(run: Run, study: Study) -> bool:

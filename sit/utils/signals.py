@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 REQUEUE_EXIT = 85
@@ -25,6 +25,17 @@ TRAINING = {signal.SIGINT: 128 + signal.SIGINT, signal.SIGTERM: REQUEUE_EXIT, si
 
 GRACE = 5.0
 """seconds until a process ends hard that can't end by itself, as it is in a call that waits for others"""
+
+
+@contextlib.contextmanager
+def handled(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Within the block, the signals ``numbers`` call ``handler(number, frame)``; after it, what they called before."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 class Signalled(SystemExit):
