@@ -1,6 +1,6 @@
 """Start two of each program at once on one folder: one works, the other says who holds it.
 
-    python scripts/pairs.py --rounds 10
+    python scripts/pairs.py --json docs/reliability/pairs.json
 
 Training, encoding, sampling and evaluation, each on the embedded digits with a tiny network. The two begin together;
 the second to come to the folder must end with status 2 and one line, either that the folder is in use by the first,
@@ -23,6 +23,7 @@ import tyro
 
 from sit.utils.cli import one_line_errors
 from sit.utils.errors import UserError, entry_point
+from sit.utils.record import write_record
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +36,8 @@ class Arguments:
     """for each program"""
     programs: tuple[str, ...] = ()
     """train, encode, sample, evaluate; none given means all"""
+    json: str | None = None
+    """a file for what came out"""
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -111,26 +114,29 @@ def flaw(program: Program, folder: Path, checkpoint: Path) -> str | None:
     return None
 
 
-def run(arguments: Arguments) -> bool:
-    """Run all pairs, print what came of them, and return whether all was well."""
-    well = True
+def run(arguments: Arguments) -> dict[str, dict[str, object]]:
+    """Run all pairs, print what came of them, and return it by program: how many rounds, and what was wrong."""
+    results: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory(prefix="pairs-") as place:
         checkpoint = make_checkpoint(Path(place) / "run")
         for name in arguments.programs or PROGRAMS:
             flaws = [flaw(PROGRAMS[name], Path(place) / f"{name}-{i}", checkpoint) for i in range(arguments.rounds)]
             found = [words for words in flaws if words is not None]
-            well = well and not found
+            results[name] = {"rounds": arguments.rounds, "wrong": found}
             print(f"{name:10} {arguments.rounds - len(found)} of {arguments.rounds} pairs as they should", flush=True)
             for words in found:
                 print(f"           {words}", flush=True)
-    return well
+    return results
 
 
 @entry_point
 def main() -> None:
     with one_line_errors():
         arguments = tyro.cli(Arguments, prog="scripts/pairs.py")
-    sys.exit(0 if run(arguments) else 1)
+    results = run(arguments)
+    if arguments.json:
+        write_record(arguments.json, "cpu", {"programs": results})
+    sys.exit(any(result["wrong"] for result in results.values()))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import full_disk
 import fuzz
 import kill_trials
 import make_digits_classifier
@@ -17,6 +17,7 @@ import pairs
 import pytest
 import signal_trials
 import torch
+from small_programs import PROGRAMS, contents
 
 from sit.latents.vae import load_vae
 from sit.utils.errors import UserError
@@ -62,41 +63,55 @@ def test_what_differs_between_two_ends_is_seen(tmp_path):
         (tmp_path / name / "sit.json").write_text(json.dumps({"step": 1, "files": files, "checksum": name}))
         torch.save({"state": [{"step": 1, "moment": torch.zeros(2)}]}, tmp_path / name / "optimizer.pt")
     one, two = tmp_path / "one", tmp_path / "two"
-    same = kill_trials.contents(one)
-    assert same == kill_trials.contents(two) and same["empty"] is None and same["file"] == b"abc"
+    same = contents(one)
+    assert same == contents(two) and same["empty"] is None and same["file"] == b"abc"
     (two / "metrics.jsonl").write_text('{"step": 1, "loss": 2, "steps_per_second": 4}\n')
-    assert kill_trials.contents(two) == same
+    assert contents(two) == same
     for name, content in (("file", b"abd"), (".left.tmp", b""), ("metrics.jsonl", b'{"step": 1, "loss": 3}\n')):
         before = (two / name).read_bytes() if (two / name).is_file() else None
         (two / name).write_bytes(content)
-        assert kill_trials.contents(two) != same, name
+        assert contents(two) != same, name
         (two / name).unlink() if before is None else (two / name).write_bytes(before)
     torch.save({"state": [{"step": 1, "moment": torch.tensor([0.0, -0.0])}]}, two / "optimizer.pt")
-    found = kill_trials.contents(two)["optimizer.pt"]
+    found = contents(two)["optimizer.pt"]
     assert {name for name in found if found[name] != same["optimizer.pt"][name]} == {"/state/0/moment"}
 
 
 @pytest.mark.slow
-def test_killed_programs_end_as_undisturbed_ones(tmp_path):
-    """One kill of each; a process of its own, as torch's threads don't fork."""
-    words = [f"--{name}=1" for name in kill_trials.PROGRAMS]
-    command = [sys.executable, "scripts/kill_trials.py", *words, "--json", str(tmp_path / "kills.json")]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    trials = json.loads((tmp_path / "kills.json").read_text())["trials"]
-    assert {name: trial["different"] for name, trial in trials.items()} == {name: [] for name in kill_trials.PROGRAMS}
+def test_killed_programs_end_as_undisturbed_ones(tmp_path, capfd):
+    """One kill of each."""
+    one_each = kill_trials.Arguments(**{name: 1 for name in PROGRAMS})
+    trials = kill_trials.run(one_each, tmp_path)
+    assert {name: trial["different"] for name, trial in trials.items()} == {name: [] for name in PROGRAMS}
     assert any(trial["met"] for trial in trials.values())  # one that is due after the last operation meets nothing
     assert all(trial["operations"] > 20 for trial in trials.values())
 
 
 @pytest.mark.slow
+def test_a_full_disk_ends_in_one_line_and_another_start_ends_as_without(checkpoint, tmp_path):
+    """Evaluation at two sizes, each of which fails at another file; the other programs' tests are in their rooms."""
+    found = full_disk.trials("evaluation", 2, tmp_path, checkpoint)
+    assert [trial["wrong"] for trial in found] == [[], []]
+    said = [trial["said"] for trial in found]
+    assert len(set(said)) == 2 and all("the limit on the size of files is reached" in line for line in said)
+
+
+def test_another_end_on_a_full_disk_is_told():
+    assert full_disk.flaw(2, "error: no room\n") is None
+    assert full_disk.flaw(0, "") == "status 0 and 0 lines: "
+    assert full_disk.flaw(2, "error: one\nerror: two\n").startswith("status 2 and 2 lines")
+    assert full_disk.flaw(1, "Traceback (most recent call last):\nOSError: no room").endswith("OSError: no room")
+    assert full_disk.unlike_names({"a": b"1", "b": b"2"}, {"a": b"3", "c": None, "out-unfinished/d": b""}) == [*"abc"]
+
+
+@pytest.mark.slow
 def test_signals_are_answered_at_the_start_and_in_the_middle(tmp_path):
-    words = ["--moments", "2", "--signals", "SIGUSR1", "--json", str(tmp_path / "signals.json")]
+    words = ["--moments", "2", "--signals", "SIGUSR1", "--programs", "train", "--json", str(tmp_path / "signals.json")]
     done = subprocess.run(
         [sys.executable, "scripts/signal_trials.py", *words], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    first, second = json.loads((tmp_path / "signals.json").read_text())["trials"]
+    first, second = json.loads((tmp_path / "signals.json").read_text())["programs"]["train"]["trials"]
     assert first["status"] == 85 and first["saved_step"] == 0
     assert not first["wrong"] and not second["wrong"]
 
@@ -104,6 +119,8 @@ def test_signals_are_answered_at_the_start_and_in_the_middle(tmp_path):
 def test_signals_that_are_not_answered_are_refused():
     with pytest.raises(UserError, match="`signals=SIGHUP` is none"):
         signal_trials.Arguments(signals=("SIGHUP",))
+    with pytest.raises(UserError, match="`programs=eat` is none of train, encode, sample, evaluate"):
+        signal_trials.Arguments(programs=("eat",))
 
 
 def test_kills_below_none_are_refused():
