@@ -28,14 +28,14 @@ from tqdm import tqdm
 from sit.metrics.distances import (
     RootedMoments,
     frechet,
+    frechet_at_infinity,
     frechet_distance,
-    frechet_linearized,
     inception_score,
     kernel_distance,
 )
 from sit.metrics.estimate import Estimate, jackknife_groups, of_mean
 from sit.metrics.moments import GroupSums, Moments
-from sit.metrics.neighbors import neighborhoods
+from sit.metrics.neighbors import MEANS, neighborhoods
 from sit.metrics.paired import Difference, over_images, over_samples, over_seeds
 from sit.utils.cli import one_line_errors
 from sit.utils.errors import UserError, entry_point
@@ -140,15 +140,14 @@ class Setting:
         sums = GroupSums.of(features, group)
         fid = frechet(sums, self.reference)
         yield "FID", fid
-        yield "FID at infinity", fid.extrapolated()
-        yield "FID, by its influence function", frechet_linearized(sums, self.reference)
+        yield "FID at infinity", frechet_at_infinity(sums, self.reference, fid)
         if not everything:
             return
         away = ((features[:, None] - self.data.centers[None]) ** 2).sum(axis=-1)
         yield "Inception score", inception_score(-away, group)
         yield "Class accuracy", of_mean(away.argmin(axis=1) == labels, group)
         found, _ = neighborhoods(features, self.real, group)
-        yield from ((name.capitalize(), one) for name, one in found.items())
+        yield from ((name.capitalize(), found[name]) for name in MEANS)
         yield "KID", kernel_distance(features, self.real, group, size=150)
 
 

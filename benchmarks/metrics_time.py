@@ -20,7 +20,7 @@ import torch
 import tyro
 from checks import at_least_one
 
-from sit.metrics.distances import RootedMoments, frechet, inception_score, kernel_distance
+from sit.metrics.distances import RootedMoments, frechet, frechet_at_infinity, inception_score, kernel_distance
 from sit.metrics.estimate import jackknife_groups
 from sit.metrics.moments import GroupSums, Moments
 from sit.metrics.neighbors import neighborhoods
@@ -79,7 +79,9 @@ def measure(arguments: Arguments) -> tuple[dict[str, dict[str, float]], float]:
     for name, of in (("FID", features), ("sFID", spatial)):
         root = timed(f"{name}: root of the reference", lambda name=name: RootedMoments.of(moments[name]))
         sums = timed(f"{name}: sums by group", lambda of=of: GroupSums.of(of, group))
-        timed(f"{name}: distances, whole and without each group", lambda s=sums, r=root: frechet(s, r))
+        distance = timed(f"{name}: distance and its error", lambda s=sums, r=root: frechet(s, r))
+        if name == "FID":
+            timed("FID at infinity", lambda s=sums, r=root, d=distance: frechet_at_infinity(s, r, d))
         del sums, root
     timed("Inception score", lambda: inception_score(logits, group))
     around = dict(device=arguments.device)

@@ -51,23 +51,7 @@ def frechet_distance(a: Moments, b: Moments | RootedMoments) -> float:
     distances are to one reference, give it as :class:`RootedMoments`.
     """
     reference = b if isinstance(b, RootedMoments) else RootedMoments.of(b)
-    values = linalg.eigvalsh(reference.product(a.sigma), driver="evd", overwrite_a=True)
-    difference = a.mu - reference.moments.mu
-    trace = np.trace(a.sigma) + np.trace(reference.moments.sigma) - 2 * np.sqrt(values.clip(min=0)).sum()
-    return float(difference @ difference + trace)
-
-
-def frechet(sums: GroupSums, reference: RootedMoments) -> Estimate:
-    """The Fréchet distance of the samples to a reference, with the delete-a-group jackknife's error.
-
-    One group gives no error. :meth:`Estimate.extrapolated` of it is FID at infinity.
-    """
-    whole = frechet_distance(sums.moments(), reference)
-    if len(sums.counts) == 1:
-        return Estimate(whole)
-    total = sums.pooled()
-    without = [frechet_distance(sums.without(total, number), reference) for number in range(len(sums.counts))]
-    return jackknife(whole, np.array(without), sums.counts)
+    return _from_spectrum(a, reference, linalg.eigvalsh(reference.product(a.sigma), driver="evd", overwrite_a=True))
 
 
 def frechet_gradient(a: Moments, reference: RootedMoments) -> tuple[np.ndarray, np.ndarray]:
@@ -77,21 +61,36 @@ def frechet_gradient(a: Moments, reference: RootedMoments) -> tuple[np.ndarray, 
     ``a`` to the reference (Takatsu 2011; Bhatia, Jain & Lim 2019). Directions without variance are left out of the
     inverse.
     """
+    return _with_gradient(a, reference)[1:]
+
+
+def _with_gradient(a: Moments, reference: RootedMoments) -> tuple[float, np.ndarray, np.ndarray]:
+    """The distance and its derivatives, from one eigendecomposition."""
     values, vectors = linalg.eigh(reference.product(a.sigma), driver="evd", overwrite_a=True)
     kept = values > values.max() * len(values) * np.finfo(np.float64).eps
     half = reference.root @ (vectors[:, kept] * values[kept] ** -0.25)
-    return 2 * (a.mu - reference.moments.mu), np.eye(len(a.mu)) - half @ half.T
+    by_mean, by_covariance = 2 * (a.mu - reference.moments.mu), np.eye(len(a.mu)) - half @ half.T
+    return _from_spectrum(a, reference, values), by_mean, by_covariance
 
 
-def frechet_linearized(sums: GroupSums, reference: RootedMoments) -> Estimate:
-    """The Fréchet distance with the error of its influence function: one eigendecomposition, whatever the groups.
+def _from_spectrum(a: Moments, reference: RootedMoments, values: np.ndarray) -> float:
+    """The distance from the eigenvalues (D,) of the product of both covariances."""
+    difference = a.mu - reference.moments.mu
+    trace = np.trace(a.sigma) + np.trace(reference.moments.sigma) - 2 * np.sqrt(values.clip(min=0)).sum()
+    return float(difference @ difference + trace)
+
+
+def frechet(sums: GroupSums, reference: RootedMoments) -> Estimate:
+    """The Fréchet distance of the samples to a reference, with the error of its influence function.
 
     A group's replicate is the distance plus the mean over the group of
-    d_mu·(x − μ) + (x − μ)ᵀ d_sigma (x − μ) − tr(d_sigma Σ). What is left out is of second order: the mean of the
-    replicates is the distance itself, and is not FID at infinity.
+    d_mu·(x − μ) + (x − μ)ᵀ d_sigma (x − μ) − tr(d_sigma Σ). What is left out is of second order, which a jackknife
+    counts twice: with few samples for the dimensions its error is the wider one. One group gives no error.
     """
     moments = sums.moments()
-    by_mean, by_covariance = frechet_gradient(moments, reference)
+    if len(sums.counts) == 1:
+        return Estimate(frechet_distance(moments, reference))
+    value, by_mean, by_covariance = _with_gradient(moments, reference)
     center = moments.mu - sums.origin
     expected = float((by_covariance * moments.sigma).sum())
     influences = []
@@ -100,9 +99,25 @@ def frechet_linearized(sums: GroupSums, reference: RootedMoments) -> Estimate:
         spread = (by_covariance * products).sum() / count + (center - 2 * mean) @ by_covariance @ center
         influences.append(by_mean @ (mean - center) + spread - expected)
     found = np.array(influences)
-    value = frechet_distance(moments, reference)
     shares = sums.counts / sums.counts.mean()  # a larger group's mean spreads less
     return Estimate(value, tuple((value + (found - (found * shares).mean()) * np.sqrt(shares)).tolist()))
+
+
+def frechet_at_infinity(sums: GroupSums, reference: RootedMoments, finite: Estimate) -> Estimate:
+    """The Fréchet distance of infinitely many samples, as FID∞ (Chong & Forsyth 2020), whose bias is of order 1/N.
+
+    The line over 1/N goes through the distance of all samples and the distances without each group: it is the
+    jackknife's estimate without bias. Its error is that of the distance.
+
+    Args:
+        sums: of at least two groups.
+        reference: of the distance.
+        finite: :func:`frechet` of the same.
+    """
+    total = sums.pooled()
+    without = np.array([frechet_distance(sums.without(total, number), reference) for number in range(len(sums.counts))])
+    bias = jackknife(finite.value, without, sums.counts).bias
+    return Estimate(finite.value - bias, tuple(one - bias for one in finite.replicates))
 
 
 def inception_score(logits: np.ndarray, group: np.ndarray | None = None) -> Estimate:

@@ -1,8 +1,8 @@
-"""A metric's value with its error over samples: the delete-a-group jackknife, the same groups for every metric.
+"""A metric's value with its error over samples: one *replicate* a group of them, the same groups for every metric.
 
-The samples are dealt into a few groups. What a metric would be without each of the groups gives one *pseudo-value* a
-group (Quenouille 1956, Tukey 1958). Their spread is the error, their mean is the value without its bias of order 1/N,
-and pseudo-values of two runs that share labels, noise and reference may be subtracted group by group.
+The samples are dealt into a few groups. A replicate is a jackknife's pseudo-value (Quenouille 1956, Tukey 1958), from
+what the metric is without the group, or the group's mean of an influence function. The replicates' spread is the error,
+and those of two runs that share labels, noise and reference may be subtracted group by group.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ class Estimate:
 
     Attributes:
         value: the metric.
-        replicates: one pseudo-value a group, as if they were independent draws of the metric; empty where there are too
-            few samples for an error.
+        replicates: one a group, as if they were independent draws of the metric; empty where there is no error.
     """
 
     value: float
@@ -53,18 +52,16 @@ class Estimate:
         """The standard error over samples; None if there is none."""
         return float(np.std(self.replicates, ddof=1) / math.sqrt(len(self.replicates))) if self.replicates else None
 
-    def extrapolated(self) -> Estimate:
-        """The metric of infinitely many samples, if its bias is in proportion to 1/N: the pseudo-values' mean.
-
-        Of a Fréchet distance it is FID∞ (Chong & Forsyth 2020), with the line drawn through the distance of all samples
-        and the distances without each group, and with an error of the whole extrapolation.
+    @property
+    def bias(self) -> float:
+        """How far a jackknife's value is from the mean of its pseudo-values: its bias, if that is in proportion to 1/N.
 
         Raises:
             ValueError: there are no replicates.
         """
         if not self.replicates:
-            raise ValueError("there were too few samples to extrapolate")
-        return Estimate(float(np.mean(self.replicates)), self.replicates)
+            raise ValueError("there were too few samples for a bias")
+        return self.value - float(np.mean(self.replicates))
 
 
 def jackknife(whole: float, without: np.ndarray, sizes: np.ndarray) -> Estimate:

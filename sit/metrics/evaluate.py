@@ -37,7 +37,7 @@ from sit.utils.files import atomic_write
 REFERENCE_IMAGES = 10_000
 """reference images that precision, recall and KID use at most (ADM's suite)"""
 
-NUMBERS = 1
+NUMBERS = 2
 """version of how numbers are made of features: those that another version left are made again"""
 
 
@@ -271,10 +271,12 @@ class Measured:
         full = "" if extractor.name == "inception" else f" ({extractor.label})"
         found = self.found[extractor.name]
         features, spatial = self._reference_moments(extractor)
-        fid = distances.frechet(found.sums["features"], RootedMoments.of(features))
+        rooted = RootedMoments.of(features)
+        fid = distances.frechet(found.sums["features"], rooted)
         yield _number(f"FID{full}", fid)
         if fid.replicates:
-            yield _number(f"FID at infinity{full}", fid.extrapolated(), "extrapolated over 1/N")
+            infinite = distances.frechet_at_infinity(found.sums["features"], rooted, fid)
+            yield _number(f"FID at infinity{full}", infinite, "extrapolated over 1/N")
         if "spatial" in found.sums and spatial is not None:
             yield _number("sFID", distances.frechet(found.sums["spatial"], RootedMoments.of(spatial)))
         rows = found.rows("features", "logits")
@@ -320,7 +322,7 @@ class Measured:
                 by_class[f"precision{on}"] = shares_by_class(within, self.labels)
             for name, estimate in estimates.items():
                 k = neighbors.K if name in ("precision", "recall") else neighbors.K_DENSITY
-                yield _number(f"{name.capitalize()}{on}", estimate, f"k = {k}")
+                yield _number(f"{name.capitalize()}{on}", estimate, f"k = {k}", has_error=name in neighbors.MEANS)
         yield _number(f"KID{on}", distances.kernel_distance(features, real, self.group, device=_with_float64(device)))
 
     def _class_accuracy(self, by_class: dict[str, list[ClassShare]]) -> Iterator[Number]:
@@ -340,8 +342,9 @@ class Measured:
         yield _number("Class accuracy", of_mean(hits, self.group), how)
 
 
-def _number(name: str, estimate: Estimate, how: str = "") -> Number:
-    how = how if estimate.replicates else "; ".join(filter(None, (how, "too few samples for an error")))
+def _number(name: str, estimate: Estimate, how: str = "", *, has_error: bool = True) -> Number:
+    if has_error and not estimate.replicates:
+        how = "; ".join(filter(None, (how, "too few samples for an error")))
     return Number(name, estimate.value, estimate.error, how, estimate.replicates)
 
 

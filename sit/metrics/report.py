@@ -21,7 +21,7 @@ class Number:
         value: the number.
         error: half the width of its 95 % interval over samples; None where there are too few samples for one.
         how: what else must be known.
-        replicates: the pseudo-values of :class:`Estimate`, with which two reports of the same labels are paired.
+        replicates: those of :class:`Estimate`, with which two reports of the same labels are paired.
     """
 
     name: str

@@ -28,7 +28,7 @@ def rows():
 def test_intervals_hold(rows):
     """Of 80 replications an interval of 95 % misses about four; ten have a chance of 1 in 100."""
     printed = {key: row for key, row in rows.items() if "same noise" not in key[1]}
-    assert len(printed) == 2 * (2 * 3 + 2) + 1
+    assert len(printed) == 2 * (2 * 2 + 2) + 1
     for key, row in printed.items():
         assert 0.87 <= row["coverage"] <= 1, key
         assert 0.75 <= row["ratio"] <= 1.35, key
@@ -72,14 +72,14 @@ def test_the_commands_print_what_they_write(monkeypatch, capsys, tmp_path):
     intervals.main()
     found, out = json.loads(file.read_text()), capsys.readouterr().out
     assert {row["replications"] for row in found["rows"]} == {2, 3}
-    for name in ("FID", "Inception score", "Class accuracy", "Precision", "Recall", "Density", "Coverage", "KID"):
+    for name in ("FID", "Inception score", "Class accuracy", "Precision", "Density", "KID"):
         assert f"| one run | {name} |" in out and f"| difference | {name} |" in out
 
     small = "--samples 60 --dimensions 6 --spatial 5 --classes 6 --reference 40".split()
     monkeypatch.setattr(sys, "argv", ["metrics_time.py", *small, "--json", str(file)])
     metrics_time.main()
     found, out = json.loads(file.read_text()), capsys.readouterr().out
-    assert len(found["seconds"]) == 9 and all(f"| {name} |" in out for name in found["seconds"])
+    assert len(found["seconds"]) == 10 and all(f"| {name} |" in out for name in found["seconds"])
 
 
 def test_power_table(monkeypatch, capsys, tmp_path):

@@ -25,11 +25,11 @@ def test_half_width_by_hand():
     assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / np.sqrt(3))
 
 
-def test_the_extrapolation_takes_a_bias_of_one_over_n_away_whatever_the_sizes():
+def test_a_bias_of_one_over_n_is_found_whatever_the_sizes():
     sizes = np.array([10, 20, 30, 40])
     with_bias = lambda n: 3 + 7 / n  # noqa: E731
     found = jackknife(with_bias(100), with_bias(100 - sizes), sizes)
-    assert found.value == pytest.approx(3.07) and found.extrapolated().value == pytest.approx(3)
+    assert found.value == pytest.approx(3.07) and found.bias == pytest.approx(0.07)
 
 
 def test_unequal_groups_have_the_error_of_equal_ones():
@@ -63,5 +63,5 @@ def test_few_samples():
     one_round = jackknife_groups(100, np.arange(100))
     np.testing.assert_array_equal(one_round, jackknife_groups(100), err_msg="too few of a class: random groups")
     with pytest.raises(ValueError, match="too few samples"):
-        Estimate(1.0).extrapolated()
+        _ = Estimate(1.0).bias
     assert Estimate(1.0).error is None and Estimate(1.0).standard_error is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sit.metrics.distances import RootedMoments, frechet, frechet_distance, frechet_gradient, frechet_linearized
+from sit.metrics.distances import RootedMoments, frechet, frechet_at_infinity, frechet_distance, frechet_gradient
 from sit.metrics.moments import GroupSums, Moments
 
 rng = np.random.default_rng(0)
@@ -46,7 +46,9 @@ def test_the_distance_from_sums_and_without_each_group():
     left = [frechet_distance(Moments.of(FEATURES[GROUP != number]), REFERENCE.moments) for number in range(5)]
     share = 300 / np.bincount(GROUP)
     assert found.value == pytest.approx(whole, rel=1e-9)
-    assert found.extrapolated().value == pytest.approx(5 * whole - ((1 - 1 / share) * left).sum(), rel=1e-9)
+    infinite = frechet_at_infinity(GroupSums.of(FEATURES, GROUP), REFERENCE, found)
+    assert infinite.value == pytest.approx(5 * whole - ((1 - 1 / share) * left).sum(), rel=1e-9)
+    assert infinite.error == pytest.approx(found.error)
     alone = frechet(GroupSums.of(FEATURES), REFERENCE)
     assert alone.value == pytest.approx(whole, rel=1e-9) and alone.error is None
 
@@ -67,14 +69,14 @@ def test_the_gradient_against_finite_differences():
         assert (ahead - behind) / (2 * step) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_linearized_error_is_that_of_each_samples_influence():
+def test_the_error_is_that_of_each_samples_influence():
     """Computed from single samples; equal groups of one sample each give the plain standard error."""
     centered = FEATURES - FEATURES.mean(axis=0, dtype=np.float64)
     by_mean, by_covariance = frechet_gradient(Moments.of(FEATURES), REFERENCE)
     influence = centered @ by_mean + np.einsum("ni,ij,nj->n", centered, by_covariance, centered)
-    found = frechet_linearized(GroupSums.of(FEATURES, np.arange(300), block=50), REFERENCE)
+    found = frechet(GroupSums.of(FEATURES, np.arange(300), block=50), REFERENCE)
     assert found.standard_error == pytest.approx(influence.std(ddof=1) / np.sqrt(300), rel=1e-6)
-    grouped = frechet_linearized(GroupSums.of(FEATURES, np.arange(300) % 10), REFERENCE)
+    grouped = frechet(GroupSums.of(FEATURES, np.arange(300) % 10), REFERENCE)
     means = [influence[np.arange(300) % 10 == number].mean() for number in range(10)]
     assert grouped.standard_error == pytest.approx(np.std(means, ddof=1) / np.sqrt(10), rel=1e-6)
     assert grouped.value == pytest.approx(frechet_distance(Moments.of(FEATURES), REFERENCE))
