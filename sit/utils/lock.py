@@ -38,9 +38,8 @@ def locked(folder: str | Path, argument: str, *, beside: bool = False) -> Iterat
     folder = Path(folder)
     path = folder.with_name(f".{folder.name}{LOCK}") if beside else folder / LOCK
     made = not path.parent.exists()
-    with explain_os_errors(path.parent):
+    with explain_os_errors(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with explain_os_errors(path):
         descriptor = _take(path, f"`{argument}={folder}`")
     try:
         yield
