@@ -74,16 +74,18 @@ def sincos_table(hidden_size: int, rows: torch.Tensor, columns: torch.Tensor) ->
     return torch.cat([column_half, row_half], dim=2).reshape(1, height * width, hidden_size).float()
 
 
+def stretched_table(hidden_size: int, trained: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
+    """The table (1, H·W, C) of ``grid`` laid over the ``trained`` one, centers of pixels mapped as resizing does."""
+    places = ((torch.arange(new) + 0.5) * old / new - 0.5 for old, new in zip(trained, grid, strict=True))
+    return sincos_table(hidden_size, *places)
+
+
 @made_once
-def _stretched_table(
+def _kept_table(
     hidden_size: int, trained: tuple[int, int], grid: tuple[int, int], device: torch.device
 ) -> torch.Tensor:
-    """The table (1, H·W, C) of ``grid`` laid over the ``trained`` one, centers of pixels mapped as resizing does.
-
-    Kept on the device, so that the steps of a sampling do not wait for its transfer.
-    """
-    places = ((torch.arange(new) + 0.5) * old / new - 0.5 for old, new in zip(trained, grid, strict=True))
-    return sincos_table(hidden_size, *places).to(device)
+    """:func:`stretched_table`, kept on the device: the steps of a sampling do not wait for its transfer."""
+    return stretched_table(hidden_size, trained, grid).to(device)
 
 
 def is_autocast(device_type: str) -> bool:
@@ -172,6 +174,8 @@ class SiT(ModelMixin, ConfigMixin):
         positional_embedding: whether the sine-cosine table is added; None asks the mixers.
         time_reversed: the network was trained with time s = 1 − t from data (0) to noise (1) to predict the velocity
             dx/ds (REPA's convention); ``forward`` still takes t and gives dx/dt, so that all else is unaware of it.
+        positional_grid: the (H, W) that the positional table is laid over; None is the network's own. A network that
+            goes on from one of another size keeps that one's, and its coordinates with it.
         seed: of the initial values, no part of the configuration. None draws it from torch's global generator, and
             that one draw is all that the generator is used for.
 
@@ -202,12 +206,15 @@ class SiT(ModelMixin, ConfigMixin):
         learn_sigma: bool = True,
         positional_embedding: bool | None = None,
         time_reversed: bool = False,
+        positional_grid: tuple[int, int] | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         check_sizes(height=height, width=width, patch_size=patch_size, in_channels=in_channels, depth=depth,
                     hidden_size=hidden_size, num_heads=num_heads, num_classes=num_classes)  # fmt: skip
+        if positional_grid is not None:
+            check_sizes(positional_grid=min(positional_grid))
         if not 1 <= hidden_size * mlp_ratio < math.inf:
             raise UserError(f"`mlp_ratio={mlp_ratio}` must be positive and finite")
         specs = parse_mixers(mixer)
@@ -227,8 +234,7 @@ class SiT(ModelMixin, ConfigMixin):
             self.t_embedder = TimestepEmbedder(hidden_size)
             self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class)
             if positional_embedding:
-                table = sincos_table(hidden_size, *(torch.arange(side) for side in self.grid))
-                self.register_buffer("pos_embed", table)
+                self.register_buffer("pos_embed", stretched_table(hidden_size, self.laid_over, self.grid))
             self.blocks = nn.ModuleList(SiTBlock(hidden_size, mlp_ratio, mixer) for mixer in mixers)
             self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * self.out_channels)
         self._initialize_around_mixers(seed)
@@ -294,6 +300,11 @@ class SiT(ModelMixin, ConfigMixin):
             raise UserError(f"a latent of {height}x{width} can't be cut into patches of {patch}x{patch}")
         return height // patch, width // patch
 
+    @property
+    def laid_over(self) -> tuple[int, int]:
+        """The grid whose coordinates the positional table has."""
+        return tuple(self.config.positional_grid or self.grid)
+
     def positional_table(self, grid: tuple[int, int]) -> torch.Tensor:
         """The positional table for a grid: (1, H·W, C); the trained one on the trained grid.
 
@@ -303,7 +314,7 @@ class SiT(ModelMixin, ConfigMixin):
         """
         if grid == self.grid:
             return self.pos_embed
-        table = _stretched_table(self.config.hidden_size, self.grid, grid, self.pos_embed.device)
+        table = _kept_table(self.config.hidden_size, self.laid_over, grid, self.pos_embed.device)
         return table.to(self.pos_embed.dtype)
 
     def forward(

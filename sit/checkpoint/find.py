@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sit.checkpoint.info import WEIGHTS
 from sit.checkpoint.integrity import INDEX, flaw
+from sit.checkpoint.known import KNOWN, from_name, is_name
 from sit.utils.errors import UserError
 
 _STEP = re.compile(r"step-(\d+)$")
@@ -73,6 +74,8 @@ def is_run(path: Path) -> bool:
 def resolve(path: str | Path, unread: str | None = FOR_SAMPLING) -> Path:
     """The checkpoint that a path means: a run's newest complete one, a checkpoint folder, or a single weights file.
 
+    A name of :mod:`sit.checkpoint.known` means the file or folder that it stands for.
+
     Args:
         path: as above.
         unread: what will not be read of a checkpoint, as in :func:`sit.checkpoint.integrity.flaw`.
@@ -80,6 +83,8 @@ def resolve(path: str | Path, unread: str | None = FOR_SAMPLING) -> Path:
     Raises:
         UserError: nothing is there, nothing usable is there, or it is something else.
     """
+    if is_name(path):
+        path = from_name(str(path))
     path = Path(path)
     if path.is_file():
         if path.name != WEIGHTS or not (path.parent / "config.json").is_file():
@@ -90,7 +95,7 @@ def resolve(path: str | Path, unread: str | None = FOR_SAMPLING) -> Path:
     if path.name == "transformer" and (path.parent / "model_index.json").is_file():
         path = path.parent
     if not path.exists():
-        raise UserError(f"{path}: no such run, checkpoint folder or file")
+        raise UserError(f"{path}: no such run, checkpoint folder or file, and no name among {', '.join(KNOWN)}")
     if is_run(path):
         newest = newest_checkpoint(path, resumable=unread == FOR_RESUMING)
         if newest is None:

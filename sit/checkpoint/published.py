@@ -47,6 +47,9 @@ _INTERPOLANTS = {"linear": "linear", "gvp": "gvp", "cosine": "gvp", "vp": "vp"}
 _PREDICTIONS = {"velocity": "velocity", "v": "velocity", "score": "score", "noise": "noise"}
 
 
+_LATER_BLOCKS = "decoder_blocks."  # REPA's older files, for the blocks beyond the one that is aligned
+
+
 _REPA_ARGUMENTS = {"enc_type", "proj_coeff", "encoder_depth"}
 
 
@@ -154,7 +157,7 @@ def read_published(path: str | Path, hints: Hints | None = None, vae: str | Path
 
 def infer(file: WeightsFile, path: Path, hints: Hints, factor: int = DOWNSAMPLING) -> Published:
     """Tell the architecture from keys and shapes; see :func:`read_published`."""
-    state, arguments = dict(file.state), _known_arguments(file.arguments, path)
+    state, arguments = one_row_of_blocks(file.state), _known_arguments(file.arguments, path)
     _refuse_other_architectures(state, path)
     result = Published(path, "published", file.container, {}, state, {}, CheckpointInfo(step=file.step), None)
 
@@ -167,7 +170,13 @@ def infer(file: WeightsFile, path: Path, hints: Hints, factor: int = DOWNSAMPLIN
     hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
     depth = _depth(state, path)
     mixers = [_mixer(state, index, hidden, path) for index in range(depth)]
-    is_repa = bool(projectors) or any("silu" in mixer for mixer in mixers) or bool(_REPA_ARGUMENTS & set(arguments))
+    has_two_rows = any(name.startswith(_LATER_BLOCKS) for name in file.state)
+    is_repa = (
+        bool(projectors)
+        or has_two_rows
+        or any("silu" in mixer for mixer in mixers)
+        or bool(_REPA_ARGUMENTS & set(arguments))
+    )
     result.layout = "repa" if is_repa else "published"
     for name in [name for name in state if name.endswith("_proj.weight") or name.endswith("attn.proj.weight")]:
         if state[name].dim() == 4 and state[name].shape[2:] == (1, 1):
@@ -246,6 +255,16 @@ def _known_arguments(arguments: Mapping[str, Any], path: Path) -> dict[str, Any]
     return known | {name: arguments[name] for name in _REPA_ARGUMENTS & set(arguments)}
 
 
+def one_row_of_blocks(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights with ``decoder_blocks.{i}`` counted on after the last of ``blocks.{i}``.
+
+    REPA's older files have the blocks in two rows, parted after the aligned one (its ``load_legacy_checkpoints``).
+    """
+    first = len({name.split(".")[1] for name in state if re.match(r"blocks\.\d+\.", name)})
+    later = re.compile(rf"{re.escape(_LATER_BLOCKS)}(\d+)\.")
+    return {later.sub(lambda match: f"blocks.{first + int(match[1])}.", name): w for name, w in state.items()}
+
+
 def _depth(state: Mapping[str, torch.Tensor], path: Path) -> int:
     """The number of blocks, which must be those from 0 on."""
     blocks = {match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
@@ -308,9 +327,11 @@ def _classes(rows: int, arguments: Mapping[str, Any], hints: Hints, path: Path) 
     """The number of classes, and whether the label table has a null class."""
     classes = hints.num_classes if hints.num_classes is not None else arguments.get("num_classes")
     if classes is None:
-        classes = rows if rows == 1000 else rows - 1  # the full ImageNet table without a null class is a known case
+        # known cases without a null class: the full table of ImageNet, and data of one class (FFHQ)
+        classes = rows if rows in (1, 1000) else rows - 1
     if classes not in (rows, rows - 1) or classes < 1:
-        raise UserError(f"{path}: {classes} classes do not fit its label table of {rows} rows; correct `num_classes`")
+        told = f"its args tell of {classes} classes: give" if hints.num_classes is None else f"not {classes}: correct"
+        raise UserError(f"{path} has a label table of {rows} rows, and {told} `num_classes`")
     return dict(num_classes=classes, null_class=classes == rows - 1)
 
 

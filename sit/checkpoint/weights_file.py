@@ -8,6 +8,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,9 @@ class WeightsFile:
 
 
 def plain_key(name: str) -> str:
-    """A weight's key without the prefixes of distributed and compiled wrappers, wherever they stand."""
-    return re.sub(r"(?:(?<=^)|(?<=\.))(?:module|_orig_mod)\.", "", name)
+    """A weight's key without the prefixes of wrappers: distributed and compiled ones wherever they stand, and at the
+    beginning ``model.``, of whatever held the network as an attribute (ATConv's programs remove the same three)."""
+    return re.sub(r"(?:(?<=^)|(?<=\.))(?:module|_orig_mod)\.", "", name).removeprefix("model.")
 
 
 def read_weights(path: Path, prefer: Literal["ema", "model"] = "ema") -> WeightsFile:
@@ -89,14 +91,19 @@ def _plain_weights(state: Mapping[str, torch.Tensor], path: Path) -> dict[str, t
     """The weights by :func:`plain_key`.
 
     Raises:
-        UserError: one has no numbers, whole numbers, or fewer numbers in the file than its shape says.
+        UserError: one has no numbers, whole numbers, or fewer numbers in the file than its shape says; or two have the
+            same key.
     """
     for name, tensor in state.items():
         if not tensor.is_floating_point() or tensor.layout != torch.strided or not tensor.numel():
             raise UserError(f"{path} is not a SiT: {name} has {tensor.dtype} numbers of shape {tuple(tensor.shape)}")
         if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise UserError(f"{path}: {name} is not stored whole")
-    return {plain_key(name): tensor for name, tensor in state.items()}
+    plain = {plain_key(name): tensor for name, tensor in state.items()}
+    if len(plain) < len(state):
+        twice = next(key for key, count in Counter(map(plain_key, state)).items() if count > 1)
+        raise UserError(f"{path} has {twice} twice, with and without the prefix of a wrapper; save one network alone")
+    return plain
 
 
 def folder_weights(folder: Path) -> list[Path]:

@@ -61,7 +61,8 @@ class SamplerConfig:
     cfg_channels: int = 3
     """latent channels that guidance acts on: 3 as published, 0 for all"""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
-    """guide only where the noise level 1 - t is within these bounds (as REPA counts it); outside, no second pass"""
+    """guide only where the noise level 1 - t is within these bounds (as REPA counts it), which belong to it; outside,
+    no second pass. An upper bound above 1 is 1"""
 
     def __post_init__(self) -> None:
         if self.method is not None:
@@ -89,8 +90,9 @@ class SamplerConfig:
         if self.cfg_channels < 0:
             raise UserError(f"`cfg_channels` must be 0 (all) or more, not {self.cfg_channels}")
         low, high = self.cfg_interval
-        if not 0 <= low <= high <= 1:
-            raise UserError(f"`cfg_interval={low} {high}`: needs 0 <= LOW <= HIGH <= 1")
+        if not (0 <= low <= high < math.inf and low <= 1):
+            raise UserError(f"`cfg_interval={low} {high}`: needs 0 <= LOW <= HIGH, and LOW <= 1")
+        object.__setattr__(self, "cfg_interval", (low, min(high, 1.0)))  # REPA's --guidance-high 3.0 is "always"
 
     @property
     def resolved_method(self) -> str:

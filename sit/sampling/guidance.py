@@ -9,6 +9,10 @@ import torch
 from sit.sampling.config import SamplerConfig
 from sit.transport.transport import null_label_of
 
+GRID_ERROR = 1e-6
+"""How far a time of float32 may be from the grid's, so that a bound of the guided interval that lies on the grid is on
+it: float32 rounds by up to 6e-8, and steps are longer than this."""
+
 
 class GuidedModel:
     """A network with classifier-free guidance, as a function of the state and one time for all images.
@@ -34,13 +38,17 @@ class GuidedModel:
     def __call__(self, x: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
         """State (B, C, h, w), and a time as number or 0-dim tensor, to the prediction (B, C, h, w) in x's dtype."""
         self.evaluations += 1
-        low, high = self.config.cfg_interval
-        if self.both is None or ((low, high) != (0.0, 1.0) and not low <= 1 - float(t) <= high):
+        if self.both is None or not self._guided(t):
             return self._run(x, t, self.labels)
         with_label, without = self._run(torch.cat([x, x]), t, self.both).chunk(2)
         guided = without + self.config.cfg_scale * (with_label - without)
         channels = self.config.cfg_channels or x.shape[1]
         return torch.cat([guided[:, :channels], with_label[:, channels:]], dim=1)
+
+    def _guided(self, t: float | torch.Tensor) -> bool:
+        """Whether the noise level is within the guided interval; where that is all of time, t is not looked at."""
+        low, high = self.config.cfg_interval
+        return (low, high) == (0.0, 1.0) or low - GRID_ERROR <= 1 - float(t) <= high + GRID_ERROR
 
     def _run(self, x: torch.Tensor, t: float | torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         conditions = {} if labels is None else {"y": labels}

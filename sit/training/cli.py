@@ -45,6 +45,10 @@ def parse_train_arguments(arguments: list[str]) -> TrainArguments:
     """
     recipe, resume = _value_of("--recipe", arguments), _value_of("--resume", arguments)
     if resume not in (None, "auto"):
+        if _value_of("--init-from", arguments) is not None:
+            raise UserError(
+                f"`init_from` begins a new run and `resume={resume}` goes on with one that has its weights: give one"
+            )
         if recipe is not None:
             raise UserError("`recipe` and `resume` exclude each other: a resumed run has its config")
         base = load_run_settings(run_folder(resume))
@@ -57,7 +61,7 @@ def parse_train_arguments(arguments: list[str]) -> TrainArguments:
 def _value_of(flag: str, arguments: list[str]) -> str | None:
     """The value of ``flag`` on a command line that is not parsed yet; None if it is not there."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(flag, dest="value", nargs="?")
+    parser.add_argument(flag, flag[:2] + flag[2:].replace("-", "_"), dest="value", nargs="?")
     return parser.parse_known_args(arguments)[0].value
 
 

@@ -74,6 +74,20 @@ class TrainConfig:
     repa_block: int = fixed(8)
     """the block, counted from 1, whose tokens are aligned"""
 
+    init_from: str | None = fixed(None, group="beginning")
+    """a checkpoint to begin with: what fits of its weights is taken (a run, folder, published file or name, as
+    sampling takes it). Not to be confused with resume, which goes on with a run"""
+    freeze: tuple[str, ...] = fixed(())
+    """names of parameters that are not trained, as patterns: "blocks.*.mlp.*" x_embedder.proj.weight"""
+    train_only: tuple[str, ...] = fixed(())
+    """names of the only parameters that are trained, as patterns"""
+    distill_from: str | None = fixed(None)
+    """a checkpoint whose prediction is matched too, and the outputs of its mixers by those that take their place"""
+    distill_steps: int = fixed(0)
+    """for how many of the first steps"""
+    distill_weight: float = fixed(1.0)
+    """weight of the distance to it beside the loss"""
+
     steps: int = first_of("optimization", 1000)
     """optimizer steps of the whole run"""
     batch_size: int = fixed(256)
@@ -169,6 +183,10 @@ class TrainConfig:
             raise UserError(
                 f"`heldout_every={self.heldout_every}` needs held-out images: give `heldout=auto` or others"
             )
+        if (self.distill_from is None) != (self.distill_steps == 0):
+            raise UserError("`distill_from` and `distill_steps`, above 0, belong together: give both or none")
+        if self.distill_from is not None and self.compile:
+            raise UserError("`compile` and `distill_from` exclude each other: what is matched is inside the network")
         if self.batch_size % self.gradient_accumulation:
             raise UserError(
                 f"`batch_size={self.batch_size}` can't be divided into "
@@ -227,7 +245,7 @@ CHECKS = (
     ),
     (
         ("warmup_steps", "workers", "preview_every", "keep_last", "weight_decay", "max_grad_norm", "repa_weight",
-         "heldout_every"),
+         "heldout_every", "distill_steps", "distill_weight"),
         lambda value: value >= 0,
         "at least 0",
     ),

@@ -25,9 +25,21 @@ def moving_average(parameters: Iterable[nn.Parameter], decay: float, warmup: boo
     return EMAModel(parameters, decay=decay, foreach=True, **options)
 
 
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def averaged_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that have a moving average: those that sampling needs, not a projector's."""
-    return [parameter for name, parameter in model.named_parameters() if not name.startswith(SiT.PROJECTOR)]
+    """The parameters that have a moving average: those that sampling needs, not a projector's.
+
+    A frozen one needs none, being its own average.
+    """
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.startswith(SiT.PROJECTOR)
+    ]
 
 
 def reshard(model: nn.Module) -> None:

@@ -8,17 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sit.checkpoint.donor import Donor
 from sit.latents.vae import vae_fingerprint
 from sit.training.config import TrainConfig, fixed_fields
 from sit.training.data import Opened
-from sit.training.objective import Objective
+from sit.training.distill import Distillation
+from sit.training.objective import Objective, layers
 from sit.training.repa import Alignment
 from sit.utils.checksums import sealed, unsealed
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_write
-from sit.utils.fingerprint import weights_fingerprint
+from sit.utils.fingerprint import state_fingerprint, weights_fingerprint
 
 FILE = "identity.json"
+
+SINCE_BEGINNINGS = ("donor", "teacher")
+"""what earlier files don't have"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Identity:
         classes: names by label.
         vae: :func:`sit.latents.vae.vae_fingerprint`.
         encoder: of the weights of REPA's encoder; None without it.
+        donor: of the weights that it began with; None without, or if they were not read, as it goes on.
+        teacher: of those that it was distilled from; the same.
     """
 
     settings: dict[str, Any]
@@ -38,14 +45,25 @@ class Identity:
     classes: list[str]
     vae: str
     encoder: str | None
+    donor: str | None = None
+    teacher: str | None = None
 
     @classmethod
-    def of(cls, config: TrainConfig, opened: Opened, objective: Objective) -> Identity:
+    def of(cls, config: TrainConfig, opened: Opened, objective: Objective, donor: Donor | None = None) -> Identity:
         """That of a run about to be trained. Its cost: see :meth:`sit.data.dataset.Source.contents`."""
         settings = json.loads(json.dumps({name: getattr(config, name) for name in fixed_fields()}))
-        encoder = weights_fingerprint(objective.encoder.network) if isinstance(objective, Alignment) else None
-        data = opened.data
-        return cls(settings, data.contents(), list(data.classes), vae_fingerprint(opened.vae), encoder)
+        parts, data = layers(objective), opened.data
+        encoders = [part.encoder.network for part in parts if isinstance(part, Alignment)]
+        teachers = [part.teacher for part in parts if isinstance(part, Distillation)]
+        return cls(
+            settings,
+            data.contents(),
+            list(data.classes),
+            vae_fingerprint(opened.vae),
+            encoder=weights_fingerprint(encoders[0]) if encoders else None,
+            donor=None if donor is None else state_fingerprint(donor.state),
+            teacher=weights_fingerprint(teachers[0]) if teachers else None,
+        )
 
     def check(self, begun: Identity, config: TrainConfig, run: Path) -> None:
         """Raise UserError unless this is what the run was ``begun`` with; it names what differs."""
@@ -66,6 +84,12 @@ class Identity:
                 raise UserError(
                     f"{what} holds other {holds} than the run {run} was begun with; give those, or begin a new run"
                 )
+        for now, then, what in (
+            (self.donor, begun.donor, f"`init_from={config.init_from}`"),
+            (self.teacher, begun.teacher, f"`distill_from={config.distill_from}`"),
+        ):
+            if None not in (now, then) and now != then:
+                raise UserError(f"{what} holds other weights than the run {run} was begun with; give those")
 
 
 def _difference(then: list[str], now: list[str], most: int = 5) -> str:
@@ -102,6 +126,7 @@ def read_identity(run: Path) -> Identity | None:
         content, has_checksum = unsealed(path.read_bytes())
         if not has_checksum:
             raise ValueError
+        content = {name: content.get(name) for name in SINCE_BEGINNINGS} | content
         return Identity(**{field.name: content[field.name] for field in dataclasses.fields(Identity)})
     except FileNotFoundError:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +23,25 @@ class Objective(Protocol):
             batch: what :func:`~sit.training.loader.training_batches` yields, on the network's device.
         """
         ...
+
+
+def layers(objective: Objective) -> list[Objective]:
+    """An objective and all that it wraps, each the ``base`` of the one before."""
+    found = [objective]
+    while (base := getattr(found[-1], "base", None)) is not None:
+        found.append(base)
+    return found
+
+
+def at_step(objective: Objective, step: int) -> Objective:
+    """What is minimized at a step, counted from 1: additions that last ``until`` an earlier one are left out."""
+    base, until = getattr(objective, "base", None), getattr(objective, "until", None)
+    if base is None:
+        return objective
+    inside = at_step(base, step)
+    if until is not None and step > until:
+        return inside
+    return objective if inside is base else dataclasses.replace(objective, base=inside)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from sit.training.config import TrainConfig
+from sit.training.ema import trained_parameters
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW on all parameters, as published, with the config's settings."""
+    """AdamW on all parameters that are not frozen, as published, with the config's settings."""
     return torch.optim.AdamW(
-        network.parameters(),
+        trained_parameters(network),
         lr=config.learning_rate,
         betas=config.betas,
         weight_decay=config.weight_decay,

@@ -15,6 +15,7 @@ from sit.latents.cache import MANIFEST, Manifest, is_cache
 from sit.latents.vae import downsampling, empty_vae, latent_shape
 from sit.model import SiT, create_model
 from sit.training.config import TrainConfig
+from sit.training.frozen import freeze
 from sit.training.heldout import EIGHTHS, heldout_is_due
 from sit.training.posthoc_ema import snapshot_count
 from sit.utils.errors import UserError
@@ -50,10 +51,14 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
     shape, classes, images, assumed = describe_data(config)
     with naming(assumed), torch.device("meta"):
         network = create_model(config.model, **config.network_options(shape, classes))
+        patterns = [name for name in config.freeze if not name.startswith(SiT.PROJECTOR)]  # which is not here
+        frozen = set(freeze(network, patterns, config.train_only))
     parameters = sum(p.numel() for p in network.parameters())
+    trained = sum(p.numel() for name, p in network.named_parameters() if name not in frozen)
     forward = multiply_accumulates(network, shape)
     averages = len(config.posthoc_ema)
-    state = (20 + 4 * averages) * parameters  # weights, gradients, two moments and the averages, float32
+    # weights; of what is trained, gradients, two moments and the averages; float32
+    state = 4 * parameters + (16 + 4 * averages) * trained
     half = config.mixed_precision in ("bf16", "fp16")
     activations = saved_bytes(
         network, shape, micro_batch, half=half, gradient_checkpointing=config.gradient_checkpointing
@@ -63,7 +68,7 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
     rows = [
         ("network", f"{config.model}, mixer {config.mixer}"),
         ("positional table", "yes" if network.config.positional_embedding else "no"),
-        ("parameters", f"{parameters:,}"),
+        ("parameters", f"{parameters:,}" + (f", of which {trained:,} are trained" if frozen else "")),
         ("latent, tokens", f"{'x'.join(map(str, shape))}, {tokens}"),
         ("multiply-accumulates, forward", f"{forward / 1e9:.2f} G an image (matrix products and convolutions)"),
         ("multiply-accumulates, training", f"{3 * forward * shown / 1e18:.3g} E for the whole run"),
@@ -72,6 +77,8 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
         ("memory per GPU, state", f"{state / 2**30:.2f} GiB, not sharded (FSDP divides it by the GPUs)"),
         ("memory per GPU, activations", f"{activations / 2**30:.2f} GiB saved for the backward pass"),
     ]
+    if config.distill_from is not None:
+        rows.append(("not counted", f"the teacher {config.distill_from} of the first {config.distill_steps:,} steps"))
     if config.heldout != "none":
         evaluations = config.heldout_images * len(EIGHTHS)
         times = sum(heldout_is_due(config, step) for step in range(1, config.steps + 1))

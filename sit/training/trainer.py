@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -15,19 +15,22 @@ from accelerate.utils import ProjectConfiguration
 from torch import nn
 from tqdm import tqdm
 
+from sit.checkpoint.donor import Donor, inherited_by, read_donor, take
 from sit.checkpoint.find import find_checkpoints
 from sit.latents.datasets import Batch, TrainingData
-from sit.model import SiT, create_model
+from sit.model import MODELS, SiT, create_model
 from sit.training.checkpoints import prune_checkpoints, set_aside_later, write_checkpoint
 from sit.training.config import TrainConfig
 from sit.training.data import Opened, open_training_data
+from sit.training.distill import distill
 from sit.training.distributed import compile_for_training, is_ddp, set_up_fsdp2, set_up_processes
-from sit.training.ema import averaged_parameters, moving_average
+from sit.training.ema import averaged_parameters, moving_average, trained_parameters
+from sit.training.frozen import freeze
 from sit.training.heldout import heldout_is_due, make_heldout_loss
 from sit.training.identity import Identity, keep_identity
 from sit.training.loader import training_batches
 from sit.training.non_finite import NonFinitePolicy
-from sit.training.objective import Objective, TransportObjective
+from sit.training.objective import Objective, TransportObjective, at_step
 from sit.training.optimization import gradient_norm, make_optimizer
 from sit.training.posthoc_ema import PowerAverage, keep_lineage, snapshot_is_due, write_snapshot
 from sit.training.preview import save_preview
@@ -62,26 +65,30 @@ def train(config: TrainConfig) -> tuple[Path, bool]:
 
 def run(config: TrainConfig, start: Start, accelerator: Accelerator) -> Path:
     """All phases from the data to the last checkpoint; returns the run's folder."""
-    # Data.
+    # What it begins with, and the data.
+    donor = None if config.init_from is None or start.checkpoint is not None else read_donor(config.init_from)
     with accelerator.main_process_first():  # it may have to be downloaded
         opened = open_training_data(config, accelerator.device, progress=accelerator.is_main_process)
     data = opened.data
 
     # Network, objective and optimizer.
     transport = Transport(**config.transport_options())
-    network = make_network(config, data)
-    objective = make_objective(config, data, transport, network, accelerator)
+    network = make_network(config, data, donor, start)
+    if donor is not None:
+        accelerator.print(f"begun with {donor.place}: {take(network, donor, data.classes, config.transport_options())}")
+    objective = make_objective(config, data, transport, network, accelerator, first_step=start.step + 1)
+    freeze(network, config.freeze, config.train_only)
     heldout = make_heldout_loss(opened.heldout, transport, accelerator)
     prepare_forward(config, network, accelerator)
     model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
     network = accelerator.unwrap_model(model)
-    parameters, averaged = list(network.parameters()), averaged_parameters(network)
+    parameters, averaged = trained_parameters(network), averaged_parameters(network)
     ema = moving_average(averaged, config.ema_decay, config.ema_warmup)
     averages = {sigma: PowerAverage(averaged, sigma) for sigma in config.posthoc_ema}
     state = TrainingState(network, optimizer.optimizer, ema, accelerator.scaler, averages)
 
     # The run's folder, and what a checkpoint in it holds.
-    folder = open_folder(config, start, opened, objective, accelerator)
+    folder = open_folder(config, start, opened, accelerator, lambda: Identity.of(config, opened, objective, donor))
     if start.checkpoint is not None:
         state.load(start.checkpoint)
         accelerator.print(f"continuing from {start.checkpoint} after {start.step} steps")
@@ -117,7 +124,7 @@ def run(config: TrainConfig, start: Start, accelerator: Accelerator) -> Path:
 
             # Accumulate gradients.
             micro_batches = itertools.islice(batches, config.gradient_accumulation)
-            values, indices = accumulate_gradients(model, objective, micro_batches, accelerator)
+            values, indices = accumulate_gradients(model, at_step(objective, step), micro_batches, accelerator)
             accelerator.unscale_gradients(optimizer)
             norm = gradient_norm(parameters, config.max_grad_norm)
 
@@ -179,17 +186,36 @@ def run(config: TrainConfig, start: Start, accelerator: Accelerator) -> Path:
 # ---------------------------------------------------------------- before the loop
 
 
-def make_network(config: TrainConfig, data: TrainingData) -> SiT:
-    """The network with its initial values, which depend on the config's seed of the weights alone."""
+def make_network(config: TrainConfig, data: TrainingData, donor: Donor | None, start: Start) -> SiT:
+    """The network with its initial values, which depend on the config's seed of the weights alone.
+
+    What it inherits of a donor's configuration, a run that goes on has from its checkpoint.
+    """
     options = config.network_options(data.latent_shape, len(data.classes))
+    if start.checkpoint is not None:
+        options |= inherited_by(start.checkpoint)
+    elif donor is not None:
+        patch = MODELS[config.model]["patch_size"]
+        options |= donor.inherited((data.latent_shape[1] // patch, data.latent_shape[2] // patch))
     return create_model(config.model, config.seed_of("weights"), **options)
 
 
 def make_objective(
-    config: TrainConfig, data: TrainingData, transport: Transport, network: SiT, accelerator: Accelerator
+    config: TrainConfig,
+    data: TrainingData,
+    transport: Transport,
+    network: SiT,
+    accelerator: Accelerator,
+    *,
+    first_step: int,
 ) -> Objective:
-    """What is minimized; an objective that needs parameters of its own adds them to the network."""
-    objective = TransportObjective(transport, config.class_dropout, null_label=len(data.classes))
+    """What is minimized from ``first_step`` on; an objective with parameters of its own adds them to the network."""
+    objective: Objective = TransportObjective(transport, config.class_dropout, null_label=len(data.classes))
+    if config.distill_from is not None and first_step <= config.distill_steps:
+        objective = distill(
+            objective, network, config, transport=transport, classes=data.classes, device=accelerator.device,
+            autocast=accelerator.autocast,
+        )  # fmt: skip
     if config.repa is not None:
         objective = align(objective, network, config, device=accelerator.device, autocast=accelerator.autocast)
     return objective
@@ -200,14 +226,16 @@ def prepare_forward(config: TrainConfig, network: SiT, accelerator: Accelerator)
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     set_up_fsdp2(accelerator, network)
-    if should_compile(config.compile, accelerator.device, accelerator.print):
+    if config.distill_from is None and should_compile(config.compile, accelerator.device, accelerator.print):
         compile_for_training(network, is_ddp(accelerator))
 
 
 def open_folder(
-    config: TrainConfig, start: Start, opened: Opened, objective: Objective, accelerator: Accelerator
+    config: TrainConfig, start: Start, opened: Opened, accelerator: Accelerator, identify: Callable[[], Identity]
 ) -> Path:
     """Make the run's folder, or get it ready to go on from ``start``; and start the trackers. On every process.
+
+    ``identify`` tells what the run is trained on; the main process alone asks.
 
     Raises:
         UserError: on every process, if it can't be made, or the run was begun with something else.
@@ -215,7 +243,7 @@ def open_folder(
     shared: list[Path | UserError] = [Path()]
     if accelerator.is_main_process:
         try:
-            identity = Identity.of(config, opened, objective)
+            identity = identify()
             shared = [
                 make_run_folder(config, start.folder, opened.save_vae, lambda run: keep_identity(run, identity, config))
             ]

@@ -58,7 +58,7 @@ SIT = {
 """train.py, sample.py and sample_ddp.py of SiT and DiT, and REPA's"""
 
 DIFFUSERS = {
-    "pretrained-model-name-or-path": (_is("ckpt"), _is("resume")),
+    "pretrained-model-name-or-path": (_is("ckpt"), _is("init-from")),
     "pretrained-vae-model-name-or-path": (_is("vae"),),
     "train-data-dir": (_is("data"),),
     "dataset-name": (_is("data datasets:NAME"),),
@@ -119,6 +119,9 @@ TIMM = {
     "hflip": (_is("flip"),),
     "output": (_is("output-dir"), _is("out"), _is("save")),
     "experiment": (_is("output-dir"),),
+    "initial-checkpoint": (_is("init-from"),),
+    "pretrained": (_is("init-from", note="a checkpoint or its name"),),
+    "pretrained-path": (_is("init-from"),),
     "checkpoint-hist": (_is("keep-last"),),
     "log-interval": (_is("log-every"),),
     "recovery-interval": (_is("checkpoint-every"),),

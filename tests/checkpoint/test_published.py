@@ -301,6 +301,44 @@ def test_the_grid_is_told_from_the_table(grid):
     assert grid_of_table(torch.randn(1, 16, 32)) is None
 
 
+def test_two_rows_of_blocks_are_one(tmp_path):
+    """REPA's older files part the blocks after the aligned one; as its ``--legacy`` has it, the second row goes on."""
+    state = published_state(["attention"], depth=5, learn_sigma=False)
+    renamed = {}
+    for name, tensor in state.items():
+        head, _, tail = name.partition(".")
+        number, _, rest = tail.partition(".")
+        later = head == "blocks" and int(number) >= 3
+        renamed[f"decoder_blocks.{int(number) - 3}.{rest}" if later else name] = tensor
+    torch.save(renamed, tmp_path / "older.pt")
+    found = read_published(tmp_path / "older.pt", HINTS)
+    assert found.config["depth"] == 5 and found.config["time_reversed"] and found.layout == "repa"
+    assert found.state.keys() == state.keys()
+    assert all(torch.equal(found.state[name], state[name]) for name in state)
+    found.network()
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.model.", "model._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers(prefix, tmp_path):
+    state = published_state(["attention", "atconv"])
+    save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "wrapped.safetensors")
+    found = read_published(tmp_path / "wrapped.safetensors", HINTS)
+    assert found.state.keys() == state.keys() and found.network().config.mixer == "attention,atconv"
+    torch.save(state | {f"model.{name}": tensor for name, tensor in state.items()}, tmp_path / "both.pt")
+    with pytest.raises(UserError, match="both.pt has .* twice, with and without the prefix"):
+        read_published(tmp_path / "both.pt", HINTS)
+
+
+def test_a_bare_file_of_one_class(tmp_path):
+    """FFHQ's networks have one class and no null class: nothing about classes is asked or blamed."""
+    torch.save(published_state(["atconv"], rows=1), tmp_path / "ffhq.pt")
+    found = read_published(tmp_path / "ffhq.pt", HINTS).network().config
+    assert (found.num_classes, found.null_class) == (1, False)
+    with pytest.raises(UserError) as caught:
+        read_published(tmp_path / "ffhq.pt").network()
+    assert "`image_size`" in str(caught.value) and "num_classes" not in str(caught.value)
+
+
 def test_sizes_are_told_from_shapes(tmp_path):
     state = published_state(["attention"], grid=(2, 6), patch=4, channels=3, learn_sigma=False, rows=4, depth=3)
     torch.save(state, tmp_path / "x.pt")

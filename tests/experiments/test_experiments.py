@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import importlib
 import json
@@ -23,7 +24,9 @@ from sit.utils.errors import UserError
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
 OTHER_FOLDERS = {"benchmarks", "scripts", "tests"}
-attnet_fashion, digits_table = map(importlib.import_module, ("attnet_fashion", "digits_table"))
+attnet_fashion, digits_table, transplant = map(
+    importlib.import_module, ("attnet_fashion", "digits_table", "transplant")
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,8 @@ def test_attnet_on_fashion(fashion, tmp_path, capsys):
     [
         (attnet_fashion, {"models": ("Perceptron",)}, "`models=Perceptron`: choose among AttNet, ConvNeXt, ResNet"),
         (attnet_fashion, {"epochs": 0}, "`epochs` must be at least 1, not 0"),
+        (transplant, {"seeds": 0}, "`seeds` must be at least 1, not 0"),
+        (transplant, {"shares": (0.5, 1.5)}, "`shares`: each must be above 0 and at most 1"),
         (attnet_fashion, {"limit": 5}, "`limit=5` must be at least the batch size of 128"),
     ],
 )
@@ -86,7 +91,44 @@ def test_interval_of_the_mean():
     assert attnet_fashion.summary("ResNet", results[:1])["interval"] is None
 
 
-@pytest.mark.parametrize("name", ["attnet_fashion", "digits_table"])
+def test_transplants_of_fashion(fashion, tmp_path, capsys, monkeypatch):
+    """One step of each; then nothing is trained, and the table is that of the runs' own measurements."""
+    arguments = transplant.Arguments(
+        data=str(fashion), out=tmp_path / "runs", json=tmp_path / "found.json", seeds=1, steps=2, shares=(0.5,),
+        image_size=8, batch_size=4, heldout_images=2,
+    )  # fmt: skip
+    transplant.run(arguments)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {"machine", "date", "command", "losses", "needed"} <= set(found)
+    runs = tmp_path / "runs" / "seed0"
+    measured = {
+        place.name: [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()][-1]
+        for place in runs.iterdir()
+    }
+    losses = {name: row["heldout_loss"] for name, row in measured.items()}
+    assert {name: row["step"] for name, row in measured.items()} == {
+        "donor": 2, "scratch": 2, "transplant-0.5": 1, "transplant-distilled-0.5": 1
+    }  # fmt: skip
+    assert found["losses"]["0"] == {
+        "donor": losses["donor"], "scratch": losses["scratch"], "transplant": {"0.5": losses["transplant-0.5"]},
+        "transplant, distilled": {"0.5": losses["transplant-distilled-0.5"]},
+    }  # fmt: skip
+    own = [json.loads((runs / name / "identity.json").read_text()) for name in losses if name.startswith("transplant")]
+    assert all(each["donor"] for each in own) and sum(each["teacher"] is not None for each in own) == 1
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(transplant, "train", None)  # called, it would fail
+    transplant.run(arguments)
+    assert capsys.readouterr().out.splitlines()[-4:] == printed.splitlines()[-4:]
+    with pytest.raises(UserError, match="donor was made with batch_size 4, not 8; choose another `out`"):
+        transplant.run(dataclasses.replace(arguments, batch_size=8))
+
+
+def test_the_share_that_a_transplant_needs():
+    losses = {"0.1": 0.9, "0.2": 0.5, "0.3": 0.6, "0.5": 0.4}
+    assert [transplant.share_needed(losses, target) for target in (0.5, 0.45, 0.3)] == [0.2, 0.5, None]
+
+
+@pytest.mark.parametrize("name", ["attnet_fashion", "digits_table", "transplant"])
 def test_every_experiment_runs_by_its_path(name, monkeypatch, capsys):
     """With its own folder alone beside the packages, as ``python experiments/NAME.py`` has it."""
     monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).name not in OTHER_FOLDERS])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import formulas
@@ -404,6 +406,41 @@ def test_the_bounds_of_the_guided_interval_belong_to_it(interval, guided):
     assert found == [(t, 4 if t in guided else 2) for t in (0.0, 0.25, 0.5, 0.75)]
 
 
+def guided_steps(config: SamplerConfig) -> list[bool]:
+    """Of each network evaluation, whether it was guided."""
+    sizes = []
+
+    def watched(x, t, y):
+        sizes.append(len(x))
+        return x
+
+    watched.null_label = 5
+    sample(watched, Transport(), torch.zeros(1, 1, 1, 1), torch.tensor([1]), config)
+    return [size == 2 for size in sizes]
+
+
+@pytest.mark.parametrize("steps", [10, 50, 250])
+def test_a_bound_on_the_time_grid_is_where_exact_fractions_have_it(steps):
+    """Bounds in tenths, on grids whose times no floating-point number has: compared as fractions."""
+    tenths = [Fraction(n, 10) for n in range(11)]
+    for low, high in ((a, b) for a in tenths[::3] for b in tenths if a <= b):
+        interval = (float(low), float(high))
+        ode = [low <= 1 - Fraction(k, steps) <= high for k in range(steps)]
+        assert guided_steps(SamplerConfig("ode", steps, "euler", cfg_scale=2.0, cfg_interval=interval)) == ode, interval
+        levels = [1 - Fraction(96, 100) * k / (steps - 1) for k in range(steps)]  # the last step is from 0.04
+        sde = [low <= level <= high for level in levels]
+        assert guided_steps(SamplerConfig(steps=steps, cfg_scale=2.0, cfg_interval=interval)) == sde, interval
+    at_last = SamplerConfig(steps=steps, cfg_scale=2.0, cfg_interval=(0.0, 0.04))
+    assert guided_steps(at_last) == [False] * (steps - 1) + [True]
+
+
+def test_an_upper_bound_above_one_is_always():
+    """As REPA's ``--guidance-high 3.0``."""
+    always = SamplerConfig(cfg_scale=2.0, cfg_interval=(0.2, 3.0))
+    assert always == SamplerConfig(cfg_scale=2.0, cfg_interval=(0.2, 1.0))
+    assert guided_steps(dataclasses.replace(always, steps=7, cfg_interval=(0, 3.0))) == [True] * 7
+
+
 def test_guidance_needs_a_null_class():
     model = SiT(4, 2, 4, 16, 1, 2, num_classes=3, null_class=False)
     with pytest.raises(UserError, match="no null class"):
@@ -559,7 +596,9 @@ def test_keyed_noise():
         (dict(cfg_scale=-1.0), "`cfg_scale`"),
         (dict(cfg_channels=-1), "`cfg_channels`"),
         (dict(cfg_interval=(0.6, 0.3)), "`cfg_interval=0.6 0.3`"),
-        (dict(cfg_interval=(0.0, 1.2)), "`cfg_interval=0.0 1.2`"),
+        (dict(cfg_interval=(1.1, 1.2)), "`cfg_interval=1.1 1.2`"),
+        (dict(cfg_interval=(0.0, math.inf)), "`cfg_interval=0.0 inf`"),
+        (dict(cfg_interval=(0.0, math.nan)), "`cfg_interval=0.0 nan`"),
     ],
 )
 def test_mistakes(arguments, message):

@@ -80,6 +80,12 @@ FIXED = dict(
     seed_order=2,
     seed_noise=2,
     heldout="auto",
+    init_from="a/run",
+    freeze=("x_embedder.*",),
+    train_only=("blocks.*",),
+    distill_from="a/run",
+    distill_steps=10,
+    distill_weight=0.5,
     repa="an/encoder",
     repa_weight=0.25,
     repa_block=4,
@@ -118,11 +124,16 @@ FREE = dict(
 """The settings that may be another when a run goes on."""
 
 
+BESIDE = dict(distill_from="another/run", distill_steps=5)
+"""settings that can't be without each other"""
+
+
 @pytest.mark.parametrize("name", FIXED)
 def test_what_a_run_keeps_to_its_end(tmp_path, name):
-    (tmp_path / "config.yaml").write_text(TrainConfig().to_yaml())
+    begun = TrainConfig(**BESIDE if name in BESIDE else {})
+    (tmp_path / "config.yaml").write_text(begun.to_yaml())
     with pytest.raises(UserError, match=f"`{name}=.*` can't continue the run .* begun with "):
-        check_same_run(dataclasses.replace(TrainConfig(), **{name: FIXED[name]}), tmp_path)
+        check_same_run(dataclasses.replace(begun, **{name: FIXED[name]}), tmp_path)
 
 
 def test_a_share_is_the_same_from_a_recipe_and_from_the_command_line(tmp_path):

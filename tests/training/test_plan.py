@@ -138,3 +138,15 @@ def test_a_dry_run_starts_nothing(tmp_path, monkeypatch, capsys):
     main()
     assert "SiT-XS/2, mixer atconv" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_frozen_parameters_need_no_gradients_moments_or_averages():
+    """4 bytes of a frozen float32 weight; 20 of one that is trained, and 4 more for each average kept besides."""
+    config = replace(load_recipe("digits"), model="SiT-B/4")
+    table = plan(replace(config, train_only=("blocks.*.attn.*",), posthoc_ema=(0.1,)), 1, None)
+    with torch.device("meta"):
+        network = create_model(config.model, **config.network_options((4, 8, 8), 10))
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    trained, whole = sum(n for name, n in sizes.items() if ".attn." in name), sum(sizes.values())
+    assert f"{whole:,}, of which {trained:,} are trained" in table
+    assert f"{(4 * whole + 20 * trained) / 2**30:.2f} GiB, not sharded" in table

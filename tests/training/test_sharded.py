@@ -26,7 +26,8 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from sit.model import SiT
-from sit.training.ema import ema_weights
+from sit.training.ema import averaged_parameters, ema_weights, trained_parameters
+from sit.training.frozen import freeze
 from sit.training.posthoc_ema import PowerAverage
 from sit.training.state import TrainingState
 
@@ -38,14 +39,17 @@ torch.manual_seed(0)
 network = SiT(8, hidden_size=32, depth=2, num_heads=2, num_classes=5, mixer="attention,atconv")
 for parameter in network.parameters():
     parameter.data.normal_(std=0.1)
+frozen = freeze(network, ["x_embedder.*", "blocks.1.mlp.*"], ())
+start = {name: parameter.detach().clone() for name, parameter in network.named_parameters() if name in frozen}
 if world > 1:
     mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
     for number, block in enumerate(network.blocks):
         fully_shard(block, mesh=mesh, reshard_after_forward=number > 0)
     fully_shard(network, mesh=mesh)  # as Accelerate does it: torch leaves the root whole after a forward pass
-optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, eps=1e-3)  # a key bias has only rounding as gradient
-ema = EMAModel(network.parameters(), decay=0.9, foreach=True)
-averages = {sigma: PowerAverage(network.parameters(), sigma) for sigma in (0.05, 0.1)}
+averaged = averaged_parameters(network)
+optimizer = torch.optim.AdamW(trained_parameters(network), lr=1e-2, eps=1e-3)  # of a key bias only rounding
+ema = EMAModel(averaged, decay=0.9, foreach=True)
+averages = {sigma: PowerAverage(averaged, sigma) for sigma in (0.05, 0.1)}
 state = TrainingState(network, optimizer, ema, averages=averages)
 
 def steps(first, last):
@@ -56,7 +60,7 @@ def steps(first, last):
         network(x[mine], t[mine], y[mine]).square().mean().backward()
         optimizer.step()
         for average in (ema, *averages.values()):
-            average.step(network.parameters())
+            average.step(averaged)
         optimizer.zero_grad()
 
 def preview():
@@ -65,12 +69,13 @@ def preview():
         return network(torch.randn(4, 4, 8, 8, generator=g), torch.rand(4, generator=g), torch.arange(4))
 
 def save(name):
-    averaged, raw, optim = state.gather()
+    whole, raw, optim = state.gather()
     kept = state.gather_averages()
     if rank == 0:
+        assert all(torch.equal(weights[name], value) for name, value in start.items() for weights in (whole, raw))
         place = folder / name
         (place / "transformer").mkdir(parents=True)
-        save_file(averaged, place / "transformer" / "diffusion_pytorch_model.safetensors")
+        save_file(whole, place / "transformer" / "diffusion_pytorch_model.safetensors")
         state.save(place / "training", raw, optim, kept)
     dist.barrier()
 
