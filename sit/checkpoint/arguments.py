@@ -35,3 +35,17 @@ class Inspect:
     path: tyro.conf.Positional[Path]
     """any weights file, checkpoint or run"""
     hints: Annotated[Hints, tyro.conf.arg(name="")] = field(default_factory=Hints)
+
+
+@dataclass
+class ConvertVAE:
+    """Write a published autoencoder in latent diffusion's layout, such as VA-VAE's f16d32, as a VAE's folder."""
+
+    source: tyro.conf.Positional[Path]
+    """a .pt, .ckpt or .safetensors file with encoder.down.…, decoder.up.…"""
+    target: tyro.conf.Positional[Path]
+    """folder to write; must not exist"""
+    latents_stats: Path | None = None
+    """a file with the mean and std of each channel, as LightningDiT's latents_stats.pt; they go into the config"""
+    scaling_factor: float = 1.0
+    """what latents are multiplied by, beside the statistics; 0.18215 for Stable Diffusion's"""

@@ -37,9 +37,6 @@ from sit.utils.files import atomic_folder
 from sit.utils.reading import read_json
 from sit.version import __version__
 
-VAE_CLASSES = {"AutoencoderKL": ["diffusers", "AutoencoderKL"], "PixelCodec": ["sit", "PixelCodec"]}
-"""the class that a VAE's config names → where diffusers finds it"""
-
 
 def save_checkpoint(
     folder: str | Path,
@@ -131,13 +128,16 @@ def _put_vae(place: Path, source: str | Path | Callable[[Path], object] | None) 
 def _model_index(place: Path, vae_name: str | None, info: CheckpointInfo) -> dict[str, Any]:
     import diffusers
 
-    vae = read_json(place / "vae" / "config.json") if (place / "vae").is_dir() else None
+    found: list[str | None] = [None, None]
+    if (place / "vae").is_dir():
+        name = read_json(place / "vae" / "config.json").get("_class_name", "AutoencoderKL")
+        found = ["sit" if name == "PixelCodec" else "diffusers", name]
     return {
         "_class_name": "SiTPipeline",
         "_diffusers_version": diffusers.__version__,
         "transformer": ["sit", "SiT"],
         "transport": ["sit", "Transport"],
-        "vae": [None, None] if vae is None else VAE_CLASSES.get(vae.get("_class_name"), VAE_CLASSES["AutoencoderKL"]),
+        "vae": found,
         "vae_name": vae_name,
         "id2label": {str(label): name for label, name in enumerate(info.label_names)} or None,
     }

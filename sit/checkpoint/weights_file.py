@@ -79,6 +79,20 @@ def read_weights(path: Path, prefer: Literal["ema", "model"] = "ema") -> Weights
     raise UserError(f"{path} is neither a state dict nor a training checkpoint; it holds {found}")
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file by name, whatever they are of: a bare state dict, or one under ``state_dict`` or ``model``.
+
+    Raises:
+        UserError: the file can't be read, is cut off, would need code of its own to run, or has no such tensors.
+    """
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if isinstance(content, dict):
+        for state in (content, *(content.get(name) for name in CONTAINERS["model"])):
+            if _is_state(state):
+                return dict(state)
+    raise UserError(f"{path} holds no tensors by name")
+
+
 def _is_state(content: Any) -> bool:
     return (
         isinstance(content, dict)

@@ -5,15 +5,22 @@
 =============================  ================================================================================
 ``digits``                     the embedded 1,797 handwritten digits; ``digits:train`` and ``digits:heldout`` are
                                the parts of :func:`~sit.data.digits.digits_split`
-``<folder>``                   a folder with one subfolder a class; a folder around these is looked through
+``<folder>``                   a folder with one subfolder a class; a folder around these is looked through. Images
+                               alone, without subfolders, are one class
+``flat:<folder>``              all images below a folder, at any depth, as one class (FFHQ)
 ``<file>.tar``                 ImageNet's ``ILSVRC2012_img_train.tar`` as downloaded (a tar of one tar a class), or
                                a tar with one folder a class; read in place, nothing is unpacked
 ``<folder of .tar files>``     one tar a class
+``webdataset:<shards>``        WebDataset: a folder of shards, one shard, or a pattern such as ``a-{000..012}.tar``,
+                               which needs no ``webdataset:``; labels in ``.cls`` or ``.json``
+``lmdb:<path>``                an LMDB of encoded images, one class, as FFHQ's; ``@256`` may follow, the side in its
+                               keys; needs the ``lmdb`` library
 ``fashion-mnist:<folder>``     torchvision's FashionMNIST; ``fashion-mnist-test:`` for its test part
 ``cifar10:<folder>``           torchvision's CIFAR-10; ``cifar10-test:``
 ``imagenet:<folder>``          torchvision's ImageNet, unpacked (``train/`` and the devkit); ``imagenet-val:``
 ``datasets:<folder or name>``  a set of the ``datasets`` library, saved to disk or on the Hub; ``@split`` may follow,
                                ``train`` if not; needs a column of images and one of class labels
+``<file>.parquet``             the same set in Parquet files, as the Hub keeps them; ``*`` stands for several
 =============================  ================================================================================
 """
 
@@ -29,8 +36,10 @@ from sit.data.dataset import ImageData, Source
 from sit.data.digits import Digits
 from sit.data.folder import FolderSource
 from sit.data.hub import HubSource
+from sit.data.lmdb import LmdbSource
 from sit.data.tar import TarSource, is_tar
 from sit.data.torchvision import TORCHVISION, TorchvisionSource
+from sit.data.webdataset import WebDatasetSource
 from sit.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +48,9 @@ KINDS: dict[str, Callable[[str], Source]] = {
     "digits": Digits,
     **{kind: functools.partial(TorchvisionSource, kind) for kind in TORCHVISION},
     "datasets": HubSource,
+    "flat": functools.partial(FolderSource, flat=True),
+    "webdataset": WebDatasetSource,
+    "lmdb": LmdbSource,
 }
 """What stands before the colon → the source of what stands behind it."""
 
@@ -79,4 +91,8 @@ def _source(spec: str) -> Source:
     kind, _, rest = spec.partition(":")
     if kind == "digits" or (rest and kind in KINDS and not Path(spec).exists()):
         return KINDS[kind](rest)
+    if spec.partition("@")[0].endswith(".parquet"):
+        return HubSource(spec)
+    if spec.endswith(".tar") and "{" in spec and not Path(spec).exists():
+        return WebDatasetSource(spec)
     return TarSource(spec) if is_tar(spec) else FolderSource(spec)

@@ -1,4 +1,4 @@
-"""Folders of image files, one subfolder a class."""
+"""Folders of image files, one subfolder a class, or all of one class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from sit.data.classes import check_class_names, wrapping_folders
 from sit.data.dataset import hash_contents, hash_names
-from sit.data.reading import EXTENSIONS, image_files
+from sit.data.reading import EXTENSIONS, ONE_CLASS, image_files
 from sit.utils.errors import UserError
 
 
@@ -40,7 +40,12 @@ def has_classes(folder: Path) -> bool:
 class FolderSource:
     """A folder with one subfolder a class, sorted by name as torchvision's ``ImageFolder``; images at any depth.
 
-    A folder around the class folders is looked through (:func:`sit.data.classes.wrapping_folders`).
+    A folder around the class folders is looked through (:func:`sit.data.classes.wrapping_folders`). A folder of images
+    without subfolders is one class.
+
+    Args:
+        folder: where.
+        flat: take all images below it, at any depth, as one class: FFHQ lies in folders of a thousand each.
 
     Raises:
         UserError: there is no such folder, it can't be read, a class has no images or a name that is not UTF-8, or it
@@ -50,30 +55,31 @@ class FolderSource:
     native_size = 256
     test_set = None
 
-    def __init__(self, folder: str) -> None:
-        self.name = folder
+    def __init__(self, folder: str, flat: bool = False) -> None:
+        self.name = f"flat:{folder}" if flat else folder
         self.root, self._real_root = Path(folder), os.path.realpath(folder)
         if not self.root.exists():
-            raise UserError(f"`data={folder}`: no such folder (the embedded data is named digits)")
+            raise UserError(f"`data={self.name}`: no such folder (the embedded data is named digits)")
         if not self.root.is_dir():
-            raise UserError(f"`data={folder}` is a file; give a folder with one subfolder a class")
+            raise UserError(f"`data={self.name}` is a file; give a folder with one subfolder a class")
         if (self.root / "manifest.json").is_file():
-            raise UserError(f"`data={folder}` is a latent cache; images are needed here")
+            raise UserError(f"`data={self.name}` is a latent cache; images are needed here")
         try:
             self.classes, files = _classes_and_files(self.root)
-            if prefix := wrapping_folders((path for inside in files for path in inside), folder):
+            if flat or not self.classes:
+                self.classes, files = [ONE_CLASS], [image_files(self.root)]
+            elif prefix := wrapping_folders((path for inside in files for path in inside), self.name):
                 self.root /= os.fsdecode(prefix)
                 self.classes, files = _classes_and_files(self.root)
         except OSError as error:
-            raise UserError(f"`data={folder}` can't be read: {error.strerror}: {error.filename}") from error
-        if not self.classes:
-            raise UserError(f"`data={folder}` has no subfolders; put the images of each class into one subfolder")
+            raise UserError(f"`data={self.name}` can't be read: {error.strerror}: {error.filename}") from error
         if not any(files):
-            raise UserError(f"`data={folder}` has no images in its subfolders ({', '.join(EXTENSIONS)} are looked for)")
+            where = "in it" if self.classes == [ONE_CLASS] else "in its subfolders"
+            raise UserError(f"`data={self.name}` has no images {where} ({', '.join(EXTENSIONS)} are looked for)")
         for name, inside in zip(self.classes, files, strict=True):
             if not inside:
-                raise UserError(f"`data={folder}`: class subfolder {name} has no images; fill it or remove it")
-        check_class_names(self.classes, folder)
+                raise UserError(f"`data={self.name}`: class subfolder {name} has no images; fill it or remove it")
+        check_class_names(self.classes, self.name)
         self.labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(inside) for inside in files])
         # one array, not a million str objects: forked workers would copy those page by page as they count references
         self.paths = np.array([path for inside in files for path in inside], dtype=np.bytes_)

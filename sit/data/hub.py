@@ -1,4 +1,4 @@
-"""Data sets of the ``datasets`` library, saved to disk or on the Hugging Face Hub."""
+"""Data sets of the ``datasets`` library, saved to disk, in Parquet files as the Hub has them, or on the Hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class HubSource:
     """A set of the ``datasets`` library with one column of images and one of class labels.
 
     Args:
-        name: a folder that ``save_to_disk`` wrote, or a name on the Hub; ``@split`` may follow, else ``train``.
+        name: a folder that ``save_to_disk`` wrote, Parquet files (``a.parquet``, or a pattern such as
+            ``data/train-*.parquet``), or a name on the Hub; ``@split`` may follow, else ``train``.
 
     Raises:
         UserError: the library is not installed, or there is no such set, split or pair of columns.
@@ -46,6 +47,8 @@ class HubSource:
                 if isinstance(data, datasets.DatasetDict):
                     splits, data = data.keys(), data[split or "train"]
                 self._identity = self._place = data._fingerprint  # kept in the folder, so that this may be moved
+            elif where.endswith(".parquet"):
+                data = datasets.load_dataset("parquet", data_files=where, split=split or "train")
             else:
                 data = datasets.load_dataset(where, split=split or "train")
                 splits = data.info.splits or ()

@@ -14,6 +14,9 @@ from sit.utils.errors import UserError, first_line
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 """Endings of the files, in folders and tars, that are taken for images."""
 
+ONE_CLASS = "images"
+"""the class of images that have none"""
+
 
 class BadImage(UserError):
     """An image that can't be read. Survives DataLoader workers, which wrap the message in a traceback's text."""

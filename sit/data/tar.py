@@ -49,6 +49,8 @@ class TarSource:
         for number, file in enumerate(self.files):
             try:
                 with tarfile.open(file, "r:") as archive:
+                    if any(member.name.endswith(".cls") for member in files_in(archive)):
+                        raise UserError(f"`data={path}` holds WebDataset shards ({file}): give webdataset:{path}")
                     images = _images(archive) if one else _images_of_class(archive, file.stem)
                     found += [(*image[:2], number, *image[2:]) for image in images]
             except tarfile.TarError as error:
@@ -58,7 +60,10 @@ class TarSource:
             except OSError as error:
                 raise UserError(f"`data={path}`: {file} can't be read: {error.strerror}") from error
         if not found:
-            raise UserError(f"`data={path}`: no images in class folders or class tars inside; is it the right file?")
+            raise UserError(
+                f"`data={path}`: no images in class folders or class tars inside; are these WebDataset shards, give "
+                f"webdataset:{path}"
+            )
         if prefix := wrapping_folders((image[1] for image in found), path):
             inside = [(image[1][len(prefix) :], *image[2:]) for image in found]
             found = [(os.fsdecode(name.partition(b"/")[0]), name, *place) for name, *place in inside]
@@ -101,12 +106,12 @@ class TarSource:
 
 def _images(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes, int, int]]:
     """(class, name, offset, size in bytes) of the images in a tar's class folders and in the class tars inside it."""
-    for member in _files(archive):
+    for member in files_in(archive):
         folder = member.name.rpartition("/")[0]
         if member.name.lower().endswith(".tar"):
             class_name = os.path.basename(member.name)[: -len(".tar")]
             with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
-                for image in _files(inner, EXTENSIONS):
+                for image in files_in(inner, EXTENSIONS):
                     name = f"{class_name}/{os.path.basename(image.name)}"
                     yield class_name, os.fsencode(name), member.offset_data + image.offset_data, image.size
         elif folder and member.name.lower().endswith(EXTENSIONS):
@@ -115,11 +120,11 @@ def _images(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes, int, int]]:
 
 def _images_of_class(archive: tarfile.TarFile, class_name: str) -> Iterator[tuple[str, bytes, int, int]]:
     """As :func:`_images`, of a tar that holds one class."""
-    for image in _files(archive, EXTENSIONS):
+    for image in files_in(archive, EXTENSIONS):
         yield class_name, os.fsencode(f"{class_name}/{image.name}"), image.offset_data, image.size
 
 
-def _files(archive: tarfile.TarFile, endings: tuple[str, ...] = ("",)) -> Iterator[tarfile.TarInfo]:
+def files_in(archive: tarfile.TarFile, endings: tuple[str, ...] = ("",)) -> Iterator[tarfile.TarInfo]:
     """The files of a tar with one of the ``endings``, hidden ones left out, their names without a leading ``./``.
 
     Raises:

@@ -84,6 +84,10 @@ class Manifest:
     """CRC-32 of the entries of so many images after each other"""
     labels_checksum: int = 0
     """CRC-32 of the labels, as little-endian int64"""
+    vae_class: str = ""
+    """diffusers' class of the VAE"""
+    spread: float = 0.0
+    """standard deviation of the scaled latents, measured on some of them; 0 where it was not"""
     format: int = FORMAT
 
     @classmethod
@@ -101,6 +105,7 @@ class Manifest:
             vae_fingerprint=vae_fingerprint(vae), precision=str(vae.dtype).removeprefix("torch."),
             scaling_factor=scale, shift_factor=shift, downsampling=downsampling(vae),
             latent_shape=latent_shape(vae, images.image_size), shard_size=shard_size, contents=images.contents(),
+            vae_class=type(vae).__name__,
         )  # fmt: skip
 
     @classmethod

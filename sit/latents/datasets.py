@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from sit.data.dataset import ImageData, hash_names
+from sit.latents.spread import note_spread, spread
 from sit.latents.vae import PerChannel, broadcast, encode_images, latent_shape, sample_posterior, scaling
 from sit.utils.errors import UserError
 
@@ -153,6 +154,7 @@ class PixelData:
         self.name, self.classes, self.labels = images.name, images.classes, images.labels
         self.latent_shape = latent_shape(vae, images.image_size)
         self.vae: AutoencoderKL | None = vae
+        self._measured = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -174,6 +176,9 @@ class PixelData:
     def finish(self, batch: Batch) -> Batch:
         images, noise = batch["images"], batch.pop("posterior_noise").to(self.vae.device)
         mean, std = encode_images(self.vae, images, self.batch_size)
+        if not self._measured:
+            self._measured = True
+            note_spread(self.name, spread(torch.stack([mean, std], dim=1), scaling(self.vae.config)))
         if not self.keep_images:
             del batch["images"]
         return batch | {"latents": sample_posterior(mean, std, noise, self.vae.config)}

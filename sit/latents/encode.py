@@ -37,6 +37,7 @@ from sit.latents.cache import (
     checksum_of_labels,
     in_todays_words,
 )
+from sit.latents.spread import evenly_spaced, note_spread, spread
 from sit.latents.vae import broadcast, encode_images, load_vae
 from sit.utils.checksums import sealed, unsealed
 from sit.utils.device import process_state
@@ -106,8 +107,8 @@ def _encode(config: Encode, state: PartialState, stop_after: int | None) -> Path
     return config.out
 
 
-NOT_ASKED_FOR = ("data", "vae", "rows_per_checksum", "checksums", "labels_checksum")
-"""the first two may have been moved, and the others are found out by the encoding"""
+NOT_ASKED_FOR = ("data", "vae", "rows_per_checksum", "checksums", "labels_checksum", "vae_class", "spread")
+"""the first two may have been moved, the fingerprint covers the class, and the others are found out by the encoding"""
 
 
 def _resumable(out: Path, manifest: Manifest, plan: dict[str, object]) -> bool:
@@ -316,9 +317,19 @@ def _finish(out: Path, manifest: Manifest, images: ImageData, chunk: int) -> Non
     )
     with atomic_write(out / "labels.npy") as temporary, open(temporary, "wb") as file:
         np.save(file, labels)
+    whole = replace(whole, spread=_spread(out, whole))
     with atomic_write(out / MANIFEST) as temporary:
         temporary.write_text(whole.text())
     _clear_journals(out)
+
+
+def _spread(out: Path, manifest: Manifest) -> float:
+    """Of some entries on the disk, not flipped; noted where it is far from one."""
+    shards = [np.load(out / name, mmap_mode="r") for name, _ in manifest.shards()]
+    entries = [shards[at // manifest.shard_size][at % manifest.shard_size, 0] for at in evenly_spaced(manifest.count)]
+    measured = spread(torch.from_numpy(np.stack(entries)), (manifest.shift_factor, manifest.scaling_factor))
+    note_spread(str(out), measured)
+    return measured
 
 
 def _clear_journals(out: Path) -> None:

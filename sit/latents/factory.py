@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from diffusers import AutoencoderKL
 
 from sit.data.dataset import ImageData
 from sit.data.factory import announce, open_images
 from sit.latents.cache import CachedLatents, is_cache
 from sit.latents.datasets import PixelData, TrainingData, encode_in_memory
+from sit.latents.spread import evenly_spaced, note_spread, spread
 from sit.utils.errors import UserError
 
 MEMORY_LIMIT = 20_000
@@ -44,8 +47,13 @@ def open_latents(
         cache = CachedLatents(spec, flip)
         cache.check(vae, vae_name, image_size)
         announce(spec, len(cache), len(cache.classes))
+        some = evenly_spaced(len(cache))
+        moments = torch.from_numpy(cache.moments(some, np.zeros(len(some), dtype=bool)))
+        note_spread(spec, spread(moments, cache.scaling))
         return cache
     images = open_images(spec, image_size) if isinstance(spec, str) else spec
     if keep_images or len(images) > MEMORY_LIMIT:
         return PixelData(images, vae, flip, keep_images=keep_images)
-    return encode_in_memory(images, vae, flip, progress=progress)
+    data = encode_in_memory(images, vae, flip, progress=progress)
+    note_spread(data.name, spread(data.moments[evenly_spaced(len(data)), 0], data.scaling))
+    return data

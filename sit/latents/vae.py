@@ -1,4 +1,7 @@
-"""The way between pixels and latents: diffusers' AutoencoderKL, its posterior, and its scaling.
+"""The way between pixels and latents: one of diffusers' autoencoders, its posterior, and its scaling.
+
+``AutoencoderKL`` in annotations stands for all of them (:mod:`sit.latents.autoencoders`) and for
+:class:`~sit.latents.pixels.PixelCodec`.
 
 Latents everywhere in the project are *scaled*: (z − shift) · scaling_factor with the numbers of the VAE's config, so
 that their standard deviation is about one (latent diffusion, arXiv 2112.10752, section G). A config with
@@ -12,7 +15,6 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,21 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 
-from sit.latents.pixels import PixelCodec, is_pixels, pixel_codec
+from sit.latents.autoencoders import (
+    check_sizes,
+    check_takes_images,
+    codec_class,
+    downsampling,
+    posterior,
+    with_defaults,
+)
+from sit.latents.pixels import is_pixels, pixel_codec
 from sit.utils.errors import UserError, first_line
 
 PerChannel = float | tuple[float, ...]
 """One number for all channels of a latent, or one for each."""
 
-MOST_LAYERS = 64
-"""layers of a VAE's block, and blocks, that a config may name"""
-
-_DEFAULTS = {name: parameter.default for name, parameter in signature(AutoencoderKL.__init__).parameters.items()}
-
 DIGITS_VAE = Path(__file__).parents[1] / "assets" / "digits-vae"
-CODECS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "PixelCodec": PixelCodec}
-"""what a VAE's folder may hold, by the class that its config names"""
 
 
 class NotFinite(UserError):
@@ -87,7 +90,9 @@ def empty_vae(name: str | Path | None) -> AutoencoderKL | None:
         return None
     with _explained(name, "is the folder whole?"), torch.device("meta"):
         config = _load_config(str(folder), name, {"local_files_only": True})
-        return _codec_class(config).from_config(config)
+        vae = codec_class(config).from_config(config)
+        check_takes_images(vae)
+        return vae
 
 
 def _folder(name: str | Path | None) -> Path:
@@ -115,17 +120,13 @@ def _explained(name: object, mend: str) -> Iterator[None]:
 
 def _load_config(source: str, name: object, options: dict[str, Any]) -> dict[str, Any]:
     config = AutoencoderKL.load_config(source, **options)
-    if config.get("_class_name", "AutoencoderKL") not in CODECS:
-        raise UserError(f"`vae={name}` is a {config['_class_name']}, not an AutoencoderKL; give a VAE's folder")
-    channels, layers = config.get("block_out_channels", (64,)), config.get("layers_per_block", 1)
-    if not 1 <= len(channels) <= MOST_LAYERS or not 0 <= layers <= MOST_LAYERS:
-        raise ValueError(f"{len(channels)} blocks of {layers} layers")
-    scaling(_DEFAULTS | config)  # older configs, as Stable Diffusion's, leave out what is the default
+    try:
+        codec_class(config)
+    except ValueError as error:
+        raise UserError(f"`vae={name}`: {error}; give a VAE's folder") from error
+    check_sizes(config)
+    scaling(with_defaults(config))
     return config
-
-
-def _codec_class(config: Mapping[str, Any]) -> type:
-    return CODECS[config.get("_class_name", "AutoencoderKL")]
 
 
 def is_on_hub(name: str | Path) -> bool:
@@ -150,10 +151,11 @@ def _from_pretrained(source: str, name: object, dtype: torch.dtype, options: dic
     mend = "is the folder whole?" if options else "download it where there is a network and give its folder"
     with _explained(name, mend):
         config = _load_config(source, name, options)
-        made = _codec_class(config)
+        made = codec_class(config)
+        with torch.device("meta"):
+            empty = made.from_config(config)
+        check_takes_images(empty)
         if options:
-            with torch.device("meta"):
-                empty = made.from_config(config)
             _check_shapes(source, empty)
         vae, found = made.from_pretrained(
             source, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=dtype, **options
@@ -161,11 +163,6 @@ def _from_pretrained(source: str, name: object, dtype: torch.dtype, options: dic
     if found["missing_keys"]:
         raise UserError(f"`vae={name}`: the weights lack {found['missing_keys'][0]}; is the folder whole?")
     return vae
-
-
-def downsampling(vae: AutoencoderKL) -> int:
-    """Pixels of an image's side per latent's side: 4 for the digits' VAE, 8 for Stable Diffusion's."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def check_channels(vae: AutoencoderKL, vae_name: str, channels: int, network: str) -> None:
@@ -199,7 +196,7 @@ def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tens
     """Posterior of the encoder, unscaled.
 
     Args:
-        vae: any AutoencoderKL, in any precision.
+        vae: any that :func:`load_vae` gives, in any precision.
         images: (B, 3, H, W) float in [−1, 1], H and W multiples of :func:`downsampling`.
 
     Returns:
@@ -213,8 +210,8 @@ def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tens
         raise ValueError(
             f"image sides {tuple(images.shape[-2:])} must be multiples of {factor}, the VAE's downsampling"
         )
-    posterior = vae.encode(images.to(device=vae.device, dtype=vae.dtype)).latent_dist
-    return posterior.mean.float(), posterior.std.float()
+    mean, std = posterior(vae, images.to(device=vae.device, dtype=vae.dtype))
+    return mean.float(), std.float()
 
 
 def sample_posterior(
@@ -225,12 +222,12 @@ def sample_posterior(
 
 
 def scaling(config: Mapping[str, Any]) -> tuple[PerChannel, PerChannel]:
-    """(shift, scale) of a VAE's config, by which a latent is (z − shift) · scale.
+    """(shift, scale) of a VAE's config, by which a latent is (z − shift) · scale; (0, 1) where it names none.
 
     Raises:
-        ValueError: a number is missing, not finite, or would divide by zero; or there are two shifts.
+        ValueError: a number is not finite, or would divide by zero; or there are two shifts.
     """
-    factor, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
+    factor, shift = config.get("scaling_factor", 1.0), config.get("shift_factor") or 0.0
     mean, std = config.get("latents_mean"), config.get("latents_std")
     numbers = [factor, shift, *(mean or ()), *(std or ())]
     if any(isinstance(n, bool) or not isinstance(n, (int, float)) or not math.isfinite(n) for n in numbers):
@@ -321,8 +318,10 @@ def _padded_chunks(rows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
 
 
 def vae_fingerprint(vae: AutoencoderKL) -> str:
-    """Hash of the VAE's weights and scaling, the same whether it was loaded in float32 or bfloat16."""
+    """Hash of the VAE's weights, scaling and class, the same whether it was loaded in float32 or bfloat16."""
     digest = hashlib.blake2b(repr(scaling(vae.config)).encode(), digest_size=16)
+    if type(vae).__name__ not in ("AutoencoderKL", "PixelCodec"):  # those are in files of earlier versions
+        digest.update(type(vae).__name__.encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         rounded = tensor.detach().to("cpu", torch.bfloat16).clone(memory_format=torch.contiguous_format)

@@ -145,16 +145,14 @@ def test_text_named_as_image_and_a_vanished_file_are_named(folder):
 
 
 def test_what_is_said_of_folders_that_do_not_serve(tmp_path, folder):
-    empty, flat = tmp_path / "empty", tmp_path / "flat"
-    empty.mkdir(), flat.mkdir()
-    draw_image(1).save(flat / "a.png")
+    empty = tmp_path / "empty"
+    empty.mkdir()
     (folder / "c_third").mkdir()
     file = tmp_path / "file.txt"
     file.write_text("x")
     for spec, words in [
         (tmp_path / "missing", "no such folder"),
-        (empty, "no subfolders"),
-        (flat, "no subfolders"),
+        (empty, "has no images in it"),
         (folder, "c_third"),
         (file, "is a file"),
         ("digits:other", "digits:heldout"),
