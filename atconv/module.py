@@ -9,6 +9,8 @@ from torch import nn
 
 from atconv.functional import ACTIVATIONS, BACKENDS, depthwise_conv, inhibit, load_triton, make_kernels
 
+INITIAL_VALUES = ("xavier", "conv")
+
 
 class ATConv(nn.Module):
     """Attentive Convolution (arXiv 2510.20092) in place of self-attention: tokens (B, N, C) to (B, N, C).
@@ -24,6 +26,8 @@ class ATConv(nn.Module):
         inhibition: False leaves out lateral inhibition (the paper's ablation).
         routing: False replaces the generated kernels by learned ones, the same for all images (the paper's ablation).
         activation: the kernel branch's: ``gelu_tanh`` (published SiT variant), ``gelu`` (AttNet), ``silu`` (REPA).
+        init: initial values of the three projections: ``xavier`` (published SiT variant), or ``conv``, PyTorch's for
+            1×1 convolutions, weights and biases uniform within ±1/√C (published REPA variant).
         backend: one of :data:`atconv.functional.BACKENDS`; None takes the one for the device.
 
     Raises:
@@ -41,18 +45,22 @@ class ATConv(nn.Module):
         inhibition: bool = True,
         routing: bool = True,
         activation: str = "gelu_tanh",
+        init: str = "xavier",
         backend: str | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` must be an odd number, not {kernel_size}")
-        for value, known, what in ((activation, ACTIVATIONS, "activation"), (backend, BACKENDS, "backend")):
+        choices = (
+            (activation, ACTIVATIONS, "activation"), (backend, BACKENDS, "backend"), (init, INITIAL_VALUES, "init"),
+        )  # fmt: skip
+        for value, known, what in choices:
             if value is not None and value not in known:
                 raise ValueError(f"`{what}` must be one of {', '.join(known)}, not {value!r}")
         if backend == "triton":  # to fail here, not in the first forward pass
             load_triton(on_cpu=not torch.accelerator.is_available())
         self.kernel_size, self.inhibition, self.routing = kernel_size, inhibition, routing
-        self.activation, self.backend = activation, backend
+        self.activation, self.init, self.backend = activation, init, backend
         taps = kernel_size**2
         if routing:
             self.kernel_proj = nn.Linear(dim, dim)
@@ -66,11 +74,19 @@ class ATConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The published initial values: Xavier-uniform linear layers, zero biases, d = 0 (half the mean subtracted)."""
-        for module in self.children():
+        """The published initial values: linear layers as ``init`` says, d = 0 (half the mean subtracted).
+
+        The mixing of the taps is Xavier-uniform with a zero bias in both.
+        """
+        for name, module in self.named_children():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if self.init == "conv" and name != "kernel_gen":
+                    bound = module.in_features**-0.5
+                    nn.init.uniform_(module.weight, -bound, bound)
+                    nn.init.uniform_(module.bias, -bound, bound)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
+                    nn.init.zeros_(module.bias)
         if not self.routing:
             bound = 1 / self.kernel_size  # PyTorch's for a depthwise convolution
             nn.init.uniform_(self.kernel, -bound, bound)

@@ -33,6 +33,7 @@ KINDS = {
     "eval_fid": metrics.Arguments,
     "eval_fid reference": metrics.ReferenceArguments,
     "sit.checkpoint convert": CHECKPOINT,
+    "sit.checkpoint convert-vae": CHECKPOINT,
     "sit.checkpoint inspect": CHECKPOINT,
     "sit.compare": compare.Arguments,
     "sit.compare curves": compare.CurvesArguments,

@@ -107,6 +107,12 @@ class ImageData(torch.utils.data.Dataset):
         pixels = np.array(self.image(int(index)), dtype=np.uint8)
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), int(self.labels[index])
 
+    def batch(self, indices: np.ndarray, flipped: np.ndarray) -> torch.Tensor:
+        """The images (b,) as uint8 (b, 3, H, W), those of the bool (b,) ``flipped`` left to right."""
+        images, chosen = torch.stack([self[index][0] for index in indices]), torch.from_numpy(flipped)
+        images[chosen] = images[chosen].flip(-1)
+        return images
+
     def fingerprint(self) -> str:
         """The source's: hash of the list of images and labels, not of pixels."""
         return self.source.fingerprint()

@@ -168,10 +168,7 @@ class PixelData:
     def fetch(
         self, indices: np.ndarray, flipped: np.ndarray, noise: torch.Tensor, out: torch.Tensor | None = None
     ) -> Batch:
-        images = torch.stack([self.images[index][0] for index in indices])
-        chosen = torch.from_numpy(flipped)
-        images[chosen] = images[chosen].flip(-1)
-        return {"images": images, "posterior_noise": noise}
+        return {"images": self.images.batch(indices, flipped), "posterior_noise": noise}
 
     def finish(self, batch: Batch) -> Batch:
         images, noise = batch["images"], batch.pop("posterior_noise").to(self.vae.device)

@@ -71,8 +71,17 @@ class TrainConfig:
     """align tokens with a frozen encoder (REPA): a timm model, e.g. vit_base_patch14_dinov2.lvd142m, or a folder"""
     repa_weight: float = fixed(0.5)
     """weight of the alignment beside the loss"""
-    repa_block: int = fixed(8)
-    """the block, counted from 1, whose tokens are aligned"""
+    repa_block: int | None = fixed(None)
+    """the block, counted from 1, whose tokens are aligned; None: 4 of SiT-B, 8 of L and XL, as published, depth // 3
+    of others"""
+    repa_projector: Literal["mlp", "conv"] = fixed("mlp")
+    """from tokens to features: mlp (REPA), or one 3x3 convolution over the grid of tokens (iREPA)"""
+    repa_spatial_norm: float | None = fixed(None)
+    """normalize each feature over the tokens after subtracting this part of its mean (iREPA: 0.6); None doesn't"""
+    repa_until: int | None = fixed(None)
+    """the last step with alignment; None aligns to the end"""
+    repa_images: str | None = None
+    """where the images of a latent cache are now; None: where they were encoded from"""
 
     init_from: str | None = fixed(None, group="beginning")
     """a checkpoint to begin with: what fits of its weights is taken (a run, folder, published file or name, as
@@ -187,6 +196,9 @@ class TrainConfig:
             raise UserError("`distill_from` and `distill_steps`, above 0, belong together: give both or none")
         if self.distill_from is not None and self.compile:
             raise UserError("`compile` and `distill_from` exclude each other: what is matched is inside the network")
+        for name in ("repa_spatial_norm", "repa_until", "repa_images"):
+            if getattr(self, name) is not None and self.repa is None:
+                raise UserError(f"`{name}={getattr(self, name)}` needs an encoder to align with: give `repa`")
         if self.batch_size % self.gradient_accumulation:
             raise UserError(
                 f"`batch_size={self.batch_size}` can't be divided into "
@@ -239,7 +251,8 @@ class TrainConfig:
 CHECKS = (
     (
         ("image_size", "steps", "batch_size", "gradient_accumulation", "log_every", "checkpoint_every",
-         "preview_steps", "non_finite_limit", "repa_block", "cpu_threads", "heldout_images", "posthoc_ema_every"),
+         "preview_steps", "non_finite_limit", "repa_block", "repa_until", "cpu_threads", "heldout_images",
+         "posthoc_ema_every"),
         lambda value: value >= 1,
         "at least 1",
     ),
@@ -254,6 +267,7 @@ CHECKS = (
         lambda value: 0 <= value < math.inf,
         "a number of at least 0",
     ),
+    (("repa_spatial_norm",), lambda value: 0 <= value <= 1, "in [0, 1]"),
     (("class_dropout", "ema_decay"), lambda value: 0 <= value < 1, "in [0, 1)"),
     (
         ("posthoc_ema",),
@@ -263,6 +277,11 @@ CHECKS = (
     (("betas",), lambda value: all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)"),
 )  # fmt: skip
 """(fields, what must hold of their values, in words); None, where a field takes it, is always right."""
+
+
+def unsaid_before(name: str, now: Any, then: Any, repa: str | None) -> bool:
+    """Whether a setting differs by its default alone, which was another before: ``repa_block`` without ``repa``."""
+    return name == "repa_block" and repa is None and (now, then) == (None, 8)
 
 
 def fixed_fields() -> list[str]:

@@ -51,6 +51,7 @@ def open_training_data(config: TrainConfig, device: torch.device, progress: bool
         image_size=config.image_size,
         flip=config.flip,
         keep_images=config.repa is not None,
+        beside=config.repa_images,
         progress=progress,
     )
     data, heldout = hold_out(config, data, images, vae)

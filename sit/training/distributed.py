@@ -6,7 +6,7 @@ import dataclasses
 import os
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, get_mixed_precision_context_manager
 from torch import nn
 
@@ -24,8 +24,11 @@ def set_up_processes(config: TrainConfig) -> Accelerator:
         UserError: settings of Accelerate that training refuses, or a batch that can't be divided among the processes.
     """
     process_state()  # else Accelerate connects processes on CPUs only where ACCELERATE_USE_CPU is set
+    # DDP waits for the gradients of all parameters, and the projector gets none once the alignment has ended
+    ends = [] if config.repa_until is None else [DistributedDataParallelKwargs(find_unused_parameters=True)]
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
+        kwargs_handlers=ends,
         gradient_accumulation_steps=config.gradient_accumulation,
         step_scheduler_with_optimizer=False,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from sit.checkpoint.donor import Donor
 from sit.latents.vae import vae_fingerprint
-from sit.training.config import TrainConfig, fixed_fields
+from sit.training.config import TrainConfig, fixed_fields, unsaid_before
 from sit.training.data import Opened
 from sit.training.distill import Distillation
 from sit.training.objective import Objective, layers
@@ -68,7 +68,8 @@ class Identity:
     def check(self, begun: Identity, config: TrainConfig, run: Path) -> None:
         """Raise UserError unless this is what the run was ``begun`` with; it names what differs."""
         for name, then in begun.settings.items():
-            if name in self.settings and (now := self.settings[name]) != then:
+            now = self.settings.get(name, then)
+            if now != then and not unsaid_before(name, now, then, begun.settings.get("repa")):
                 raise UserError(f"`{name}={now}` can't continue the run {run}, which was begun with {then}")
         if self.classes != begun.classes:
             raise UserError(

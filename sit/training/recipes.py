@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from sit.training.config import TrainConfig, fixed_fields
+from sit.training.config import TrainConfig, fixed_fields, unsaid_before
 from sit.utils.choices import choices, understood
 from sit.utils.errors import UserError
 from sit.utils.reading import read_yaml, typed
@@ -116,7 +116,7 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
     begun = load_run_settings(folder)
     for name in fixed_fields():
         now, then = getattr(config, name), getattr(begun, name)
-        if now != then:
+        if now != then and not unsaid_before(name, now, then, begun.repa):
             raise UserError(f"`{name}={now}` can't continue the run {folder}, which was begun with {then}")
 
 

@@ -1,8 +1,8 @@
 """Representation alignment, REPA (arXiv 2410.06940): tokens of one block are drawn towards a frozen encoder's patches.
 
-A projector, an MLP on the tokens after the block ``repa_block``, is trained with the network to predict the features
-of the clean image; the loss gains ``repa_weight`` times their negative cosine similarity (equation 8). Sampling knows
-nothing of it.
+A projector on the tokens after the block ``repa_block`` is trained with the network to predict the features of the
+clean image; the loss gains ``repa_weight`` times their negative cosine similarity (equation 8). Sampling knows nothing
+of it. iREPA (arXiv 2512.10794) projects by one convolution over the grid, and normalizes each feature over the tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import timm
 import torch
@@ -19,7 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sit.latents.datasets import Batch
-from sit.model import SiT
+from sit.mixers.layers import on_grid
+from sit.model import MODELS, SiT
 from sit.training.config import TrainConfig
 from sit.training.objective import Objective
 from sit.transport.transport import Field
@@ -28,6 +30,17 @@ from sit.utils.random import global_generator, key
 
 HIDDEN = 2048
 """Width of the projector's hidden layers, as published."""
+
+PUBLISHED_BLOCKS = {"B": 4, "L": 8, "XL": 8}
+"""size of SiT → the block that REPA's authors align"""
+
+
+def aligned_block(config: TrainConfig) -> int:
+    """The block that ``config`` aligns, counted from 1: its own, the published one of the size, or depth // 3."""
+    if config.repa_block is not None:
+        return config.repa_block
+    size = config.model.removeprefix("SiT-").partition("/")[0]
+    return PUBLISHED_BLOCKS.get(size, max(1, MODELS[config.model]["depth"] // 3))
 
 
 def make_projector(hidden_size: int, features: int) -> nn.Sequential:
@@ -45,14 +58,36 @@ def make_projector(hidden_size: int, features: int) -> nn.Sequential:
     return projector
 
 
-def attach_projector(network: SiT, block: int, features: int) -> None:
+class ConvolutionalProjector(nn.Module):
+    """iREPA's projector: one 3×3 convolution of the tokens on their grid, with PyTorch's own initial values.
+
+    Args:
+        hidden_size: channels of the tokens.
+        features: channels of the encoder's features.
+        grid: the tokens' (H, W).
+    """
+
+    def __init__(self, hidden_size: int, features: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = tuple(grid)
+        self.convolution = nn.Conv2d(hidden_size, features, kernel_size=3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, hidden_size) tokens to (B, N, features)."""
+        return on_grid(self.convolution, x, self.grid)
+
+
+def attach_projector(network: SiT, block: int, features: int, kind: Literal["mlp", "conv"] = "mlp") -> None:
     """Give ``network`` a projector to ``features`` channels on the tokens after its ``block``-th block, from 1.
 
     It is a part of the network, so that DDP and FSDP see its gradients; its keys begin with ``projector.``, and
     neither the moving average nor the weights for sampling have them.
     """
     check_block(block, len(network.blocks))
-    network.projector = make_projector(network.config.hidden_size, features)
+    width = network.config.hidden_size
+    network.projector = (
+        ConvolutionalProjector(width, features, network.grid) if kind == "conv" else make_projector(width, features)
+    )
     network.projected_block = block
 
 
@@ -67,6 +102,15 @@ def cosine_similarity(projected: torch.Tensor, features: torch.Tensor) -> torch.
     return F.cosine_similarity(projected.float(), features.float(), dim=-1).mean(1)
 
 
+def spatially_normalized(features: torch.Tensor, part: float) -> torch.Tensor:
+    """iREPA's normalization of (B, N, D) features: (f − part · mean) / (std + 1e-6), both over an image's N tokens.
+
+    The standard deviation is the unbiased one. Where tokens share much of a feature, their cosines say little of where
+    they lie; without its mean they do.
+    """
+    return (features - part * features.mean(1, keepdim=True)) / (features.std(1, keepdim=True) + 1e-6)
+
+
 @dataclass(frozen=True)
 class Alignment:
     """The loss of another objective minus ``weight`` times the alignment of each image, which is logged.
@@ -76,12 +120,16 @@ class Alignment:
         encoder: gives the features that the network's projector is to predict.
         weight: of the alignment.
         autocast: what the encoder runs in, made anew for each batch.
+        spatial_norm: the ``part`` of :func:`spatially_normalized`; None leaves the features as they are.
+        until: the last step that has it (:func:`~sit.training.objective.at_step`); None for all.
     """
 
     base: Objective
     encoder: Encoder
     weight: float
     autocast: Callable[[], AbstractContextManager]
+    spatial_norm: float | None = None
+    until: int | None = None
 
     def __call__(self, model: Field, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Losses (b,) and the metric ``alignment`` (b,), of a network that :func:`attach_projector` has changed.
@@ -98,6 +146,8 @@ class Alignment:
         loss, metrics = self.base(network, batch)
         with self.autocast():
             features = self.encoder.features(batch["images"])
+        if self.spatial_norm is not None:
+            features = spatially_normalized(features, self.spatial_norm)
         similarity = cosine_similarity(projected, features)
         return loss - self.weight * similarity, metrics | {"alignment": similarity}
 
@@ -116,8 +166,15 @@ def align(
     """
     encoder = load_encoder(config.repa, network.grid, device)
     with global_generator(key(config.seed_of("weights"), "initial projector")):
-        attach_projector(network, config.repa_block, encoder.width)
-    return Alignment(base, encoder, config.repa_weight, autocast)
+        attach_projector(network, aligned_block(config), encoder.width, config.repa_projector)
+    return Alignment(
+        base,
+        encoder,
+        config.repa_weight,
+        autocast,
+        spatial_norm=config.repa_spatial_norm,
+        until=config.repa_until,
+    )
 
 
 class Encoder:

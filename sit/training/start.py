@@ -13,7 +13,7 @@ from sit.mixers import parse_mixers
 from sit.model import MODELS, check_model_name
 from sit.training.config import TrainConfig
 from sit.training.recipes import check_same_run, run_folder
-from sit.training.repa import check_block
+from sit.training.repa import aligned_block, check_block
 from sit.training.run_folder import check_trackers, clear_start
 from sit.utils.errors import UserError
 from sit.utils.files import refuse_used
@@ -61,7 +61,7 @@ def find_start(config: TrainConfig) -> Start:
     check_model_name(config.model)
     check_trackers(config.trackers)
     if config.repa is not None:
-        check_block(config.repa_block, MODELS[config.model]["depth"])
+        check_block(aligned_block(config), MODELS[config.model]["depth"])
 
     folder = _begun_folder(config)
     if folder is not None:

@@ -188,6 +188,21 @@ def test_initial_values_and_names():
     }  # fmt: skip
 
 
+def test_initial_values_of_the_two_published_variants():
+    """Xavier-uniform with zero biases (SiT), or as a 1x1 convolution's (REPA): uniform within 1/sqrt(C), biases too."""
+    torch.manual_seed(0)
+    for init, bound in (("xavier", (6 / 128) ** 0.5), ("conv", 1 / 8)):
+        mixer = ATConv(64, init=init)
+        for layer in (mixer.kernel_proj, mixer.x_proj, mixer.proj):
+            assert 0.99 * bound < layer.weight.abs().max() <= bound
+            assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+            assert (0.9 * bound < layer.bias.abs().max() <= bound) if init == "conv" else not layer.bias.any()
+        assert 0.8 * (6 / 18) ** 0.5 < mixer.kernel_gen.weight.abs().max() <= (6 / 18) ** 0.5
+        assert not mixer.kernel_gen.bias.any() and not mixer.difference_control.any()
+    with pytest.raises(ValueError, match="`init` must be one of xavier, conv, not 'normal'"):
+        ATConv(8, init="normal")
+
+
 def test_silu_and_gelu_are_what_they_say():
     x = torch.randn(1, 9, 2).double()
     eye, zero = torch.eye(2).double(), torch.zeros(2).double()

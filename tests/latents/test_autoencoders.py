@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import diffusers
@@ -12,7 +13,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from sit.checkpoint.arguments import ConvertVAE
+from sit.checkpoint.info import CheckpointInfo
 from sit.checkpoint.ldm_vae import convert_vae
+from sit.checkpoint.load import load_for_sampling
+from sit.checkpoint.save import save_checkpoint
 from sit.data.factory import open_images
 from sit.latents.arguments import Verify
 from sit.latents.cache import CachedLatents
@@ -29,6 +33,8 @@ from sit.latents.vae import (
     sample_posterior,
     vae_fingerprint,
 )
+from sit.model import SiT
+from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 
 KL = dict(
@@ -334,3 +340,13 @@ def test_va_vaes_layout_against_its_own_forward_pass(tmp_path):
     with pytest.raises(UserError, match="vavae.pt is no autoencoder in latent diffusion's layout"):
         convert_vae(ConvertVAE(tmp_path / "vavae.pt", tmp_path / "other"))
     assert not (tmp_path / "other").exists()
+
+
+def test_a_checkpoint_names_its_class(made, tmp_path):
+    """As diffusers' pipelines look for it, and sampling loads it."""
+    folder, model = made
+    network = SiT(2, 1, in_channels=model.config.latent_channels, hidden_size=8, depth=1, num_heads=1, num_classes=2)
+    place = tmp_path / "checkpoint"
+    save_checkpoint(place, model=network, transport=Transport(), vae_source=folder, info=CheckpointInfo(classes=2))
+    assert json.loads((place / "model_index.json").read_text())["vae"] == ["diffusers", type(model).__name__]
+    assert type(load_for_sampling(place).vae) is type(model)

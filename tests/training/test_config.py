@@ -89,6 +89,9 @@ FIXED = dict(
     repa="an/encoder",
     repa_weight=0.25,
     repa_block=4,
+    repa_projector="conv",
+    repa_spatial_norm=0.6,
+    repa_until=5,
 )
 """The settings that a run keeps, each with a value that is not its default."""
 
@@ -120,6 +123,7 @@ FREE = dict(
     posthoc_ema_every=10,
     keep_last=0,
     keep_every=70,
+    repa_images="elsewhere",
 )
 """The settings that may be another when a run goes on."""
 
@@ -130,10 +134,19 @@ BESIDE = dict(distill_from="another/run", distill_steps=5)
 
 @pytest.mark.parametrize("name", FIXED)
 def test_what_a_run_keeps_to_its_end(tmp_path, name):
-    begun = TrainConfig(**BESIDE if name in BESIDE else {})
+    begun = TrainConfig(**BESIDE if name in BESIDE else {}, repa="an/encoder" if name.startswith("repa_") else None)
     (tmp_path / "config.yaml").write_text(begun.to_yaml())
     with pytest.raises(UserError, match=f"`{name}=.*` can't continue the run .* begun with "):
         check_same_run(dataclasses.replace(begun, **{name: FIXED[name]}), tmp_path)
+
+
+def test_a_run_of_an_earlier_version_without_alignment_goes_on(tmp_path):
+    """Its settings say 8, the default then."""
+    (tmp_path / "config.yaml").write_text(TrainConfig(repa_block=8).to_yaml())
+    check_same_run(TrainConfig(), tmp_path)
+    (tmp_path / "config.yaml").write_text(TrainConfig(repa_block=8, repa="an/encoder").to_yaml())
+    with pytest.raises(UserError, match="`repa_block=None` can't continue"):
+        check_same_run(TrainConfig(repa="an/encoder"), tmp_path)
 
 
 def test_a_share_is_the_same_from_a_recipe_and_from_the_command_line(tmp_path):
@@ -152,7 +165,7 @@ def test_every_setting_is_one_of_the_two():
 
 
 def test_what_may_change_when_a_run_goes_on(tmp_path):
-    begun = TrainConfig(heldout="auto")  # without, there is nothing to measure
+    begun = TrainConfig(heldout="auto", repa="an/encoder")  # without, there is nothing to measure or to read
     (tmp_path / "config.yaml").write_text(begun.to_yaml())
     check_same_run(dataclasses.replace(begun, **FREE), tmp_path)
 

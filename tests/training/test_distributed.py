@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from sit.training.distributed import check_settings, is_ddp
+from sit.training.config import TrainConfig
+from sit.training.distributed import check_settings, is_ddp, set_up_processes
 from sit.utils.device import leave_processes, process_state
 from sit.utils.errors import UserError
 
@@ -54,6 +56,14 @@ def test_processes_on_a_cpu_are_connected(fresh_accelerate, monkeypatch, asked, 
     finally:
         leave_processes()
     assert not torch.distributed.is_initialized()
+
+
+def test_ddp_is_told_that_the_projector_may_end(fresh_accelerate):
+    """It would wait for gradients that don't come; it looks for such parameters only where they are to be expected."""
+    assert set_up_processes(TrainConfig(cpu_threads=1, repa="an/encoder")).ddp_handler is None
+    AcceleratorState._reset_state(reset_partial_state=True)
+    ends = set_up_processes(TrainConfig(cpu_threads=1, repa="an/encoder", repa_until=2))
+    assert ends.ddp_handler.find_unused_parameters
 
 
 def test_a_process_that_no_launcher_started_is_alone(fresh_accelerate, monkeypatch):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import math
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +140,26 @@ def test_another_data_set(images):
     assert len(found.data.labels) == 24 and sorted(found.heldout.numbers) == list(range(6))
     other = open_images(str(images["other"]), 32)
     assert found.heldout.labels.tolist() == other.labels[found.heldout.numbers].tolist()
+
+
+def test_data_as_it_lies_holds_images_out(images, tmp_path):
+    """A flat folder and WebDataset shards: a share of them, and other shards, but none that are trained on."""
+    found = opened(settings(images, data=f"flat:{images['train']}", heldout="0.25"))
+    assert len(found.data) == 18 and len(found.heldout.numbers) == 6
+    for part in ("train", "other"):
+        for number, place in enumerate(sorted(images[part].rglob("*.png"))):
+            with tarfile.open(tmp_path / f"{part}-{number % 2}.tar", "a") as shard:
+                shard.add(place, f"{number}.png")
+                label = tarfile.TarInfo(f"{number}.cls")
+                label.size = 1
+                shard.addfile(label, io.BytesIO(b"01"[number % 2 : number % 2 + 1]))
+    shards = f"{tmp_path}/train-{{0..1}}.tar"
+    share = opened(settings(images, data=shards, heldout="0.25"))
+    assert len(share.data) == 18 and np.bincount(share.heldout.labels).tolist() == [3, 3]
+    others = opened(settings(images, data=shards, heldout=f"{tmp_path}/other-{{0..1}}.tar"))
+    assert len(others.data) == 24 and sorted(others.heldout.numbers) == list(range(6))
+    with pytest.raises(UserError, match="train-1.tar and 11 others are in"):
+        opened(settings(images, data=shards, heldout=f"webdataset:{tmp_path}/train-1.tar"))
 
 
 def test_classes_are_matched_by_name(images, tmp_path):

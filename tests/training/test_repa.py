@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
@@ -21,6 +25,7 @@ from sit.checkpoint.load import load_for_sampling
 from sit.data.factory import open_images
 from sit.latents.datasets import PixelData, encode_in_memory
 from sit.latents.encode import Encode, encode
+from sit.latents.factory import open_latents
 from sit.latents.vae import load_vae
 from sit.model import SiT, create_model
 from sit.training.config import TrainConfig
@@ -28,10 +33,11 @@ from sit.training.data import open_training_data
 from sit.training.loader import training_batches
 from sit.training.objective import TransportObjective
 from sit.training.recipes import load_recipe
-from sit.training.repa import Encoder, align, attach_projector, cosine_similarity, load_encoder
+from sit.training.repa import Encoder, align, aligned_block, attach_projector, cosine_similarity, load_encoder
 from sit.training.run_folder import read_metrics
 from sit.training.trainer import train
 from sit.transport.transport import Transport
+from sit.utils.checksums import sealed
 from sit.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -138,9 +144,29 @@ def test_cosine_similarity_against_loops():
     np.testing.assert_allclose(cosine_similarity(a, b).double().numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_the_training_loss_against_float64(tmp_path, folder):
+def by_layers(projector, tokens: torch.Tensor) -> torch.Tensor:
+    for number in (0, 2, 4):
+        layer = projector[number]
+        tokens = tokens @ layer.weight.T + layer.bias
+        if number < 4:
+            tokens = tokens / (1 + torch.exp(-tokens))
+    return tokens
+
+
+def by_taps(projector, tokens: torch.Tensor) -> torch.Tensor:
+    """A 3x3 convolution of 4x4 tokens with zeros around them, as a sum over its nine taps."""
+    weight, bias = projector.convolution.weight, projector.convolution.bias
+    padded = torch.zeros(len(tokens), 6, 6, tokens.shape[2], dtype=tokens.dtype)
+    padded[:, 1:5, 1:5] = tokens.view(-1, 4, 4, tokens.shape[2])
+    taps = (padded[:, i : i + 4, j : j + 4] @ weight[:, :, i, j].T for i in range(3) for j in range(3))
+    return sum(taps).flatten(1, 2) + bias
+
+
+@pytest.mark.parametrize("projector, norm", [("mlp", None), ("conv", 0.6)])
+def test_the_training_loss_against_float64(tmp_path, folder, projector, norm):
     """One step's loss, of a network with random weights, computed anew from its blocks' tokens in float64."""
-    config = small(tmp_path / "a", folder, repa_weight=0.7, flip=True, class_dropout=0.5)
+    options = dict(repa_projector=projector, repa_spatial_norm=norm)
+    config = small(tmp_path / "a", folder, repa_weight=0.7, flip=True, class_dropout=0.5, **options)
     data = open_training_data(config, torch.device("cpu"), progress=False).data
     network = create_model(config.model, **config.network_options(data.latent_shape, 10))
     base = TransportObjective(Transport(), config.class_dropout, null_label=10)
@@ -160,13 +186,12 @@ def test_the_training_loss_against_float64(tmp_path, folder):
     along = t.view(-1, 1, 1, 1)
     with torch.no_grad():
         out = network(along * data + (1 - along) * noise, t, labels)
-        projected = taken[0]
-        for number in (0, 2, 4):
-            layer = network.projector[number]
-            projected = projected @ layer.weight.T + layer.bias
-            if number < 4:
-                projected = projected / (1 + torch.exp(-projected))
+        projected = (by_layers if projector == "mlp" else by_taps)(network.projector, taken[0])
         features = objective.encoder.features(batch["images"]).double()
+    if norm is not None:  # iREPA: less a part of the mean over tokens, over the unbiased standard deviation
+        center = sum(features.unbind(1)) / 16
+        middle = sum((token - center) ** 2 for token in features.unbind(1)) / 15
+        features = torch.stack([(token - norm * center) / (middle**0.5 + 1e-6) for token in features.unbind(1)], 1)
     cosine = (projected * features).sum(-1) / (projected.norm(dim=-1) * features.norm(dim=-1))
     expected = (out - (data - noise)).square().mean((1, 2, 3)) - 0.7 * cosine.mean(1)
     assert metrics.keys() == {"alignment"}
@@ -266,6 +291,99 @@ def test_the_gradient_reaches_the_aligned_block_and_those_before_it_alone():
     assert torch.equal(network(*inputs, project=True)[1], projected)
 
 
+# ---------------------------------------------------------------- as its authors run it
+
+
+@pytest.mark.parametrize("model, block", [("B/2", 4), ("L/4", 8), ("XL/2", 8), ("S/2", 4), ("XS/2", 2), ("XS12/2", 4)])
+def test_the_block_of_each_size(model, block):
+    assert aligned_block(TrainConfig(model=f"SiT-{model}")) == block
+    assert aligned_block(TrainConfig(model=f"SiT-{model}", repa_block=3)) == 3
+
+
+def test_initial_values_of_the_convolutional_projector():
+    """PyTorch's for a convolution: uniform within 1 over the root of what a value sums up."""
+    network = SiT(8, hidden_size=64, depth=2, num_heads=2, num_classes=5, mixer="attention")
+    attach_projector(network, 1, 48, "conv")
+    bound = (9 * 64) ** -0.5
+    weight, bias = network.projector.convolution.weight, network.projector.convolution.bias
+    assert weight.shape == (48, 64, 3, 3) and 0.99 * bound < weight.abs().max() <= bound
+    assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02) and 0 < bias.abs().max() <= bound
+    assert network.projector(torch.randn(2, 16, 64)).shape == (2, 16, 48)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory) -> tuple[Path, Path]:
+    """Twelve images, and a latent cache of them and of the flipped ones."""
+    root = tmp_path_factory.mktemp("cached")
+    for number in range(12):
+        place = root / "images" / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.RandomState(number).randint(0, 255, (32, 32, 3), dtype=np.uint8)).save(place)
+    encode(Encode(root / "cache", data=str(root / "images"), image_size=32, workers=0))
+    return root / "images", root / "cache"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_gives_the_images_that_its_latents_are_of(cached, workers):
+    images, cache = cached
+    vae = load_vae("digits")
+    beside = open_latents(str(cache), vae, "digits", flip=True, keep_images=True)
+    lazy = PixelData(open_images(str(images), 32), vae, flip=True, keep_images=True)
+    ways = [training_batches(data, seed=5, global_batch=6, workers=workers) for data in (beside, lazy)]
+    for one, other in itertools.islice(zip(*ways, strict=True), 3):
+        assert one.keys() == other.keys()
+        for name in ("images", "labels", "t_uniform", "noise", "drop", "indices"):
+            assert torch.equal(one[name], other[name]), name
+        torch.testing.assert_close(one["latents"], other["latents"], atol=1e-2, rtol=1e-2)
+    for way in ways:
+        way.close()
+
+
+def test_the_images_of_a_cache_may_be_moved_but_not_changed(cached, tmp_path):
+    images, cache = cached
+    vae = load_vae("digits")
+    shutil.copytree(cache, tmp_path / "cache")
+    manifest = tmp_path / "cache" / "manifest.json"
+    told = {name: value for name, value in json.loads(manifest.read_text()).items() if name != "checksum"}
+    manifest.write_text(sealed(told | {"data": str(tmp_path / "gone")}))
+    with pytest.raises(UserError, match="needs the images .*gone.*; say by `repa_images`"):
+        open_latents(str(tmp_path / "cache"), vae, "digits", keep_images=True)
+    shutil.copytree(images, tmp_path / "moved")
+    found = open_latents(str(tmp_path / "cache"), vae, "digits", keep_images=True, beside=str(tmp_path / "moved"))
+    assert found.images.name == str(tmp_path / "moved")
+    (tmp_path / "moved" / "a" / "0.png").write_bytes((images / "a" / "2.png").read_bytes())
+    for other in (tmp_path / "moved", "digits"):
+        with pytest.raises(UserError, match=f"`repa_images={other}` are not the images"):
+            open_latents(str(tmp_path / "cache"), vae, "digits", keep_images=True, beside=str(other))
+
+
+def test_until_a_step_from_a_cache_and_resumed_past_it(tmp_path, folder, cached, monkeypatch):
+    """Up to the step as if it went on; after it the loss alone, without the encoder, and resuming is exact."""
+    options = dict(data=str(cached[1]), vae="digits", flip=True, repa_projector="conv", repa_spatial_norm=0.6)
+    calls, features = [], Encoder.features
+    monkeypatch.setattr(Encoder, "features", lambda self, images: calls.append(len(images)) or features(self, images))
+    train(small(tmp_path / "on", folder, steps=3, **options))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    calls.clear()
+    ends = options | dict(repa_until=2, checkpoint_every=3, keep_last=0)
+    train(small(tmp_path / "ends", folder, **ends))
+    assert calls == [1, 8, 8]  # a trial, and two steps
+    rows = read_metrics(tmp_path / "ends" / "metrics.jsonl")
+    assert ["alignment" in row for row in rows] == [True, True, False, False]
+    whole = losses(tmp_path / "on")
+    assert losses(tmp_path / "ends")[:2] == whole[:2]
+    plain = whole[2] + 0.5 * losses(tmp_path / "on", "alignment")[2]
+    assert losses(tmp_path / "ends")[2] == pytest.approx(plain, rel=1e-5)
+
+    shutil.copytree(tmp_path / "ends", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-0000004")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(small(tmp_path / "again", folder, resume="auto", **ends))
+    one, two = state(tmp_path / "ends"), state(tmp_path / "again")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert losses(tmp_path / "ends") == losses(tmp_path / "again")
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -275,13 +393,12 @@ def test_the_gradient_reaches_the_aligned_block_and_those_before_it_alone():
         (dict(repa="no_such_vit"), "`repa=no_such_vit`: neither a folder nor a timm model"),
         (dict(repa="/no/such/folder"), "`repa=/no/such/folder`: neither a folder nor"),
         (dict(repa_block=7), "`repa_block=7`: the network has the blocks 1 to 6"),
-        (dict(data="cache"), "`repa` needs the images"),
+        (dict(repa_images="digits"), "`repa_images=digits` belongs to a latent cache"),
+        (dict(repa_until=0), "`repa_until` must be at least 1"),
+        (dict(repa_spatial_norm=1.5), r"`repa_spatial_norm` must be in \[0, 1\]"),
     ],
 )
 def test_mistakes_leave_no_run_folder(tmp_path, folder, changes, words):
-    if changes.get("data") == "cache":
-        encode(Encode(out=tmp_path / "cache", data="digits", image_size=32, flip=False, workers=0))
-        changes = dict(data=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=words):
         train(small(tmp_path / "a", folder, **changes))
     assert not (tmp_path / "a").exists()
