@@ -13,7 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, SelectAdaptivePool2d, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+)
 from timm.models._features import feature_take_indices
 from timm.models._helpers import clean_state_dict
 from torch import nn
@@ -24,6 +31,8 @@ __all__ = ["AttNet"]  # register_model adds the sizes
 
 STEM_STRIDES = {4: (2, 2), 2: (2, 1), 1: (1, 1)}
 """The strides of the stem's two convolutions; the published one is 4."""
+
+register_notrace_module(ATConv)  # a leaf to torch.fx, as it looks at the grid's numbers
 
 
 class RMSNorm(nn.RMSNorm):
@@ -212,13 +221,8 @@ class AttNet(nn.Module):
         """Downsampling and blocks of one stage: (B, C, H, W) to (B, C', H', W')."""
         x = self.downsample_layers[stage](x).permute(0, 2, 3, 1).contiguous()
         blocks, (height, width) = self.stages[stage], x.shape[1:3]
-        if height * width < self.least_tokens:
-            raise ValueError(
-                f"images of {image_size[0]} x {image_size[1]} pixels leave stage {stage} a grid of {height} x {width}, "
-                f"fewer tokens than the {self.least_tokens} taps of its kernels; "
-                "use larger images, a smaller `stem_stride` or a smaller `kernel_size`"
-            )
-        recompute = self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting()
+        check_tokens((height, width), self.least_tokens, stage, image_size)
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
         x = checkpoint_seq(blocks, x) if recompute else blocks(x)
         return x.permute(0, 3, 1, 2)
 
@@ -289,11 +293,23 @@ class AttNet(nn.Module):
         x = self.global_pool(x.permute(0, 2, 3, 1))
         x = self.head_drop(self.norm(x))
         x = x if pre_logits else self.head(x)
-        return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+        return x.permute(0, 3, 1, 2) if self.global_pool.is_identity() else x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to logits (B, classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+@register_notrace_function
+def check_tokens(grid: tuple[int, int], least: int, stage: int, image_size: tuple[int, int]) -> None:
+    """Raise ValueError unless a stage's grid has as many tokens as its kernels have taps. A node to torch.fx."""
+    height, width = grid
+    if height * width < least:
+        raise ValueError(
+            f"images of {image_size[0]} x {image_size[1]} pixels leave stage {stage} a grid of {height} x {width}, "
+            f"fewer tokens than the {least} taps of its kernels; "
+            "use larger images, a smaller `stem_stride` or a smaller `kernel_size`"
+        )
 
 
 def _pooling(kind: str) -> SelectAdaptivePool2d:

@@ -130,7 +130,13 @@ def depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, backend: str | None =
 
 
 def fastest_backend(x: torch.Tensor) -> str:
-    """The backend for x's device when none is named: the fastest measured on CPUs, the expected one elsewhere."""
+    """The backend for x's device when none is named: the fastest measured on CPUs, the expected one elsewhere.
+
+    An exported program (``torch.export``, and ONNX through it) has ``taps``: plain operations on any device, while
+    ``channels_last`` is a convolution of as many groups as the batch makes, which ONNX can't say.
+    """
+    if torch.compiler.is_exporting():
+        return "taps"
     if x.device.type == "cpu":
         return "channels_last"
     return "triton" if x.device.type == "cuda" and HAS_TRITON else "taps"

@@ -93,7 +93,8 @@ def test_gradients_by_finite_differences(options, backend):
     def call(x, *parameters):
         return torch.func.functional_call(mixer, dict(zip(names, parameters, strict=True)), (x, grid))
 
-    assert torch.autograd.gradcheck(call, (x, *parameters))
+    # 5x5 kernels mix 25 taps by 625 weights: along random directions, not one by one
+    assert torch.autograd.gradcheck(call, (x, *parameters), fast_mode="kernel_size" in options)
 
 
 def test_pooling_is_pytorchs():
@@ -233,9 +234,9 @@ def test_mistakes():
         build_mixer(parse_mixers("atconv:kernel_size=2")[0], 8, 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"routing": False}])
-def test_exports_with_a_dynamic_batch(options):
-    mixer = awake(4, **options)
+def test_exports_with_an_open_batch_without_routing():
+    """tests/test_export.py has it with routing, in AttNet and in SiT."""
+    mixer = awake(4, routing=False)
 
     class OnAGrid(torch.nn.Module):
         def __init__(self):
@@ -245,8 +246,8 @@ def test_exports_with_a_dynamic_batch(options):
         def forward(self, x):
             return self.mixer(x, (4, 5))
 
-    sizes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    sizes = ({0: torch.export.Dim("batch")},)
     exported = torch.export.export(OnAGrid(), (torch.randn(3, 20, 4).double(),), dynamic_shapes=sizes).module()
-    for batch in (2, 7):
+    for batch in (1, 7):
         x = torch.randn(batch, 20, 4).double()
         torch.testing.assert_close(exported(x), mixer(x, (4, 5)))

@@ -14,6 +14,7 @@ import kill_trials
 import make_digits_classifier
 import make_digits_vae
 import pairs
+import peers_timm
 import pytest
 import signal_trials
 import torch
@@ -207,3 +208,47 @@ def test_a_pair_that_ends_otherwise_is_told(checkpoint, tmp_path):
     silent = "import os, sys\ntry: os.mkdir(sys.argv[1])\nexcept OSError: sys.exit(2)"
     program = pairs.Program(lambda folder, _: ["-c", silent, str(folder)], ())
     assert pairs.flaw(program, tmp_path / "silent", checkpoint).startswith("the second said")
+
+
+TIMMS_TESTS = """
+import pytest
+
+@pytest.mark.parametrize("model_name", [])
+@pytest.mark.parametrize("batch_size", [3])
+def test_model_forward(model_name, batch_size):
+    assert batch_size == 3
+
+@pytest.mark.parametrize("batch_size", [1])
+def test_model_odd(model_name, batch_size):
+    if model_name == "attnet_xs":
+        pytest.skip("too small")
+    raise RuntimeError("no such luck\\\\nat all")
+
+@pytest.mark.parametrize("batch_size", [1])
+def test_model_inference(model_name, batch_size):
+    raise RuntimeError("not to be called")
+
+def test_something_else():
+    raise RuntimeError("not of a model")
+"""
+
+
+def test_timms_tests_are_called_and_counted(tmp_path, monkeypatch, capsys):
+    """A file like timm's, with one test that passes, one that skips or fails, and two that are not called."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_models.py").write_text(TIMMS_TESTS.replace("\\\\n", "\\n"))
+    words = ["--models", "attnet_xs", "attnet_t2", "--json", str(tmp_path / "counts.json")]
+    monkeypatch.setattr(sys, "argv", ["scripts/peers_timm.py", *words])
+    monkeypatch.setenv("TIMM_CHECKOUT", str(tmp_path))
+    with pytest.raises(SystemExit) as end:
+        peers_timm.main()
+    assert end.value.code == 1
+    found = json.loads((tmp_path / "counts.json").read_text())
+    assert found["counts"] == {"passed": 2, "failed": 1, "skipped": 1}
+    (failed,) = [one for one in found["outcomes"] if one["result"] == "failed"]
+    assert failed == {"test": "test_model_odd", "model": "attnet_t2", "result": "failed",
+                      "why": "RuntimeError: no such luck"}  # fmt: skip
+    assert "skipped: test_model_odd[attnet_xs] too small" in capsys.readouterr().out
+    monkeypatch.setenv("TIMM_CHECKOUT", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no checkout of timm"):
+        peers_timm.run(peers_timm.Arguments())
