@@ -19,6 +19,24 @@ STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8")
 """the first bytes of JPEG, PNG, WebP, BMP and GIF, by which an image is told from other values, such as a count"""
 
 
+_OPEN: dict[str, tuple[int, Any]] = {}
+"""path → process and its LMDB"""
+
+
+def _opened(path: str) -> Any:
+    """The one open LMDB of a path in this process: the library opens none twice, and that of before a fork is closed."""
+    import lmdb
+
+    process, environment = _OPEN.get(path, (0, None))
+    if process != os.getpid():
+        if environment is not None:
+            environment.close()
+        options = dict(readonly=True, lock=False, readahead=False, meminit=False)
+        environment = lmdb.open(path, subdir=os.path.isdir(path), **options)
+        _OPEN[path] = os.getpid(), environment
+    return environment
+
+
 class LmdbSource:
     """All images of an LMDB, one class, in the order of the keys.
 
@@ -40,7 +58,6 @@ class LmdbSource:
         self.path, side = (where, side) if at and side.isdigit() else (path, "")
         if not Path(self.path).exists():
             raise UserError(f"`data={self.name}`: no such file or folder {self.path}")
-        self._environments: dict[int, Any] = {}
         try:
             with self._environment().begin(buffers=True) as transaction:  # of a value, its first page is read
                 keys = [bytes(key) for key, value in transaction.cursor() if bytes(value[:4]).startswith(STARTS)]
@@ -63,22 +80,12 @@ class LmdbSource:
         self.keys = np.array(keys, dtype=object)
         self.classes, self.labels = [ONE_CLASS], np.zeros(len(keys), dtype=np.int64)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_environments": {}}
-
     def _environment(self) -> Any:
-        """The open LMDB of this process: one that a fork took over must not be read."""
-        if os.getpid() not in self._environments:
-            try:
-                import lmdb
-            except ImportError as error:
-                raise UserError(
-                    f"`data={self.name}` needs the lmdb library; install it by: pip install lmdb"
-                ) from error
-            self._environments[os.getpid()] = lmdb.open(
-                self.path, subdir=os.path.isdir(self.path), readonly=True, lock=False, readahead=False, meminit=False
-            )
-        return self._environments[os.getpid()]
+        try:
+            import lmdb  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"`data={self.name}` needs the lmdb library; install it by: pip install lmdb") from error
+        return _opened(os.path.realpath(self.path))
 
     def _bytes(self, index: int) -> bytes:
         with self._environment().begin() as transaction:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import sys
 import tarfile
@@ -159,6 +160,9 @@ class Environment(dict):
     def put(self, key, value):
         self[key] = value
 
+    def close(self):
+        pass
+
     def __enter__(self):
         return self
 
@@ -197,6 +201,16 @@ def test_an_lmdb_as_ffhqs(tmp_path, lmdb):
     assert shows(again, [8, 9, 10]) and again.contents() == data.contents()
     with pytest.raises(UserError, match="no images of side 32; it has 8, 16"):
         open_images(f"lmdb:{tmp_path}/ffhq.lmdb@32")
+
+
+def test_an_lmdb_is_read_in_a_fork_too(tmp_path, lmdb):
+    write(lmdb, tmp_path / "lmdb", {b"a": png(1), b"b": png(2)})
+    data = open_images(f"lmdb:{tmp_path}/lmdb", 8)
+    assert shows(data, [1, 2])
+    child = os.fork()
+    if not child:
+        os._exit(0 if shows(data, [1, 2]) else 1)
+    assert os.waitpid(child, 0)[1] == 0 and shows(data, [1, 2])
 
 
 def test_an_lmdb_with_other_keys_and_one_without_images(tmp_path, lmdb):
