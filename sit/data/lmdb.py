@@ -24,7 +24,7 @@ _OPEN: dict[str, tuple[int, Any]] = {}
 
 
 def _opened(path: str) -> Any:
-    """The one open LMDB of a path in this process: the library opens none twice, and that of before a fork is closed."""
+    """The one open LMDB of a path in this process, as the library opens none twice; one of before a fork is closed."""
     import lmdb
 
     process, environment = _OPEN.get(path, (0, None))
