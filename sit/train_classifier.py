@@ -12,6 +12,7 @@ def main() -> None:
     arguments = parse(ClassifierArguments, "python -m sit.train_classifier")
     from sit.metrics.train_classifier import train  # the heavy imports come once the flags are parsed
 
+    arguments.threads.use()
     train(arguments)
 
 

@@ -12,6 +12,7 @@ def main() -> None:
     arguments = parse(VAEArguments, "python -m sit.train_vae")
     from sit.latents.train_vae import train  # the heavy imports come once the flags are parsed
 
+    arguments.threads.use()
     train(arguments)
 
 

@@ -9,6 +9,7 @@ import tyro
 
 from sit.metrics.arguments import FeatureWeights
 from sit.sampling.config import LabelOrder, SamplerConfig
+from sit.utils.threads import CpuThreads
 
 Against = Literal["guidance", "evaluations", "step", "seconds"]
 
@@ -45,6 +46,7 @@ class Arguments:
     """reads what eval_fid.py or this command left there, and keeps what is made: it goes on after a crash"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
+    threads: Annotated[CpuThreads, tyro.conf.OmitArgPrefixes] = field(default_factory=CpuThreads)
     weights_files: Annotated[FeatureWeights, tyro.conf.OmitArgPrefixes] = field(default_factory=FeatureWeights)
     sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
 

@@ -24,6 +24,7 @@ def main() -> None:
     from sit.compare.compare import compare
     from sit.utils.device import leave_processes
 
+    arguments.threads.use()
     try:
         folder = compare(arguments)
     finally:

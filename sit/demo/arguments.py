@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import tyro
+
+from sit.utils.threads import CpuThreads
 
 
 @dataclass
@@ -27,3 +30,4 @@ class Arguments:
     """a VAE's name on the Hub or folder, instead of the checkpoints' own"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
+    threads: Annotated[CpuThreads, tyro.conf.OmitArgPrefixes] = field(default_factory=CpuThreads)

@@ -12,4 +12,5 @@ def main() -> None:
     arguments = parse(Arguments, "python -m sit.demo")
     from sit.demo.page import main as open_page  # heavy imports come once the flags are parsed
 
+    arguments.threads.use()
     open_page(arguments)

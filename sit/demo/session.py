@@ -133,23 +133,20 @@ def play(
 
     def record(step: int, total: int | None, x: torch.Tensor, t: float | torch.Tensor) -> None:
         seen.append((t, x[0].clone()))  # not moved to the CPU yet, so that the device isn't waited for
-        if on_step is not None:
-            on_step(step, total, x, t)
 
     check_labels([label], loaded.model.config.num_classes)
     indices, labels = torch.arange(count), torch.full((count,), label)
     options = dict(seed=seed, config=config, image_size=player.image_size, batch_size=count)
     _ = loaded.vae  # read before the clock runs
     start = _now(loaded.device)
-    made = list(sample_images(loaded, indices, labels, on_step=record, **options))
+    made = list(sample_images(loaded, indices, labels, on_step=on_step, on_first=record, **options))
     seconds = (_now(loaded.device) - start) / count
     images = torch.cat([batch.images for batch in made]).numpy()
 
     noise = KeyedNoise(seed, [0], player.latent_shape, "cpu")()[0]
     times, states = [0.0], [noise]
     for t, x in seen:
-        # what does not go on in time is a step that an adaptive solver rejected, or of other samples' passes: sample 0
-        # is the first row of the first
+        # what does not go on in time is a step that an adaptive solver rejected
         if float(t) > times[-1]:
             times.append(float(t))
             states.append(x.float().cpu())

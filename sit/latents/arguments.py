@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from sit.utils.errors import UserError
+from sit.utils.threads import CpuThreads
 
 SHARD_SIZE = 2**17
 """images in one file: 4 GiB at 4×32×32, ten files for ImageNet"""
@@ -38,6 +39,7 @@ class Encode:
     """images between two notes in the journal: the most that a crash costs each process"""
     shard_size: int = SHARD_SIZE
     """images in one file"""
+    threads: Annotated[CpuThreads, tyro.conf.OmitArgPrefixes] = field(default_factory=CpuThreads)
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Verify:
     seed: int = 0
     tolerance: float = 0.02
     """largest root-mean-square difference of an entry, in units of the latents' standard deviation"""
+    threads: Annotated[CpuThreads, tyro.conf.OmitArgPrefixes] = field(default_factory=CpuThreads)
 
 
 @dataclass
@@ -70,6 +73,7 @@ class Measure:
     images: int = 10_000
     """so many, drawn at random, or all if there are fewer"""
     seed: int = 0
+    threads: Annotated[CpuThreads, tyro.conf.OmitArgPrefixes] = field(default_factory=CpuThreads)
 
 
 @dataclass
@@ -111,3 +115,4 @@ class VAEArguments(VAEConfig):
     """new folder"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
+    threads: Annotated[CpuThreads, tyro.conf.OmitArgPrefixes] = field(default_factory=CpuThreads)

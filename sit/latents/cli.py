@@ -53,6 +53,7 @@ def main() -> None:
     config = parse(COMMANDS, "python -m sit.latents", description=__doc__)
     from sit.utils.device import leave_processes  # heavy imports come once the flags are parsed
 
+    config.threads.use()
     try:
         said = {Verify: verified, Measure: measured, Encode: encoded}[type(config)](config)
         if said is not None:

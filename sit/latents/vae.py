@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from sit.latents.autoencoders import (
 )
 from sit.latents.pixels import is_pixels, pixel_codec
 from sit.utils.errors import UserError, first_line
+from sit.utils.workers import Tell, computes_apart, run_apart
 
 PerChannel = float | tuple[float, ...]
 """One number for all channels of a latent, or one for each."""
@@ -279,9 +281,9 @@ def encode_images(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64
 def decode(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
     """Scaled latents (B, c, h, w) → images (B, H, W, 3) uint8 on the CPU, as clamp(127.5·x + 128, 0, 255) (SiT).
 
-    On one device and number of threads, bitwise the same for one latent in any batch, given ``batch_size``:
-    convolutions of another batch size may round differently, so the last chunk is filled up. Large images are decoded
-    in smaller chunks.
+    On one device, bitwise the same for one latent in any batch, given ``batch_size``: convolutions of another batch
+    size may round differently, so the last chunk is filled up. Large images are decoded in smaller chunks. On a CPU
+    the chunks of a small VAE are shared among threads, whatever their number; a large one rounds by their number.
 
     Raises:
         NotFinite: a pixel is NaN or infinite, which uint8 would show as black or white.
@@ -294,14 +296,22 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int = 8) -> to
         )
     factor, shift_scale = downsampling(vae), scaling(vae.config)
     height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
-    images = [torch.empty(0, height, width, 3, dtype=torch.uint8)]
-    for chunk in _padded_chunks(latents, fixed_batch(width, batch_size, vae.device)):
+    size = fixed_batch(width, batch_size, vae.device)
+
+    def decoded(chunk: torch.Tensor, _tell: Tell | None = None) -> torch.Tensor:
         unscaled = unscale_latents(chunk.to(device=vae.device, dtype=torch.float32), shift_scale)
         pixels = vae.decode(unscaled.to(vae.dtype)).sample.float()
         if not pixels.isfinite().all():
             source = "the VAE" if unscaled.isfinite().all() else "the sampler"
             raise NotFinite(f"{source} gives numbers that are not finite, so there is no image to show")
-        images.append((127.5 * pixels + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu())
+        return (127.5 * pixels + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu()
+
+    images = [torch.empty(0, height, width, 3, dtype=torch.uint8)]
+    chunks = _padded_chunks(latents, size)
+    if computes_apart(vae, size, height * width, vae.device):
+        images += run_apart([partial(decoded, chunk) for chunk in chunks])
+    else:
+        images += map(decoded, chunks)
     return torch.cat(images)[: len(latents)]
 
 

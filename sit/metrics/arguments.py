@@ -12,6 +12,7 @@ from sit.checkpoint.hints import FileHints
 from sit.sampling.config import LabelOrder, SamplerConfig, height_and_width
 from sit.utils.choices import Precision
 from sit.utils.errors import UserError
+from sit.utils.threads import CpuThreads
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Arguments:
     """torch.compile the network, on GPUs with CUDA graphs; None does so on GPUs from 1000 network evaluations on"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
+    threads: Annotated[CpuThreads, tyro.conf.OmitArgPrefixes] = field(default_factory=CpuThreads)
     weights_files: Annotated[FeatureWeights, tyro.conf.OmitArgPrefixes] = field(default_factory=FeatureWeights)
     published: Annotated[FileHints, tyro.conf.OmitArgPrefixes] = field(default_factory=FileHints)
     sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
@@ -111,6 +113,7 @@ class ReferenceArguments:
     """keeps what is done, so that the same command goes on after a crash"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
+    threads: Annotated[CpuThreads, tyro.conf.OmitArgPrefixes] = field(default_factory=CpuThreads)
     weights_files: Annotated[FeatureWeights, tyro.conf.OmitArgPrefixes] = field(default_factory=FeatureWeights)
 
     def __post_init__(self) -> None:
@@ -160,3 +163,4 @@ class ClassifierArguments(ClassifierSettings):
     """new folder"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
+    threads: Annotated[CpuThreads, tyro.conf.OmitArgPrefixes] = field(default_factory=CpuThreads)

@@ -24,6 +24,7 @@ def main() -> None:
     from sit.metrics.run import evaluate_samples, write_reference  # heavy imports come once the flags are parsed
     from sit.utils.device import leave_processes
 
+    arguments.threads.use()
     try:
         (write_reference if making_reference else evaluate_samples)(arguments)
     finally:

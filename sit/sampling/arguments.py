@@ -11,6 +11,7 @@ from sit.checkpoint.hints import FileHints
 from sit.sampling.config import LabelOrder, SamplerConfig
 from sit.utils.choices import Precision
 from sit.utils.errors import UserError
+from sit.utils.threads import CpuThreads
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Arguments:
     """torch.compile the network, on GPUs with CUDA graphs; None does so on GPUs from 1000 network evaluations on"""
     device: str | None = None
     """None takes the accelerator, if there is one"""
+    threads: Annotated[CpuThreads, tyro.conf.OmitArgPrefixes] = field(default_factory=CpuThreads)
     reverse: bool = False
     """take the images of --data back to the noise that the ODE makes them from"""
     likelihood: bool = False

@@ -14,6 +14,7 @@ def main() -> None:
     from sit.sampling.run import sample  # the heavy imports come once the flags are parsed
     from sit.utils.device import leave_processes
 
+    arguments.threads.use()
     try:
         sample(arguments)
     finally:

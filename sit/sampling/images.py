@@ -159,6 +159,7 @@ def sample_images(
     image_size: tuple[int, int] | None = None,
     batch_size: int = 64,
     on_step: OnStep | None = None,
+    on_first: OnStep | None = None,
 ) -> Iterator[ImageBatch]:
     """Sample the images numbered ``indices`` under ``seed``; an image depends on its number, label and seed alone.
 
@@ -169,7 +170,7 @@ def sample_images(
         config: the sampler and its guidance.
         image_size: (height, width); None as trained.
         batch_size: samples held at a time.
-        on_step: passed on to :func:`sit.sampling.sampler.generate`.
+        on_step, on_first: passed on to :func:`sit.sampling.sampler.generate`.
 
     Raises:
         NotFinite: a sample is NaN or infinite.
@@ -188,6 +189,7 @@ def sample_images(
         device=loaded.device,
         batch_size=batch_size,
         on_step=on_step,
+        on_first=on_first,
     ):
         chosen = labels[[place[int(index)] for index in done]]
         check_finite(loaded, latents, done, chosen, seed=seed, config=config)

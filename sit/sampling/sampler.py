@@ -6,6 +6,7 @@ What ``steps`` counts, and how it compares with the published programs, is writt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from sit.sampling.sde import sample_sde
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 from sit.utils.random import generator, randn
+from sit.utils.workers import Tell, computes_apart, one_thread, run_apart
 
 
 class KeyedNoise:
@@ -65,9 +67,39 @@ def sample(
     """
     if noise.dtype not in (torch.float32, torch.float64):
         noise = noise.float()
-    guided = GuidedModel(model, labels, config)
+    guided: Callable[..., torch.Tensor] = GuidedModel(model, labels, config)
+    if isinstance(model, SiT):
+        tokens = tokens_of(model, noise.shape)
+        if computes_apart(model, rows := group_of(tokens), tokens, noise.device):
+            guided = _in_groups(model, labels, config, rows)
     sampler = SAMPLERS[config.sampler]
     return sampler(guided, transport, noise, config, step_noise=step_noise, on_step=on_step, reverse=reverse)
+
+
+def _in_groups(
+    model: SiT, labels: torch.Tensor | None, config: SamplerConfig, rows: int
+) -> Callable[..., torch.Tensor]:
+    """A :class:`GuidedModel` that computes ``rows`` samples at a time, each group on a thread of its own."""
+
+    def of_group(some: torch.Tensor | None, x: torch.Tensor, t: float | torch.Tensor, _tell: Tell) -> torch.Tensor:
+        return GuidedModel(model, some, config)(x, t)
+
+    def evaluate(x: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+        parts = x.split(rows)
+        given = [None] * len(parts) if labels is None else labels.split(rows)
+        return torch.cat(run_apart([partial(of_group, some, part, t) for some, part in zip(given, parts, strict=True)]))
+
+    return evaluate
+
+
+def tokens_of(model: SiT, latent_shape: Sequence[int]) -> int:
+    """The tokens of a latent (…, h, w)."""
+    return latent_shape[-2] * latent_shape[-1] // model.config["patch_size"] ** 2
+
+
+def group_of(tokens: int) -> int:
+    """How many samples of so many tokens a network computes at a time on a CPU."""
+    return max(4, min(16, 1024 // tokens))
 
 
 def computing_group(config: SamplerConfig, tokens: int) -> int:
@@ -76,7 +108,7 @@ def computing_group(config: SamplerConfig, tokens: int) -> int:
     A matrix product rounds differently with another number of rows, so on the CPU, where it costs little, the number
     is fixed, and so is each sample's row. An adaptive solver's steps depend on all samples: there it is one.
     """
-    return 1 if config.adaptive else max(4, min(16, 1024 // tokens))
+    return 1 if config.adaptive else group_of(tokens)
 
 
 def grouped(indices: Sequence[int], group: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -121,18 +153,22 @@ def generate(
     device: torch.device | str,
     batch_size: int,
     on_step: OnStep | None = None,
+    on_first: OnStep | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Sample the latents numbered ``indices`` under ``seed``, ``batch_size`` at a time.
 
-    Sample i depends on the seed, i, its label and the config. On a CPU, with one number of threads, it is the same to
-    the bit whatever the batch size and the samples beside it; on an accelerator it is the same to rounding (adaptive
-    ODE solvers: to their tolerance).
+    Sample i depends on the seed, i, its label and the config. On a CPU it is the same to the bit whatever the batch
+    size and the samples beside it, and for a small network (:func:`sit.utils.workers.computes_apart`), whose groups of
+    samples are shared among threads, whatever their number; for a large one with one number of threads. On an
+    accelerator it is the same to rounding (adaptive ODE solvers: to their tolerance).
 
     Args:
         indices: (n,) int64 numbers of the samples.
         labels: (n,) int64.
         latent_shape: (C, h, w).
-        on_step: called in each pass of the sampler; with several passes, from the start again.
+        on_step: called in each pass of the sampler, from its first step to its last; several passes may be under way
+            at a time. It must not change the state.
+        on_first: the same, but in the first pass only, in which the first sample is the row of its number.
 
     Yields:
         (indices (b,), latents (b, C, h, w) float32 on ``device``), in order.
@@ -142,9 +178,11 @@ def generate(
     """
     if batch_size < 1:
         raise UserError(f"`batch_size` must be at least 1, not {batch_size}")
-    sampler, group = SAMPLERS[config.sampler], None
+    sampler, group, apart = SAMPLERS[config.sampler], None, False
     if torch.device(device).type == "cpu":
-        group = computing_group(config, latent_shape[1] * latent_shape[2] // model.config["patch_size"] ** 2)
+        tokens = tokens_of(model, latent_shape)
+        group = computing_group(config, tokens)
+        apart = computes_apart(model, group, tokens)
     for start in range(0, len(indices), batch_size):
         chosen, wanted = indices[start : start + batch_size].tolist(), labels[start : start + batch_size]
         passes: Iterable[tuple[list[int], Any]]
@@ -153,10 +191,43 @@ def generate(
         else:
             short = batch_size - len(chosen) if start else 0  # filled up: a compiled network knows one batch size
             passes = [([*range(len(chosen)), *[0] * short], slice(len(chosen)))]
-        parts = []
+        jobs, kept, listeners = [], [], []
         for filled, rows in passes:
             noise = KeyedNoise(seed, [chosen[position] for position in filled], latent_shape, device)
             guided = GuidedModel(model, wanted[filled].to(device), config)
-            latents = sampler(guided, transport, noise(), config, step_noise=noise, on_step=on_step)
-            parts.append(latents[rows])
-        yield indices[start : start + batch_size], torch.cat(parts)
+            jobs.append(partial(sampler, guided, transport, noise(), config, step_noise=noise))
+            kept.append(rows)
+            listeners.append(_both(on_step, on_first if not start and len(jobs) == 1 else None))
+        parts = []
+        if apart and len(jobs) > 1 and torch.get_num_threads() > 1:
+            parts = run_apart([partial(_on_a_worker, *job) for job in zip(jobs, listeners, strict=True)], _call)
+        else:
+            with one_thread(apart):
+                for job, listener in zip(jobs, listeners, strict=True):
+                    parts.append(job(on_step=listener))
+        yield (
+            indices[start : start + batch_size],
+            torch.cat([part[rows] for part, rows in zip(parts, kept, strict=True)]),
+        )
+
+
+def _both(one: OnStep | None, other: OnStep | None) -> OnStep | None:
+    """What calls both, as far as they are there; None if neither is."""
+    if one is None or other is None:
+        return one or other
+
+    def both(*step: Any) -> None:
+        one(*step)
+        other(*step)
+
+    return both
+
+
+def _on_a_worker(job: Callable[..., torch.Tensor], listener: OnStep | None, tell: Tell) -> torch.Tensor:
+    """A pass whose listener is called where the workers' caller is; without one, it only learns whether to go on."""
+    return job(on_step=partial(tell, listener))
+
+
+def _call(listener: OnStep | None, *step: Any) -> None:
+    if listener is not None:
+        listener(*step)

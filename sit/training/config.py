@@ -141,7 +141,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass, to save memory"""
     cpu_threads: int | None = None
-    """threads of a process that trains on the CPU; None divides the machine's cores among its processes"""
+    """computing threads of a process on a CPU; None takes OMP_NUM_THREADS, or without it the cores that it may use"""
     workers: int = 0
     """loader processes for each training process"""
     non_finite_limit: int = 10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -15,6 +14,7 @@ from sit.training.config import TrainConfig
 from sit.utils.device import process_state
 from sit.utils.errors import UserError
 from sit.utils.precision import allow_tf32
+from sit.utils.threads import use_threads
 
 
 def set_up_processes(config: TrainConfig) -> Accelerator:
@@ -35,9 +35,7 @@ def set_up_processes(config: TrainConfig) -> Accelerator:
     check_settings(accelerator)
     allow_tf32(accelerator.device, config.tf32)
     if accelerator.device.type == "cpu":
-        # `accelerate launch` starts processes with one thread each
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(config.cpu_threads or max(1, cores // accelerator.num_processes))
+        use_threads(config.cpu_threads)
     parts = accelerator.num_processes * config.gradient_accumulation
     if config.batch_size % parts:
         raise UserError(

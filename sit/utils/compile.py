@@ -65,4 +65,11 @@ def compile_for_sampling(model: nn.Module) -> None:
         result = compiled(*args, **kwargs)
         return result.clone() if graphs else result
 
+    forward.is_compiled = True  # type: ignore[attr-defined]
     model.forward = forward
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a network was compiled, by :func:`compile_for_sampling` or by torch's own functions."""
+    by_torch = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    return by_torch or getattr(model.forward, "is_compiled", False)

@@ -20,8 +20,9 @@ from atconv import ATConv
 from sit.utils.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-frechet, loader, overhead, reference_memory, sampler_order, speed, xl_step = map(
-    importlib.import_module, ("frechet", "loader", "overhead", "reference_memory", "sampler_order", "speed", "xl_step")
+frechet, loader, overhead, reference_memory, sampler_order, sampling_cpu, speed, xl_step = map(
+    importlib.import_module,
+    ("frechet", "loader", "overhead", "reference_memory", "sampler_order", "sampling_cpu", "speed", "xl_step"),
 )
 HELPERS = {"baselines", "checks"}
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
@@ -70,6 +71,22 @@ def test_overhead(run):
     seconds, shares = found["seconds"], found["shares"]
     assert shares["checkpoint"] == pytest.approx(seconds["checkpoint"] / 10 / seconds["step"]), "spread over ten steps"
     assert rows["checkpoint"][-4] == f"{shares['checkpoint']:.2%}"
+
+
+def test_sampling_cpu(run, monkeypatch):
+    words = ("--images", 20, "--steps", 2, "--repeats", 1, "--busy", 0, 1, "--threads", 2)
+    before = torch.get_num_threads()
+    out, found = run(sampling_cpu, *words)
+    assert torch.get_num_threads() == before
+    rows = {(row["busy"], row["way"]): row for row in found["rows"]}
+    assert len(rows) == 6 and found["threads"] == 2
+    for (busy, way), row in rows.items():
+        alone = rows[busy, "one thread"]["images_per_second"]
+        assert row["of_one_thread"] == pytest.approx(row["images_per_second"] / alone)
+        assert f"| {busy} | {way} | {row['images_per_second']:.1f} |" in out
+    monkeypatch.setattr(sampling_cpu.torch, "equal", lambda *_: False)
+    with pytest.raises(SystemExit):
+        run(sampling_cpu, *words)
 
 
 ORDER = ("--particles", 50, "--counts", 4, "--methods", "euler", "dopri5")
@@ -221,6 +238,8 @@ def test_every_benchmark_says_what_it_is_for(name, monkeypatch, capsys):
         (loader, {"rounds": 0}, "`rounds` must be at least 1, not 0"),
         (frechet, {"samples": 1}, "`samples` must be at least 2, not 1"),
         (overhead, {"rounds": 0}, "`rounds` must be at least 1, not 0"),
+        (sampling_cpu, {"threads": 1}, "`threads` must be at least 2, not 1"),
+        (sampling_cpu, {"busy": (-1,)}, "`busy=-1` can't be less than 0"),
         (sampler_order, {"methods": ("guess",)}, "`method=guess`"),
         (speed, {"models": ("SiT-Q/2",)}, "unknown model 'SiT-Q/2'"),
         (speed, {"pixels": (250,), "models": ("SiT-B/2",)}, "`pixels=250`: the side must be a multiple of 16"),

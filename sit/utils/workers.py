@@ -1,0 +1,181 @@
+"""Small networks on a CPU: work shared among threads that compute alone, instead of each operation among all threads.
+
+An operation of a small network takes microseconds, and the threads that share it wait for one another longer; where
+another program holds a core they wait for it at every operation. Groups of work that each have one computing thread
+take what the cores give, and round alike whatever the number of threads. An operation of torch lets other Python
+threads go on (it releases the interpreter's lock), so threads do, and need no copies of the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import nn
+
+from sit.utils.compile import is_compiled
+
+SMALL = 4e9
+"""multiply-accumulates of one evaluation below which a network is small: some 0.1 s of one core"""
+
+Result = TypeVar("Result")
+Tell: TypeAlias = Callable[..., None]
+"""What a job calls with whatever its caller is to be told."""
+
+
+class _Cancelled(BaseException):
+    """Ends a job whose result nobody waits for any more."""
+
+
+def computes_apart(network: nn.Module, rows: int, places: int, device: torch.device | str = "cpu") -> bool:
+    """Whether a network's work is to be shared in groups: on a CPU, if it is small.
+
+    Compiled networks and sharded ones, which wait for other processes, are left as they are.
+
+    Args:
+        network: the network.
+        rows: images that it computes at a time.
+        places: tokens or pixels of an image, with each of which a weight is multiplied at most.
+        device: where it computes.
+    """
+    parameters = list(network.parameters())
+    if torch.device(device).type != "cpu" or is_compiled(network) or any(hasattr(p, "full_tensor") for p in parameters):
+        return False
+    return rows * places * sum(parameter.numel() for parameter in parameters) < SMALL
+
+
+def run_apart(jobs: Sequence[Callable[[Tell], Result]], told: Tell | None = None) -> list[Result]:
+    """The results of ``jobs``, in their order, each computed by one thread.
+
+    As many run at a time as the calling thread has computing threads (``torch.get_num_threads()``). They compute under
+    its autocast and gradient mode.
+
+    Args:
+        jobs: each is called as ``job(tell)``.
+        told: called in the calling thread with what jobs tell, as it comes: in order within a job, and mixed among
+            jobs. It must not change tensors that it is given.
+
+    Raises:
+        BaseException: what ``told`` raises, or the job that is first in order of those that raise; all threads have
+            ended by then.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(jobs) <= 1:
+        with one_thread():
+            return [job(told or _nothing) for job in jobs]
+    crew = _Crew(jobs, told is not None)
+    inherited = _inherited()
+    try:
+        crew.start(min(threads, len(jobs)), inherited)
+        return crew.results(told or _nothing)
+    finally:
+        crew.last = -1
+        crew.join()
+        torch.set_num_threads(threads)  # what threads to come begin with, which the workers have set to one
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def one_thread(wanted: bool = True) -> Iterator[None]:
+    """Within the block, torch computes with one thread, if that is ``wanted``."""
+    before = torch.get_num_threads()
+    if before == 1 or not wanted:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _inherited() -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """What makes, in another thread, the context in which this one computes; torch keeps it for each thread."""
+    gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    def context() -> contextlib.AbstractContextManager[Any]:
+        held = contextlib.ExitStack()
+        held.enter_context(torch.inference_mode(inference))
+        held.enter_context(torch.set_grad_enabled(gradients))
+        held.enter_context(torch.autocast("cpu", dtype=dtype, enabled=autocast))
+        return held
+
+    return context
+
+
+class _Crew:
+    """Threads that take jobs in turn, and put what they tell and find into a queue.
+
+    Attributes:
+        last: the number of the last job that is still wanted; those after it end.
+    """
+
+    def __init__(self, jobs: Sequence[Callable[[Tell], Any]], listens: bool) -> None:
+        self.jobs, self.listens = jobs, listens
+        self.last = len(jobs) - 1
+        self.numbers = iter(range(len(jobs)))
+        self.lock = threading.Lock()
+        self.said: queue.SimpleQueue[tuple[str, int, Any]] = queue.SimpleQueue()
+        self.threads: list[threading.Thread] = []
+
+    def start(self, count: int, inherited: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        for _ in range(count):
+            thread = threading.Thread(target=self._work, args=(inherited,), name="sit-worker", daemon=True)
+            thread.start()
+            self.threads.append(thread)
+
+    def _work(self, inherited: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        torch.set_num_threads(1)  # of this thread: the number is each thread's own
+        while (number := self._next()) is not None:
+            try:
+                with inherited():
+                    result = self.jobs[number](self._teller(number))
+                self.said.put(("result", number, result))
+            except _Cancelled:
+                return
+            except BaseException as error:
+                self.said.put(("error", number, error))
+
+    def _next(self) -> int | None:
+        with self.lock:
+            number = next(self.numbers, None)
+        return None if number is None or number > self.last else number
+
+    def _teller(self, number: int) -> Tell:
+        def tell(*what: Any) -> None:
+            if number > self.last:
+                raise _Cancelled
+            if self.listens:
+                self.said.put(("told", number, what))
+
+        return tell
+
+    def results(self, told: Tell) -> list[Any]:
+        found: dict[int, Any] = {}
+        failed: BaseException | None = None
+        while len(found) <= self.last:
+            kind, number, what = self.said.get()
+            if number > self.last:
+                continue
+            if kind == "told":
+                told(*what)
+            elif kind == "result":
+                found[number] = what
+            else:
+                failed, self.last = what, number - 1  # jobs before it may fail too, and come first
+                found = {earlier: result for earlier, result in found.items() if earlier < number}
+        if failed is not None:
+            raise failed
+        return [found[number] for number in range(len(self.jobs))]
+
+    def join(self) -> None:
+        for thread in self.threads:
+            thread.join()

@@ -1,0 +1,103 @@
+"""Samples of small networks on a CPU: the same to the bit with one thread and with two, and what happens on the way."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from sit.checkpoint.load import load_for_sampling
+from sit.sampling import sampler
+from sit.sampling.config import SamplerConfig
+from sit.sampling.images import balanced_labels, sample_images
+from sit.sampling.sampler import generate, sample
+from sit.utils.errors import UserError
+
+CONFIGS = {
+    "sde": SamplerConfig(steps=4, cfg_scale=1.5),
+    "ode": SamplerConfig("ode", 3, "heun2"),
+    "adaptive": SamplerConfig("ode", atol=1e-2, rtol=1e-2),
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    return load_for_sampling(checkpoint, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def with_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+    assert not [one for one in threading.enumerate() if one.name == "sit-worker"], "no thread is left"
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_same_images_with_any_number_of_threads(loaded, with_threads, monkeypatch, kind):
+    count, used, apart = 5 if kind == "adaptive" else 40, [], sampler.run_apart
+    monkeypatch.setattr(sampler, "run_apart", lambda jobs, told: used.append(len(jobs)) or apart(jobs, told))
+    made = []
+    for threads in (1, 2):
+        with_threads(threads)
+        labels, told = balanced_labels(range(count), range(10)), []
+        options = dict(seed=3, config=CONFIGS[kind], batch_size=33, on_step=lambda *step, told=told: told.append(step))
+        batches = list(sample_images(loaded, torch.arange(count), labels, **options))
+        made.append((torch.cat([batch.images for batch in batches]), sorted((s[0], float(s[3])) for s in told)))
+    assert used == [min(count, 3 if kind != "adaptive" else count)], "two threads share the groups of the first batch"
+    assert torch.equal(made[0][0], made[1][0])
+    assert made[0][1] == made[1][1], "steps are told as often, at the same times"
+
+
+def test_the_same_latents_of_one_batch_of_noise(loaded, with_threads):
+    """What the pipeline calls, with guidance, in groups of 16 rows; and near to what the whole batch at once gives."""
+    noise, labels = torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(20) % 10
+    config, found = SamplerConfig("ode", 3, "euler", cfg_scale=2.0), []
+    for threads in (1, 2):
+        with_threads(threads)
+        found.append(sample(loaded.model, loaded.transport, noise, labels, config))
+    assert torch.equal(*found) and not found[0].requires_grad
+    whole = sample(
+        lambda x, t, y: loaded.model(x, t, y), loaded.transport, noise, labels, SamplerConfig("ode", 3, "euler")
+    )
+    torch.testing.assert_close(
+        sample(loaded.model, loaded.transport, noise, labels, SamplerConfig("ode", 3, "euler")),
+        whole,
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+def test_the_first_sample_is_told_apart(loaded, with_threads):
+    with_threads(2)
+    first, options = [], dict(seed=0, latent_shape=(4, 8, 8), device="cpu", batch_size=64)
+    config = SamplerConfig("ode", 4, "euler")
+    made = generate(
+        loaded.model, loaded.transport, torch.arange(40), torch.arange(40) % 10, config=config, **options,
+        on_first=lambda step, total, x, t: first.append((step, x[0].clone())),
+    )  # fmt: skip
+    latents = torch.cat([part for _, part in made])
+    assert [step for step, _ in first] == [1, 2, 3, 4] and torch.equal(first[-1][1], latents[0])
+
+
+def test_mistakes_on_the_way_are_told_as_with_one_thread(loaded, with_threads, monkeypatch):
+    config = SamplerConfig("ode", method="dopri5", atol=1e-12, rtol=1e-12)
+    monkeypatch.setattr("sit.sampling.ode.MOST_EVALUATIONS", 8)
+    said = []
+    for threads in (1, 2):
+        with_threads(threads)
+        with pytest.raises(UserError) as told:
+            list(sample_images(loaded, torch.arange(3), torch.arange(3), seed=0, config=config))
+        said.append(str(told.value))
+    assert said[0] == said[1] and "`method=dopri5` doesn't come to the end" in said[0]
+
+    def interrupt(*step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(
+            sample_images(
+                loaded, torch.arange(40), torch.arange(40) % 10, seed=0, config=CONFIGS["sde"], on_step=interrupt
+            )
+        )
