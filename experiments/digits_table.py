@@ -43,7 +43,6 @@ class Arguments:
     """generated images of a row"""
     json: Path | None = None
     """file for all numbers"""
-    """file for all numbers"""
     sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
 
 
