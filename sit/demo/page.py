@@ -7,6 +7,7 @@ kernels that ATConv made for them. The images are those of ``sample.py`` with th
 from __future__ import annotations
 
 import os
+import re
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from sit.demo.arguments import Arguments
 from sit.demo.session import Player, Trajectory, command, kernel_view, names_of, open_players, play, sheet, strip
 from sit.sampling.config import ODE_METHODS, SDE_METHODS, SamplerConfig
 from sit.utils.device import pick_device
-from sit.utils.errors import UserError, with_flags
+from sit.utils.errors import UserError
 
 if TYPE_CHECKING:
     import gradio
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
 MOST_IMAGES = 16
 
 
-MOST_STEPS = 1000
+LARGEST_SEED = 2**53 - 1
+"""the largest whole number that a browser has exactly"""
+
+
+CONTROLS = {"steps": "Steps", "cfg_scale": "Guidance scale", "method": "Method", "sampler": "Sampler"}
+"""settings of the sampler → what the page calls them"""
 
 
 NO_GRADIO = "the page needs Gradio: pip install 'sit-atconv[demo]', or pip install gradio"
@@ -64,14 +70,46 @@ def read_controls(*controls: Any) -> tuple[int, int, int, SamplerConfig]:
         controls: class, seed, number of images, sampler, method, steps and guidance, as Gradio gives them.
 
     Raises:
-        UserError: something is left empty, or the sampler refuses it.
+        UserError: something is left empty, is no whole number where it must be, or is refused by the sampler.
     """
     label, seed, count, sampler, method, steps, scale = controls
-    for value, name in ((label, "class"), (seed, "seed"), (steps, "number of steps")):
+    for value, name in ((label, "class"), (sampler, "sampler"), (method, "method"), (scale, "guidance scale")):
         if value is None:
             raise UserError(f"choose a {name}")
-    config = SamplerConfig(sampler=sampler.lower(), method=method, steps=int(steps), cfg_scale=float(scale))
-    return int(label), int(seed), int(count), config
+    seed = whole_number(seed, "Seed", 0, LARGEST_SEED)
+    count = whole_number(count, "Images", 1, MOST_IMAGES)
+    steps = whole_number(steps, f"Steps of the {sampler}", fewest_steps(sampler))
+    config = SamplerConfig(sampler=sampler.lower(), method=method, steps=steps, cfg_scale=float(scale))
+    return int(label), seed, count, config
+
+
+def whole_number(value: float | None, name: str, least: int, most: int | None = None) -> int:
+    """The value of the control of that name.
+
+    Raises:
+        UserError: it is empty, no whole number, or out of bounds.
+    """
+    if value is None:
+        raise UserError(f"{name}: there is no number")
+    if not (float(value).is_integer() and least <= value <= (value if most is None else most)):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise UserError(f"{name}: {value} is no whole number {bounds}")
+    return int(value)
+
+
+def fewest_steps(sampler: str) -> int:
+    """The fewest steps that a sampler takes: the SDE has a last step of its own kind."""
+    return 2 if sampler == "SDE" else 1
+
+
+def in_the_pages_words(message: str) -> str:
+    """A message of the library, with the names of the page's controls for the settings in backquotes."""
+
+    def named(match: re.Match[str]) -> str:
+        name, value = CONTROLS.get(match[1], match[1].replace("_", " ")), match[2]
+        return name if value is None else f"{name} {value}"
+
+    return re.sub(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`", named, message)
 
 
 def build_page(players: list[Player]) -> gradio.Blocks:
@@ -112,7 +150,10 @@ def build_page(players: list[Player]) -> gradio.Blocks:
         with _told_in_the_page(gr):
             answers = []
             for number, player in enumerate(players):
-                text, image = kernel_view(player, trajectories[number], block, t) if trajectories else (BEFORE, None)
+                text, image = BEFORE, None
+                if trajectories:
+                    shown = whole_number(block, "Block", 0, depth - 1)
+                    text, image = kernel_view(player, trajectories[number], shown, t or 0.0)
                 answers += [text, gr.Image(image, visible=image is not None)]
             return answers
 
@@ -124,7 +165,8 @@ def build_page(players: list[Player]) -> gradio.Blocks:
         adaptive = method in (SDE_METHODS if sampler == "SDE" else ODE_METHODS) and (
             SamplerConfig(sampler=sampler.lower(), method=method).adaptive
         )
-        return gr.Slider(interactive=not adaptive, info=f"{method} chooses its steps itself" if adaptive else "")
+        told = f"{method} chooses its steps itself" if adaptive else f"at least {fewest_steps(sampler)}"
+        return gr.Number(interactive=not adaptive, info=told)
 
     with gr.Blocks(title="SiT-ATConv", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
@@ -136,13 +178,14 @@ def build_page(players: list[Player]) -> gradio.Blocks:
         with gr.Row():
             with gr.Column(scale=1, min_width=260, elem_id="controls"):
                 label = gr.Dropdown(classes, value=0, label="Class", elem_id="class")
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, elem_id="seed")
+                # Gradio's own limits raise errors that name no control, with a traceback in the terminal
+                seed = gr.Number(0, label="Seed", step=1, elem_id="seed")
                 count = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images", elem_id="count")
                 sampler = gr.Radio(["SDE", "ODE"], value="SDE", label="Sampler", elem_id="sampler")
                 method = gr.Dropdown(list(SDE_METHODS), value="euler", label="Method", elem_id="method")
-                steps = gr.Slider(1, MOST_STEPS, 50, step=1, label="Steps", elem_id="steps")
-                scale = gr.Slider(
-                    1, 10, 1.5 if guidable else 1, step=0.1, label="Guidance scale", elem_id="scale",
+                steps = gr.Number(50, label="Steps", step=1, info="at least 2", elem_id="steps")
+                scale = gr.Number(
+                    1.5 if guidable else 1, step=0.1, label="Guidance scale", elem_id="scale",
                     interactive=guidable, info="1 is none" if guidable else "trained without a null class",
                 )  # fmt: skip
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
@@ -211,7 +254,7 @@ class _told_in_the_page:
         if isinstance(error, torch.OutOfMemoryError):
             raise self.gr.Error("There is not enough memory: make fewer images.", print_exception=False) from None
         if isinstance(error, UserError | AssertionError):  # torchdiffeq asserts that its steps don't vanish
-            raise self.gr.Error(with_flags(str(error)), print_exception=False) from None
+            raise self.gr.Error(in_the_pages_words(str(error)), print_exception=False) from None
 
 
 def local_theme(gr: Any) -> gradio.themes.Base:

@@ -253,27 +253,65 @@ def test_controls_that_are_refused():
     assert demo.read_controls(*good) == (3, 0, 4, config)
     for place, value, words in (
         (0, None, "choose a class"),
-        (1, None, "choose a seed"),
+        (1, None, "Seed: there is no number"),
+        (1, -1, "Seed: -1 is no whole number from 0 to 9007199254740991"),
+        (1, 0.5, "Seed: 0.5 is no whole number"),
+        (1, 2**53, "Seed: 9007199254740992 is no"),
+        (2, 17, "Images: 17 is no whole number from 1 to 16"),
+        (3, None, "choose a sampler"),
+        (4, None, "choose a method"),
         (4, "dopri5", "the methods of `sampler=sde` are euler, heun"),
-        (5, 1, "at least 2"),
+        (5, 1, "Steps of the SDE: 1 is no whole number of at least 2"),
+        (5, 2.5, "Steps of the SDE: 2.5 is no"),
+        (6, None, "choose a guidance scale"),
+        (6, -1, "`cfg_scale` must be a number of at least 0"),
     ):
         with pytest.raises(UserError, match=words):
             demo.read_controls(*good[:place], value, *good[place + 1 :])
+    for steps in (1, 5000):  # the sampler's limits, and no others
+        assert demo.read_controls(3, 0, 4, "ODE", "euler", steps, 0.5)[3].steps == steps
+
+
+@pytest.mark.parametrize("sampler", ["SDE", "ODE"])
+def test_the_pages_fewest_steps_are_the_samplers(sampler):
+    fewest = demo.fewest_steps(sampler)
+    SamplerConfig(sampler=sampler.lower(), steps=fewest, method="euler")
+    with pytest.raises(UserError, match="steps"):
+        SamplerConfig(sampler=sampler.lower(), steps=fewest - 1, method="euler")
 
 
 def test_mistakes_are_told_in_the_page(players, tmp_path):
     gr = pytest.importorskip("gradio", reason="gradio is not installed")
     (unguided,) = open_players([make_run(tmp_path / "unguided", "atconv", null_class=False)], CPU)
-    generate = next(f.fn for f in demo.build_page([unguided]).fns.values() if f.name == "generate")
+    page = demo.build_page([unguided])
+    generate = next(f.fn for f in page.fns.values() if f.name == "generate")
     for controls, words in (
         ((None, 0, 1, "SDE", "euler", 4, 1), "choose a class"),
-        ((3, 0, 1, "SDE", "euler", 4, 2), "no null class"),
+        ((3, 0, 1, "SDE", "euler", 4, 2), "no null class: use Guidance scale 1"),
+        ((3, 0, 1, "SDE", "dopri5", 4, 1), "Method dopri5: the methods of Sampler sde are"),
+        ((3, 0, 1, "SDE", "euler", 4, -1), "Guidance scale must be a number of at least 0"),
     ):
-        with pytest.raises(gr.Error, match=words):
+        with pytest.raises(gr.Error, match=words) as told:
             generate(*controls)
+        assert told.value.print_exception is False and not re.search("`|--", told.value.message)
     trajectories, images, *_ = generate(3, 0, 2, "SDE", "euler", 4, 1)
     assert np.array_equal(np.array(images), np.array(sheet(play(unguided, 3, 0, 2, SamplerConfig(steps=4)).images)))
     assert len(trajectories) == 1
+    look = next(f.fn for f in page.fns.values() if f.name == "look")
+    assert look(trajectories, 1, 0.5)[0] != demo.BEFORE == look(None, None, None)[0]
+    for block in (None, 1.5, 2):
+        with pytest.raises(gr.Error, match="Block: ") as told:
+            look(trajectories, block, 0.5)
+        assert told.value.print_exception is False
+
+
+def test_numbers_are_checked_by_the_page_alone(players):
+    """Gradio's limits would raise errors of its own, with a traceback in the terminal."""
+    gr = pytest.importorskip("gradio", reason="gradio is not installed")
+    numbers = {block.elem_id: block for block in demo.build_page(players).blocks.values() if type(block) is gr.Number}
+    assert set(numbers) == {"seed", "steps", "scale"}
+    for number in numbers.values():
+        assert [number.preprocess(value) for value in (-1, 2.5, 2**60, None)] == [-1, 2.5, 2**60, None]
 
 
 # ---------------------------------------------------------------------- the page in a browser
