@@ -12,6 +12,21 @@ from atconv.functional import ACTIVATIONS, BACKENDS, depthwise_conv, inhibit, lo
 INITIAL_VALUES = ("xavier", "conv")
 
 
+class Weights(nn.Linear):
+    """A linear layer that is computed elsewhere: called without an input, it gives its weight and bias.
+
+    They are not read as attributes, because what offloads or casts a layer's weights (Accelerate, diffusers) puts them
+    right as the layer is called, and takes them away after it; another tensor of the same memory outlives that.
+    """
+
+    def forward(self, x: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        if x is not None:
+            return super().forward(x)
+        if not torch.is_grad_enabled():  # a view made then says that it has a gradient, and has none
+            return self.weight.detach(), self.bias.detach()
+        return self.weight.view_as(self.weight), self.bias.view_as(self.bias)
+
+
 class ATConv(nn.Module):
     """Attentive Convolution (arXiv 2510.20092) in place of self-attention: tokens (B, N, C) to (B, N, C).
 
@@ -63,8 +78,8 @@ class ATConv(nn.Module):
         self.activation, self.init, self.backend = activation, init, backend
         taps = kernel_size**2
         if routing:
-            self.kernel_proj = nn.Linear(dim, dim)
-            self.kernel_gen = nn.Linear(taps, taps)
+            self.kernel_proj = Weights(dim, dim)
+            self.kernel_gen = Weights(taps, taps)
         else:
             self.kernel = nn.Parameter(torch.empty(taps, dim))
         self.x_proj = nn.Linear(dim, dim)
@@ -108,8 +123,7 @@ class ATConv(nn.Module):
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             control = self.difference_control if self.inhibition else None
             if self.routing:
-                projection, mixing = self.kernel_proj, self.kernel_gen
-                weights = (projection.weight, projection.bias, mixing.weight, mixing.bias)
+                weights = (*self.kernel_proj(), *self.kernel_gen())
                 return make_kernels(x, *weights, control=control, activation=self.activation, backend=self.backend)
             wide = torch.promote_types(x.dtype, torch.float32)
             raw = self.kernel[None].to(wide)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from timm.layers import Mlp, PatchEmbed
 from torch import nn
@@ -154,8 +156,10 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class SiT(ModelMixin, ConfigMixin):
+class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A Scalable Interpolant Transformer over latents of shape (in_channels, h, w).
+
+    A model of diffusers; where PEFT is installed it takes LoRA adapters (``add_adapter``, ``load_lora_adapter``).
 
     Args:
         input_size: latent height and width of the training, or one number for a square.
@@ -188,6 +192,8 @@ class SiT(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTBlock"]
+    _skip_layerwise_casting_patterns = ["t_embedder"]  # its input takes the dtype that its weights have
+    main_input_name = "hidden_states"
     ignore_for_config = ["seed"]
 
     @register_to_config
@@ -318,8 +324,17 @@ class SiT(ModelMixin, ConfigMixin):
         return table.to(self.pos_embed.dtype)
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, project: bool = False
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        self,
+        x: torch.Tensor | None = None,
+        t: torch.Tensor | None = None,
+        y: torch.Tensor | None = None,
+        project: bool = False,
+        *,
+        hidden_states: torch.Tensor | None = None,
+        timestep: torch.Tensor | float | None = None,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...] | Transformer2DModelOutput:
         """The prediction (velocity, score or noise, as it was trained) at the noisy latents.
 
         Args:
@@ -327,10 +342,23 @@ class SiT(ModelMixin, ConfigMixin):
             t: (B,) times in [0, 1], 0 noise and 1 data.
             y: (B,) int64 labels; :attr:`null_label` is the null class.
             project: answer also with the projected tokens (:func:`sit.training.repa.attach_projector`).
+            hidden_states, timestep, class_labels: diffusers' names of x, t and y. The time may be one for all.
+            return_dict: answer as diffusers' networks do, with an output that has ``sample``, or, if false, with a
+                tuple. None does so where ``hidden_states`` is given.
 
         Returns:
             (B, in_channels, h, w), of the network's dtype, or autocast's; with ``project``, that and (B, N, features).
+
+        Raises:
+            TypeError: an argument is missing.
         """
+        if hidden_states is not None:
+            x, t, y = hidden_states, timestep, class_labels
+            if t is not None:
+                t = torch.as_tensor(t, device=x.device).expand(len(x))
+            return_dict = True if return_dict is None else return_dict
+        if x is None or t is None or y is None:
+            raise TypeError("a SiT needs x, t and y; in diffusers' words hidden_states, timestep and class_labels")
         height, width = x.shape[-2:]
         grid = self._grid(height, width)
         x = self.x_embedder(x).contiguous()  # the convolution leaves channels first, which each block would put right
@@ -350,6 +378,8 @@ class SiT(ModelMixin, ConfigMixin):
         x = self.final_layer(x, c)
         x = self._unpatchify(x, grid)[:, : self.config.in_channels]
         x = -x if self.config.time_reversed else x
+        if return_dict is not None:
+            return Transformer2DModelOutput(sample=x) if return_dict else (x,)
         return (x, projected) if project else x
 
     def _unpatchify(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,15 +14,42 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from sit.checkpoint.find import is_run, resolve
+from sit.checkpoint.hub import CARD, PIPELINE_CLASS, model_card, write_loader
+from sit.checkpoint.info import CheckpointInfo, read_info
+from sit.checkpoint.integrity import INDEX, write_json
 from sit.latents.pixels import PixelCodec
 from sit.latents.vae import check_channels, decode, downsampling, load_vae
 from sit.model import SiT
 from sit.sampling.config import SamplerConfig
-from sit.sampling.sampler import sample
+from sit.sampling.guidance import GuidedModel
+from sit.sampling.sampler import SAMPLERS
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
+from sit.utils.reading import read_json
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+SCHEDULER = (
+    "a SiT's pipeline samples by its own methods, and not by diffusers' schedulers: choose them in the call, e.g. "
+    "`sampler='ode'` and `method='heun2'`"
+)
+
+Labels = int | str | torch.Tensor | np.ndarray | Sequence["Labels"]
+"""One label or class name, or several, nested in any way."""
+
+Callback = Callable[["SiTPipeline", int, float | None, dict[str, Any]], dict[str, Any] | None]
+"""``callback_on_step_end`` of the call."""
+
+
+def _flattened(labels: Labels) -> Iterator[int | str]:
+    if isinstance(labels, torch.Tensor | np.ndarray):
+        labels = labels.tolist()
+    if isinstance(labels, int | float | str):
+        yield labels
+    else:
+        for entry in labels:
+            yield from _flattened(entry)
 
 
 class _Interrupted(Exception):
@@ -34,8 +63,8 @@ class _Interrupted(Exception):
 class SiTPipeline(DiffusionPipeline):
     """Class-conditional image generation with a SiT, used as diffusers' ``DiTPipeline`` is.
 
-    ``SiTPipeline.from_pretrained`` takes a checkpoint folder of a run, and ``save_pretrained`` and ``push_to_hub``
-    write such a folder.
+    ``SiTPipeline.from_pretrained`` takes a run or one of its checkpoints, and ``save_pretrained`` and ``push_to_hub``
+    write a folder like these, with a model card and what ``DiffusionPipeline.from_pretrained`` finds the class by.
 
     Args:
         transformer: the network.
@@ -59,15 +88,74 @@ class SiTPipeline(DiffusionPipeline):
         id2label: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, transport=transport)
-        # diffusers would note the modules that define them; these names outlive a move of the code
-        self.register_to_config(transformer=("sit", "SiT"), transport=("sit", "Transport"))
-        self._register_vae(vae)
+        self.register_modules(transformer=transformer, transport=transport, vae=vae)
         self.register_to_config(vae_name=vae_name, id2label=id2label)
+        self._card: str | None = None
         self.labels: dict[str, int] = {}
         for label, names in sorted((id2label or {}).items(), key=lambda item: int(item[0])):
             for name in (names, *names.split(",")):
                 self.labels.setdefault(name.strip(), int(label))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any) -> SiTPipeline:
+        """As diffusers' own; a run's folder is taken for its newest complete checkpoint.
+
+        Raises:
+            UserError: a run or checkpoint that is not complete, a weights file, or a ``scheduler``.
+        """
+        if "scheduler" in options:
+            raise UserError(SCHEDULER)
+        source = Path(pretrained_model_name_or_path)
+        if source.is_file() or (source.is_dir() and (is_run(source) or (source / INDEX).exists())):
+            source = resolve(source)
+        if source.is_file():
+            raise UserError(f"{source} is a single file; make a folder of it: python -m sit.checkpoint convert")
+        pipe = super().from_pretrained(str(source) if source.is_dir() else pretrained_model_name_or_path, **options)
+        if (source / CARD).is_file():
+            pipe._card = (source / CARD).read_text(errors="replace")
+        elif (source / INDEX).is_file():
+            pipe._card = model_card(pipe.transformer, pipe.transport, read_info(source), metrics={})
+        return pipe
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """A configuration, which this class takes for its own: the folder's loader is for ``DiffusionPipeline``."""
+        config = super()._dict_from_json_file(json_file)
+        return config | {"_class_name": cls.__name__} if "_class_name" in config else config
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **options: Any) -> None:
+        """Write ``model_index.json``, the module that it names, and the model card, as ``save_pretrained`` ends."""
+        # diffusers would note the modules that define them; these names outlive a move of the code
+        self.register_to_config(transformer=("sit", "SiT"), transport=("sit", "Transport"))
+        if isinstance(self.vae, PixelCodec):
+            self.register_to_config(vae=("sit", "PixelCodec"))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **options)
+        index = Path(save_directory) / self.config_name
+        write_json(index, read_json(index) | {"_class_name": PIPELINE_CLASS})
+        write_loader(index.parent)
+        (index.parent / CARD).write_text(self._model_card())
+
+    def _model_card(self) -> str:
+        if self._card is not None:
+            return self._card
+        names = [name for _, name in sorted((self.config.id2label or {}).items(), key=lambda item: int(item[0]))]
+        return model_card(self.transformer, self.transport, CheckpointInfo(label_names=names), metrics={})
+
+    def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, **options: Any) -> Any:
+        """diffusers' upload, with our card in the place of an empty one; one that the repository has is kept."""
+        card = Path(working_dir) / CARD
+        if not card.is_file() or "automatically generated" in card.read_text(errors="replace"):
+            card.write_text(self._model_card())
+        return super()._upload_folder(working_dir, repo_id, **options)
+
+    @property
+    def scheduler(self) -> Transport:
+        """What diffusers' pipelines call so: here the transport, with which diffusers' loop runs too."""
+        return self.transport
+
+    @scheduler.setter
+    def scheduler(self, _: object) -> None:
+        raise UserError(SCHEDULER)
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """The labels of class names.
@@ -100,27 +188,29 @@ class SiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        class_labels: Labels,
         guidance_scale: float = 4.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 250,
         *,
+        num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
         latents: torch.Tensor | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[SiTPipeline, int, float | None, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **sampler_options: Any,
     ) -> ImagePipelineOutput | tuple:
-        """Generate one image for each label.
+        """Generate one image for each label, or ``num_images_per_prompt``.
 
         Args:
-            class_labels: labels, or class names of :attr:`labels`; one or several.
+            class_labels: labels, or class names of :attr:`labels`; one or several, nested in any way.
             guidance_scale: classifier-free guidance; 1 means none. A network without a null class needs 1.
             generator: one for all images, or one for each (then image i depends on its own alone).
             num_inference_steps: steps of the sampler, as ``sample.py`` counts them; adaptive ODE solvers choose theirs.
+            num_images_per_prompt: images of each label, which stand beside each other.
             height, width: of the images in pixels; default those of the training.
             latents: (B, C, h, w) noise to start from, instead of drawing it.
             output_type: ``pil`` images; ``np`` (B, H, W, 3) or ``pt`` (B, 3, H, W) float32 in [0, 1]; or ``latent``,
@@ -128,21 +218,24 @@ class SiTPipeline(DiffusionPipeline):
             return_dict: whether to return an :class:`ImagePipelineOutput` or a tuple.
             callback_on_step_end: called as ``callback(pipe, step, t, {"latents": …})`` after each step, with steps
                 from 0 and the time t in [0, 1] that is reached (None under adaptive ODE solvers, which choose their
-                steps). What it returns under ``latents`` takes their place, adaptive solvers excepted.
+                steps). What it returns under ``latents`` takes their place, adaptive solvers excepted; it may return
+                None. ``pipe._guidance_scale = …`` changes the guidance of the steps to come.
             callback_on_step_end_tensor_inputs: what the callback wants; only ``latents`` is there.
             **sampler_options: further fields of :class:`sit.sampling.config.SamplerConfig`, e.g. ``sampler="ode"``.
 
         Raises:
             UserError: unknown labels, options, output types, sizes, or a VAE that can't be had.
         """
-        labels = self._label_tensor(class_labels)
+        if num_images_per_prompt < 1:
+            raise UserError(f"`num_images_per_prompt` must be at least 1, not {num_images_per_prompt}")
+        labels = self._label_tensor(class_labels).repeat_interleave(num_images_per_prompt)
         config = self._sampler_config(num_inference_steps, guidance_scale, sampler_options)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"`output_type={output_type}` is none of {', '.join(OUTPUT_TYPES)}")
         if unknown := sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)):
             raise UserError(f"callbacks can be given latents, not {', '.join(unknown)}")
         if isinstance(generator, list) and len(generator) != len(labels):
-            raise UserError(f"{len(generator)} generators for {len(labels)} labels: give one for each, or one for all")
+            raise UserError(f"{len(generator)} generators for {len(labels)} images: give one for each, or one for all")
 
         if output_type != "latent":
             vae, channels = self._vae(), self.transformer.config.in_channels
@@ -157,6 +250,7 @@ class SiTPipeline(DiffusionPipeline):
 
         latents = latents.to(device, torch.float32, copy=True)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
+        guided = GuidedModel(self.transformer, labels.to(device), config)
         bar = self.progress_bar(count()) if config.adaptive else self.progress_bar(total=num_inference_steps)
         with bar:
 
@@ -164,16 +258,12 @@ class SiTPipeline(DiffusionPipeline):
                 bar.update()
                 if callback_on_step_end is not None:
                     self._call_back(callback_on_step_end, step - 1, None if config.adaptive else t, state, config)
+                    guided.set_scale(self._guidance_scale)
 
+            sampler = SAMPLERS[config.sampler]
             try:
-                latents = sample(
-                    self.transformer,
-                    self.transport,
-                    latents,
-                    labels.to(device),
-                    config,
-                    step_noise=lambda step: draw(),
-                    on_step=on_step,
+                latents = sampler(
+                    guided, self.transport, latents, config, step_noise=lambda step: draw(), on_step=on_step
                 )
             except _Interrupted as interrupted:
                 latents = interrupted.latents
@@ -183,11 +273,9 @@ class SiTPipeline(DiffusionPipeline):
 
     # --- the parts of a call ---------------------------------------------------------------------------------------
 
-    def _label_tensor(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> torch.Tensor:
+    def _label_tensor(self, class_labels: Labels) -> torch.Tensor:
         """(B,) int64 labels, checked."""
-        if isinstance(class_labels, torch.Tensor | np.ndarray):
-            class_labels = class_labels.reshape(-1).tolist()
-        entries = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        entries = list(_flattened(class_labels))
         labels = [self.get_label_ids(entry)[0] if isinstance(entry, str) else int(entry) for entry in entries]
         classes = self.transformer.config.num_classes
         for label in labels:
@@ -205,14 +293,14 @@ class SiTPipeline(DiffusionPipeline):
 
     def _call_back(
         self,
-        callback: Callable[..., dict[str, Any]],
+        callback: Callback,
         step: int,
         t: float | None,
         state: torch.Tensor,
         config: SamplerConfig,
     ) -> None:
         """Let a callback see the state after a step (from 0), and change it or end the sampling."""
-        changed = callback(self, step, t, {"latents": state}).get("latents", state)
+        changed = (callback(self, step, t, {"latents": state}) or {}).get("latents", state)
         if changed is not state:
             if config.adaptive:
                 raise UserError(f"callbacks can't change latents under {config.resolved_method}; take a fixed-step one")
@@ -236,13 +324,8 @@ class SiTPipeline(DiffusionPipeline):
         if self.vae is None:
             if self.config.vae_name is None:
                 raise UserError("this pipeline has no VAE: pass vae=… to from_pretrained, or use output_type='latent'")
-            self._register_vae(load_vae(self.config.vae_name, self._execution_device))
+            self.register_modules(vae=load_vae(self.config.vae_name, self._execution_device))
         return self.vae
-
-    def _register_vae(self, vae: AutoencoderKL | None) -> None:
-        self.register_modules(vae=vae)
-        if isinstance(vae, PixelCodec):
-            self.register_to_config(vae=("sit", "PixelCodec"))
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         images = decode(self._vae(), latents)

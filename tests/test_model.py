@@ -6,6 +6,9 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers.utils import is_peft_available
+from torch import nn
 
 from sit.mixers import known_mixers, register_mixer, registry
 from sit.model import MODELS, SiT, create_model, sincos_table
@@ -423,3 +426,68 @@ def test_dtypes_of_the_residual_stream(mixer, latent):
             model = model.to(dtype)
             assert model(x.to(dtype), t, y).dtype == dtype
             assert streams == [dtype] * 4
+
+
+def tiny(mixer: str, **options) -> SiT:
+    sizes = dict(input_size=8, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=5)
+    network = SiT(**sizes | options, mixer=mixer, seed=0).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    return network
+
+
+@torch.no_grad()
+def test_diffusers_words_give_the_same_prediction():
+    """DiTTransformer2DModel's names of the arguments, its output class, and its tuple."""
+    network, x, y = tiny("attention"), torch.randn(2, 4, 8, 8), torch.tensor([1, 5])
+    expected = network(x, torch.tensor([0.3, 0.3]), y)
+    words = dict(hidden_states=x, timestep=torch.tensor([0.3, 0.3]), class_labels=y)
+    assert torch.equal(network(**words).sample, expected) and torch.equal(network(**words)[0], expected)
+    assert torch.equal(network(**words | {"timestep": 0.3}).sample, expected)
+    as_tuple = network(**words, return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], expected)
+    assert torch.equal(network(x, words["timestep"], y, return_dict=True).sample, expected)
+    for incomplete in (dict(hidden_states=x, timestep=0.3), dict(x=x, y=y), {}):
+        with pytest.raises(TypeError, match="needs x, t and y"):
+            network(**incomplete)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", known_mixers())
+def test_offloaded_and_narrowly_stored_weights(mixer):
+    """Accelerate's offloading of each layer, and diffusers' storage in eight bits, which is the weights rounded so."""
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 5])
+    network, expected = tiny(mixer), tiny(mixer)(x, t, y)
+    cpu_offload(network, torch.device("cpu"))
+    assert network.blocks[0].mlp.fc1.weight.is_meta
+    assert torch.equal(network(x, t, y), expected)
+
+    network, rounded = tiny(mixer), tiny(mixer)
+    network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert network.blocks[0].mlp.fc1.weight.dtype == torch.float8_e4m3fn
+    for name, module in rounded.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding) and not name.startswith("t_embedder"):
+            for parameter in module.parameters():
+                parameter.copy_(parameter.to(torch.float8_e4m3fn).float())
+    torch.testing.assert_close(network(x, t, y), rounded(x, t, y))
+
+
+def test_lora_adapters(tmp_path):
+    """An adapter changes nothing before it is trained; trained, saved and read it gives the same elsewhere."""
+    if not is_peft_available():
+        with pytest.raises(ModuleNotFoundError, match="peft"):
+            tiny("attention").load_lora_adapter({})
+        pytest.skip("PEFT is not installed")
+    from peft import LoraConfig
+
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 5])
+    network, plain = tiny("attention"), tiny("attention")
+    network.add_adapter(LoraConfig(r=2, target_modules=["qkv", "proj"]))
+    torch.testing.assert_close(network(x, t, y), plain(x, t, y))
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    network.save_lora_adapter(tmp_path)
+    assert not torch.allclose(network(x, t, y), plain(x, t, y))
+    plain.load_lora_adapter(tmp_path, prefix=None)
+    torch.testing.assert_close(network(x, t, y), plain(x, t, y))

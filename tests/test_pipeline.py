@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from sit import SiTPipeline
 from sit.checkpoint.info import CheckpointInfo
 from sit.checkpoint.load import load_for_sampling
 from sit.checkpoint.save import save_checkpoint
-from sit.latents.vae import DIGITS_VAE
+from sit.latents.vae import DIGITS_VAE, vae_fingerprint
 from sit.model import SiT
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
@@ -32,7 +34,8 @@ def make_checkpoint(folder: Path, vae=DIGITS_VAE, **options) -> Path:
     for parameter in model.parameters():
         parameter.data.normal_(std=0.1)
     info = CheckpointInfo(image_size=(32, 32), classes=5, label_names=NAMES)
-    return save_checkpoint(folder, model=model, transport=Transport(), vae_source=vae, info=info)
+    known = dict(info=info, recipe="seed: 7\n", metrics={"loss": 0.25})
+    return save_checkpoint(folder, model=model, transport=Transport(), vae_source=vae, **known)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,7 @@ def test_save_pretrained_and_back(folder, pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "saved")
     for place in (folder, tmp_path / "saved"):
         index = json.loads((place / "model_index.json").read_text())
+        assert index["_class_name"] == ["pipeline", "SiTPipeline"]
         assert index["transformer"] == ["sit", "SiT"] and index["transport"] == ["sit", "Transport"]
         assert index["vae"] == ["diffusers", "AutoencoderKL"]
         assert index["id2label"]["3"] == "three"
@@ -102,27 +106,99 @@ def test_save_pretrained_and_back(folder, pipe, tmp_path):
     assert loaded.info.label_names == NAMES and loaded.vae_source == str(tmp_path / "saved" / "vae")
 
 
-def test_push_to_hub_uploads_such_a_folder(pipe, monkeypatch):
+@pytest.mark.parametrize("on_the_hub", ["This card has been automatically generated.", "A card that somebody wrote"])
+def test_push_to_hub_uploads_such_a_folder(pipe, monkeypatch, on_the_hub):
     uploaded = {}
 
-    def upload(self, working_dir, repo_id, **_):
-        uploaded[repo_id] = sorted(str(p.relative_to(working_dir)) for p in Path(working_dir).rglob("*.json"))
+    def upload(folder_path, repo_id, **_):
+        uploaded[repo_id] = sorted(str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*.json"))
+        uploaded["card"] = (Path(folder_path) / "README.md").read_text()
 
     class Repository:
         repo_id = "me/sit"
 
+    class Card:
+        def save(self, path) -> None:
+            Path(path).write_text(on_the_hub)
+
     monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", lambda *_, **__: Repository)
-    monkeypatch.setattr(SiTPipeline, "_upload_folder", upload)
+    monkeypatch.setattr("diffusers.utils.hub_utils.upload_folder", upload)
     monkeypatch.setattr("diffusers.utils.hub_utils.load_or_create_model_card", lambda *_, **__: Card())
     monkeypatch.setattr("diffusers.utils.hub_utils.populate_model_card", lambda card: card)
     pipe.push_to_hub("me/sit")
     expected = ["model_index.json", "transformer/config.json", "transport/transport_config.json", "vae/config.json"]
-    assert uploaded == {"me/sit": expected}
+    assert uploaded["me/sit"] == expected
+    if "generated" in on_the_hub:
+        assert "SiTPipeline.from_pretrained" in uploaded["card"] and "generated" not in uploaded["card"]
+    else:
+        assert uploaded["card"] == on_the_hub
 
 
-class Card:
-    def save(self, path) -> None:
-        Path(path).write_text("card")
+def test_the_model_card_says_what_it_is_and_runs(folder, pipe, tmp_path, monkeypatch):
+    """It has data, metrics and license; a saved pipeline keeps it; its lines make an image."""
+    card = (folder / "README.md").read_text()
+    parameters = sum(parameter.numel() for parameter in pipe.transformer.parameters())
+    facts = ("one, two", f"{parameters / 1e6:.4g} M", "32 x 32 pixels", "velocity", "loss | 0.25", "seed: 7", "MIT")
+    assert [fact for fact in facts if fact not in card] == []
+    (folder / "README.md").write_text(card + "edited")  # which is no damage
+    again = SiTPipeline.from_pretrained(folder)
+    (folder / "README.md").write_text(card)
+    again.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "README.md").read_text() == card + "edited"
+    code = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line]) <= 5
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("PATH OR NAME OF THIS FOLDER", str(folder)).replace("steps=250", "steps=2")
+    exec(compile(code, "card", "exec"), {})
+    assert Image.open(tmp_path / "sample.png").size == (32, 32)
+
+
+def test_a_run_is_taken_for_its_newest_complete_checkpoint(folder, tmp_path):
+    run = folder.parents[1]
+    later = make_checkpoint(run / "checkpoints" / "step-0000020", depth=3)
+    assert SiTPipeline.from_pretrained(run).transformer.config.depth == 3
+    (later / "transport" / "transport_config.json").unlink()
+    assert SiTPipeline.from_pretrained(run).transformer.config.depth == 2
+    with pytest.raises(UserError, match="transport_config.json is missing"):
+        SiTPipeline.from_pretrained(later)
+    shutil.rmtree(later)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        SiTPipeline.from_pretrained(tmp_path)
+
+
+def test_diffusers_finds_the_class_in_a_saved_folder(folder, pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    pipe.save_pretrained(tmp_path / "saved")
+    for place in (folder, tmp_path / "saved"):
+        found = DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
+        assert type(found) is SiTPipeline and isinstance(found.transport, Transport)
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            DiffusionPipeline.from_pretrained(place)
+
+
+SHARDS = dict(max_shard_size="40KB")
+
+
+@pytest.mark.parametrize("options", [dict(variant="fp16"), SHARDS, SHARDS | dict(variant="fp16")])
+def test_variants_and_shards_are_read_everywhere(pipe, tmp_path, options):
+    place, weights = tmp_path / "saved", "diffusion_pytorch_model.safetensors"
+    pipe.save_pretrained(place, **options)
+    files = sorted((place / "transformer").glob("*.safetensors"))
+    assert weights not in [file.name for file in files] and ("variant" in options or len(files) > 1)
+    variant = {name: value for name, value in options.items() if name == "variant"}
+    expected = pipe.transformer.state_dict()
+    again = SiTPipeline.from_pretrained(place, **variant).transformer.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+    for named in (place, files[0]):
+        loaded = load_for_sampling(named)
+        assert all(torch.equal(loaded.model.state_dict()[name], value) for name, value in expected.items())
+        assert vae_fingerprint(loaded.vae) == vae_fingerprint(pipe.vae)
+    taken = make_checkpoint(tmp_path / "other", vae=place / "vae")
+    assert vae_fingerprint(SiTPipeline.from_pretrained(taken).vae) == vae_fingerprint(pipe.vae)
+    shutil.copy(files[0], place / "transformer" / weights)
+    with pytest.raises(UserError, match="stands beside"):
+        load_for_sampling(files[0])
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -255,6 +331,7 @@ def test_a_vae_that_is_not_in_the_folder_is_fetched_by_name(tmp_path):
         pipe([1], num_inference_steps=2)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"vae_name": str(DIGITS_VAE)}))
+    (folder / "sit.json").unlink()  # which has the checksums of the folder as it was
     pipe = SiTPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     assert pipe([1], num_inference_steps=2).images[0].size == (32, 32)
@@ -283,6 +360,62 @@ def test_half_precision(folder):
     assert 0 < (half - full).norm() / full.norm() < 0.05
 
 
+def test_nested_labels_and_several_images_of_each(pipe):
+    """As many separate calls, each image by its own generator, give the same."""
+    options = dict(num_inference_steps=3, output_type="latent")
+    together = pipe([[1], ["three"]], generator=seeded(1, 2, 3, 4), num_images_per_prompt=2, **options).images
+    for row, label in enumerate((1, 1, 3, 3)):
+        alone = pipe([label], generator=seeded(row + 1), **options).images[0]
+        torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=1e-5)
+    nested = pipe(torch.tensor([[1, 1], [3, 3]]), generator=seeded(1, 2, 3, 4), **options).images
+    assert torch.equal(together, nested)
+
+
+def test_a_callback_may_return_nothing_and_change_the_guidance(pipe):
+    """Euler's method with guidance 3, and after the second step none, written out."""
+
+    def unguided(pipe, step, t, tensors):
+        if step == 1:
+            pipe._guidance_scale = 1.0
+
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    options = dict(sampler="ode", method="euler", cfg_channels=0, output_type="latent", num_inference_steps=4)
+    out = pipe([2], 3.0, latents=noise, callback_on_step_end=unguided, **options).images
+    x = noise.clone()
+    with torch.no_grad():
+        for step in range(4):
+            t = torch.full((1,), step / 4)
+            named, null = (pipe.transformer(x, t, torch.tensor([label])) for label in (2, 5))
+            x = x + (null + (3 if step < 2 else 1) * (named - null)) / 4
+    torch.testing.assert_close(out, x, atol=1e-4, rtol=1e-4)
+
+
+def test_the_transport_is_a_scheduler_of_eulers_method(pipe):
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    labels = torch.tensor([1, 3])
+    options = dict(sampler="ode", method="euler", output_type="latent", num_inference_steps=5, guidance_scale=1)
+    scheduler, x = pipe.scheduler, noise
+    with pytest.raises(UserError, match="call set_timesteps"):
+        scheduler.step(x, 0.0, x)
+    scheduler.set_timesteps(5)
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            out = pipe.transformer(hidden_states=x, timestep=t, class_labels=labels).sample
+        x = scheduler.step(out, t, x).prev_sample
+    torch.testing.assert_close(x, pipe(labels, latents=noise, **options).images, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="is none of"):
+        scheduler.step(out, 0.33, x)
+    with pytest.raises(UserError, match="at least 1"):
+        scheduler.set_timesteps(0)
+
+
+def test_other_schedulers_are_refused(folder, pipe):
+    with pytest.raises(UserError, match="`method='heun2'`"):
+        pipe.scheduler = DDIMScheduler()
+    with pytest.raises(UserError, match="`method='heun2'`"):
+        SiTPipeline.from_pretrained(folder, scheduler=DDIMScheduler())
+
+
 def test_mistakes_are_named(pipe):
     for match, arguments, options in (
         ("out of range", [[5]], {}),
@@ -290,9 +423,10 @@ def test_mistakes_are_named(pipe):
         ("'dog'", ["dog"], {}),
         ("is empty", [[]], {}),
         ("`output_type=jpg`", [[1]], dict(output_type="jpg")),
-        ("2 generators for 1 labels", [[1]], dict(generator=seeded(1, 2))),
+        ("2 generators for 1 images", [[1]], dict(generator=seeded(1, 2))),
         ("shape", [[1]], dict(latents=torch.zeros(1, 4, 4, 4))),
         ("no option guidance", [[1]], dict(guidance=3)),
+        ("`num_images_per_prompt`", [[1]], dict(num_images_per_prompt=0)),
         ("not noise", [[1]], dict(callback_on_step_end_tensor_inputs=["noise"])),
     ):
         with pytest.raises(UserError, match=match):

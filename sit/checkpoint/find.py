@@ -7,10 +7,10 @@ import os
 import re
 from pathlib import Path
 
-from sit.checkpoint.info import WEIGHTS
 from sit.checkpoint.integrity import INDEX, flaw
 from sit.checkpoint.known import KNOWN, from_name, is_name
 from sit.utils.errors import UserError
+from sit.utils.weight_files import folder_weights, is_weights_name
 
 _STEP = re.compile(r"step-(\d+)$")
 
@@ -87,8 +87,13 @@ def resolve(path: str | Path, unread: str | None = FOR_SAMPLING) -> Path:
         path = from_name(str(path))
     path = Path(path)
     if path.is_file():
-        if path.name != WEIGHTS or not (path.parent / "config.json").is_file():
+        if not is_weights_name(path.name) or not (path.parent / "config.json").is_file():
             return path
+        read = folder_weights(path.parent)
+        if path not in read and path.suffix != ".json":
+            raise UserError(
+                f"{path} stands beside {read[0].name}, which is what is read there; move one of the two away"
+            )
         path = path.parent.parent if (path.parent.parent / "model_index.json").is_file() else path.parent
     if path.name == "checkpoints" and is_run(path.parent):
         path = path.parent

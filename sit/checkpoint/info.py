@@ -10,8 +10,6 @@ from sit.checkpoint.integrity import INDEX, read_index
 from sit.utils.errors import UserError
 from sit.utils.reading import read_json, typed
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
 
 @dataclass
 class CheckpointInfo:

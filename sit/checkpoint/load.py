@@ -17,12 +17,13 @@ from sit.checkpoint.hints import Hints
 from sit.checkpoint.info import CheckpointInfo, read_info, read_vae_name
 from sit.checkpoint.posthoc_ema import Reconstruction, find_reconstruction
 from sit.checkpoint.published import read_published
-from sit.checkpoint.weights_file import folder_weights, load_folder_weights, stored_shapes
+from sit.checkpoint.weights_file import load_folder_weights, stored_shapes
 from sit.latents.vae import check_channels, load_vae
 from sit.model import SiT, current_config
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 from sit.utils.reading import read_json, reading, typed
+from sit.utils.weight_files import folder_weights
 
 LARGEST_LATENT = 1 << 13
 """sides of the latents that a configuration may name: 65,536 pixels with a downsampling of 8"""
@@ -138,7 +139,7 @@ def read_network(folder: Path) -> SiT:
 
 
 def folder_weights_of(folder: Path) -> list[Path]:
-    """:func:`sit.checkpoint.weights_file.folder_weights` of a SiT's folder.
+    """:func:`sit.utils.weight_files.folder_weights` of a SiT's folder.
 
     Raises:
         UserError: there are none, or its ``config.json`` is that of another class.

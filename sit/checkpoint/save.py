@@ -1,16 +1,16 @@
 """Writing checkpoints, completely or not at all.
 
-A checkpoint of ours is a diffusers pipeline folder with two additions::
+A checkpoint of ours is a diffusers pipeline folder with additions::
 
-    model_index.json
+    model_index.json, pipeline.py, README.md                         the pipeline, its class for diffusers, a model card
     transformer/config.json, diffusion_pytorch_model.safetensors     the EMA weights
     transport/transport_config.json
     vae/config.json, diffusion_pytorch_model.safetensors             absent if the VAE is one of the Hugging Face Hub
     training/…                                                       what resuming needs; whatever the loop puts there
     sit.json                                                         what this is, and the size and checksum of the rest
 
-``sit.json`` is written last and has a checksum of itself too, so a checkpoint that was cut off or changed anywhere is
-recognized.
+``sit.json`` is written after all but the card, which may be edited, and has a checksum of itself too, so a checkpoint
+that was cut off or changed anywhere is recognized.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sit.checkpoint.info import WEIGHTS, CheckpointInfo
+from sit.checkpoint.hub import PIPELINE_CLASS, model_card, write_loader
+from sit.checkpoint.info import CheckpointInfo
 from sit.checkpoint.integrity import write_index, write_json
-from sit.checkpoint.weights_file import plain_key
+from sit.checkpoint.weights_file import load_folder_weights, plain_key
 from sit.latents.pixels import is_pixels, pixel_codec
 from sit.latents.vae import DIGITS_VAE
 from sit.model import SiT
@@ -35,6 +36,7 @@ from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_folder
 from sit.utils.reading import read_json
+from sit.utils.weight_files import WEIGHTS, folder_weights
 from sit.version import __version__
 
 
@@ -47,6 +49,8 @@ def save_checkpoint(
     vae_source: str | Path | Callable[[Path], object] | None,
     info: CheckpointInfo,
     training_state: Callable[[Path], None] | None = None,
+    recipe: str = "",
+    metrics: Mapping[str, float] | None = None,
 ) -> Path:
     """Write one checkpoint folder; it appears under its name only when it is complete.
 
@@ -60,6 +64,8 @@ def save_checkpoint(
             that writes the VAE's folder, or returns its name on the Hub.
         info: what the checkpoint is.
         training_state: called with the folder ``training/`` to fill it; None for a checkpoint that only samples.
+        recipe: the settings of the training as YAML, for the model card; empty if unknown.
+        metrics: the last ones by name, for the model card.
 
     Returns:
         The folder.
@@ -77,7 +83,10 @@ def save_checkpoint(
             training.mkdir()
             training_state(training)
         write_json(place / "model_index.json", _model_index(place, vae_name, info))
+        write_loader(place)
         _write_index(place, vae_name, info)
+        # after the index, which so has no checksum of it: who publishes a checkpoint edits its card
+        (place / "README.md").write_text(model_card(model, transport, info, recipe=recipe, metrics=metrics or {}))
     return folder
 
 
@@ -116,12 +125,15 @@ def _put_vae(place: Path, source: str | Path | Callable[[Path], object] | None) 
             raise UserError(f"`vae={source}`: no such folder, and not a Hub name like stabilityai/sd-vae-ft-ema")
         return str(source)
     source = Path(source)
-    files = [source / "config.json", *sorted(source.glob("diffusion_pytorch_model*.safetensors"))]
-    if len(files) < 2 or not files[0].is_file():
-        raise UserError(f"the VAE folder {source} has no config.json with safetensors weights beside it")
+    if not (source / "config.json").is_file():
+        raise UserError(f"the VAE folder {source} has no config.json")
+    weights = folder_weights(source)
     place.mkdir()
-    for file in files:
-        shutil.copyfile(file, place / file.name)  # no link: damage to one would be damage to all
+    shutil.copyfile(source / "config.json", place / "config.json")  # no link: damage to one would be damage to all
+    if weights == [source / WEIGHTS]:
+        shutil.copyfile(weights[0], place / WEIGHTS)
+    else:  # shards or a variant, which would have to be asked for by name
+        save_file(load_folder_weights(weights), place / WEIGHTS, metadata={"format": "pt"})
     return None
 
 
@@ -133,7 +145,7 @@ def _model_index(place: Path, vae_name: str | None, info: CheckpointInfo) -> dic
         name = read_json(place / "vae" / "config.json").get("_class_name", "AutoencoderKL")
         found = ["sit" if name == "PixelCodec" else "diffusers", name]
     return {
-        "_class_name": "SiTPipeline",
+        "_class_name": PIPELINE_CLASS,
         "_diffusers_version": diffusers.__version__,
         "transformer": ["sit", "SiT"],
         "transport": ["sit", "Transport"],

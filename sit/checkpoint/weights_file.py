@@ -18,9 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from sit.checkpoint.info import WEIGHTS
 from sit.utils.errors import UserError, first_line
-from sit.utils.reading import read_json, reading
+from sit.utils.reading import reading
 
 # what a training checkpoint calls its weights; the first one found is taken
 CONTAINERS = {"ema": ("ema", "model_ema"), "model": ("model", "state_dict", "module")}
@@ -120,36 +119,6 @@ def _plain_weights(state: Mapping[str, torch.Tensor], path: Path) -> dict[str, t
     return plain
 
 
-def folder_weights(folder: Path) -> list[Path]:
-    """The files of a folder's weights as diffusers writes them: one, shards, or either of a single variant (``fp16``).
-
-    Raises:
-        UserError: there are none, a shard is missing, or there are several variants.
-    """
-    stem = WEIGHTS.removesuffix(".safetensors")
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    indices = [folder / f"{WEIGHTS}.index.json"]
-    indices = indices if indices[0].is_file() else sorted(folder.glob(f"{WEIGHTS}.index.*.json"))
-    singles = [path for path in sorted(folder.glob(f"{stem}.*.safetensors")) if "-of-" not in path.name]
-    found = indices + singles
-    if not found:
-        raise UserError(f"{folder} has no {WEIGHTS}")
-    if len(found) > 1:
-        raise UserError(f"{folder} has several variants of its weights ({', '.join(p.name for p in found)}); keep one")
-    if singles:
-        return singles
-    shards = read_json(indices[0]).get("weight_map")
-    with reading(indices[0]):
-        files = [folder / name for name in sorted(set(shards.values()))]
-        if any(file.parent != folder for file in files):
-            raise ValueError("a shard that is not beside it")
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{folder} has no {file.name}, which {indices[0].name} names")
-    return files
-
-
 def stored_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights in safetensors files by their keys, from their headers alone.
 
@@ -168,7 +137,7 @@ def stored_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def load_folder_weights(files: list[Path]) -> dict[str, torch.Tensor]:
-    """The weights in :func:`folder_weights` files, by their keys, in the dtype of the files."""
+    """The weights in :func:`sit.utils.weight_files.folder_weights` files, by their keys, in the dtype of the files."""
     state: dict[str, torch.Tensor] = {}
     for path in files:
         state |= _read_safetensors(path)

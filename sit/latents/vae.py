@@ -33,6 +33,7 @@ from sit.latents.autoencoders import (
 )
 from sit.latents.pixels import is_pixels, pixel_codec
 from sit.utils.errors import UserError, first_line
+from sit.utils.weight_files import folder_weights, variant_of
 from sit.utils.workers import Tell, computes_apart, run_apart
 
 PerChannel = float | tuple[float, ...]
@@ -159,12 +160,20 @@ def _from_pretrained(source: str, name: object, dtype: torch.dtype, options: dic
         check_takes_images(empty)
         if options:
             _check_shapes(source, empty)
+            options = options | {"variant": _variant(Path(source))}
         vae, found = made.from_pretrained(
             source, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=dtype, **options
         )
     if found["missing_keys"]:
         raise UserError(f"`vae={name}`: the weights lack {found['missing_keys'][0]}; is the folder whole?")
     return vae
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant of a folder's weights (``fp16``) if it has no others; weights that are not safetensors have none."""
+    if not any(folder.glob("diffusion_pytorch_model*.safetensors")):
+        return None
+    return variant_of(folder_weights(folder)[0].name)
 
 
 def check_channels(vae: AutoencoderKL, vae_name: str, channels: int, network: str) -> None:

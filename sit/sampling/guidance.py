@@ -32,8 +32,19 @@ class GuidedModel:
         self.model, self.labels, self.config = model, labels, config
         self.evaluations = 0
         self.both: torch.Tensor | None = None
-        if config.cfg_scale != 1 and labels is not None:
-            self.both = torch.cat([labels, torch.full_like(labels, null_label_of(model))])
+        self.set_scale(config.cfg_scale)
+
+    def set_scale(self, scale: float) -> None:
+        """Guide the evaluations to come by this scale; 1 is none.
+
+        Raises:
+            UserError: guidance of a network that has no null label.
+        """
+        self.scale = scale
+        if scale == 1 or self.labels is None:
+            self.both = None
+        elif self.both is None:
+            self.both = torch.cat([self.labels, torch.full_like(self.labels, null_label_of(self.model))])
 
     def __call__(self, x: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
         """State (B, C, h, w), and a time as number or 0-dim tensor, to the prediction (B, C, h, w) in x's dtype."""
@@ -41,7 +52,7 @@ class GuidedModel:
         if self.both is None or not self._guided(t):
             return self._run(x, t, self.labels)
         with_label, without = self._run(torch.cat([x, x]), t, self.both).chunk(2)
-        guided = without + self.config.cfg_scale * (with_label - without)
+        guided = without + self.scale * (with_label - without)
         channels = self.config.cfg_channels or x.shape[1]
         return torch.cat([guided[:, :channels], with_label[:, channels:]], dim=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from sit.checkpoint.save import save_checkpoint
 from sit.training.config import TrainConfig
 from sit.training.data import Opened
 from sit.training.posthoc_ema import note_lineage
+from sit.training.run_folder import last_metrics
 from sit.training.state import TrainingState
 from sit.transport.transport import Transport
 from sit.utils.files import explain_os_errors
@@ -59,6 +61,8 @@ def write_checkpoint(
                 mixer=config.mixer,
             ),
             training_state=save_training,
+            recipe=dataclasses.replace(config, output_dir=None, resume=None).to_yaml(),  # places are not published
+            metrics=last_metrics(run / "metrics.jsonl", step),
         )
         prune_checkpoints(find_checkpoints(run), config.keep_last, config.keep_every)
     accelerator.wait_for_everyone()

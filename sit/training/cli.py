@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -66,7 +67,8 @@ def _value_of(flag: str, arguments: list[str]) -> str | None:
 
 
 @entry_point
-def main() -> None:
+def main(make_evaluation: Callable[..., Any] | None = None) -> None:
+    """The command; ``make_evaluation`` as :func:`sit.training.trainer.train` takes it."""
     arguments = parse_train_arguments(sys.argv[1:])
     config = arguments.config
 
@@ -79,7 +81,7 @@ def main() -> None:
 
     from sit.training.trainer import train
 
-    folder, is_main_process = train(config)
+    folder, is_main_process = train(config, make_evaluation)
     if is_main_process:
         reference = config.data if config.data.startswith("digits") else "REFERENCE"
         print(f"run: {folder}")

@@ -152,13 +152,23 @@ class TrainConfig:
     resume: str | None = None
     """a run or checkpoint to continue; `auto` continues the newest complete checkpoint of the output folder, if any"""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Accelerate's trackers, e.g. tensorboard wandb trackio; metrics.jsonl is always written"""
+    """Accelerate's trackers, e.g. tensorboard wandb trackio: these and no others, none where none follows the flag.
+    metrics.jsonl is always written"""
+    project: str = "sit"
+    """the trackers' project; the run has the name of its folder"""
     log_every: int = 10
     """steps between logged metrics"""
     heldout_every: int = 0
     """steps between measurements of the held-out loss; 0: after the last step alone. `heldout` says of which images"""
     heldout_images: int = 1024
     """held-out images that are measured, at most"""
+    eval_every: int = 0
+    """steps between evaluations of the averaged weights on few samples: FID and what else the reference allows, and
+    the held-out loss if there is one; 0 makes none"""
+    eval_samples: int = 500
+    """samples of such an evaluation, made as a preview's are"""
+    eval_reference: str | None = None
+    """what they are compared with, as eval_fid.py takes its reference; None: digits, where the data is digits"""
     preview_every: int = 250
     """steps between preview grids; 0 makes none"""
     preview_steps: int = 25
@@ -179,9 +189,10 @@ class TrainConfig:
                 if value is not None and not holds(value):
                     said = " ".join(map(str, value)) if isinstance(value, tuple) else value
                     raise UserError(f"`{name}` must be {words}, not {said}")
-        if self.preview_every and self.preview_steps < 2:
+        if (self.preview_every or self.eval_every) and self.preview_steps < 2:
             raise UserError(
-                "`preview_steps=1` leaves the SDE no step before its last one: use at least 2, or `preview_every=0`"
+                "`preview_steps=1` leaves the SDE no step before its last one: use at least 2, or `preview_every=0` "
+                "and `eval_every=0`"
             )
         object.__setattr__(self, "heldout", str(self.heldout))
         if self.heldout_share is not None and not 0 < self.heldout_share < 1:
@@ -199,6 +210,8 @@ class TrainConfig:
         for name in ("repa_spatial_norm", "repa_until", "repa_images"):
             if getattr(self, name) is not None and self.repa is None:
                 raise UserError(f"`{name}={getattr(self, name)}` needs an encoder to align with: give `repa`")
+        if self.eval_every and self.eval_reference is None and self.data.split(":")[0] != "digits":
+            raise UserError(f"`eval_every={self.eval_every}` needs `eval_reference`: images or statistics of them")
         if self.batch_size % self.gradient_accumulation:
             raise UserError(
                 f"`batch_size={self.batch_size}` can't be divided into "
@@ -258,7 +271,7 @@ CHECKS = (
     ),
     (
         ("warmup_steps", "workers", "preview_every", "keep_last", "weight_decay", "max_grad_norm", "repa_weight",
-         "heldout_every", "distill_steps", "distill_weight"),
+         "heldout_every", "eval_every", "distill_steps", "distill_weight"),
         lambda value: value >= 0,
         "at least 0",
     ),
@@ -268,6 +281,7 @@ CHECKS = (
         "a number of at least 0",
     ),
     (("repa_spatial_norm",), lambda value: 0 <= value <= 1, "in [0, 1]"),
+    (("eval_samples",), lambda value: value >= 2, "at least 2"),
     (("class_dropout", "ema_decay"), lambda value: 0 <= value < 1, "in [0, 1)"),
     (
         ("posthoc_ema",),

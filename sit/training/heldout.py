@@ -171,5 +171,7 @@ def make_heldout_loss(
 
 
 def heldout_is_due(config: TrainConfig, step: int) -> bool:
-    """Whether a run measures after ``step``: every so many steps, and after the last."""
-    return step == config.steps or bool(config.heldout_every and step % config.heldout_every == 0)
+    """Whether a run measures after ``step``: every so many steps, with each evaluation, and after the last."""
+    return step == config.steps or any(
+        every and step % every == 0 for every in (config.heldout_every, config.eval_every)
+    )

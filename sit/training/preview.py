@@ -18,6 +18,7 @@ from sit.training.config import TrainConfig
 from sit.training.data import Opened
 from sit.training.ema import ema_weights
 from sit.training.stop_signal import StopSignal
+from sit.training.trackers import log_image
 from sit.transport.transport import Transport
 from sit.utils.image_grid import labeled_grid, save_png
 
@@ -30,30 +31,32 @@ class Stopped(Exception):
 
 
 def save_preview(
-    path: Path,
+    folder: Path,
     config: TrainConfig,
     opened: Opened,
     *,
+    step: int,
     stop: StopSignal,
     network: SiT,
     ema: EMAModel,
     transport: Transport,
     accelerator: Accelerator,
 ) -> None:
-    """Sample a grid with the averaged weights, a column a class, from the same noise each time; write it to ``path``.
+    """Sample a grid with the averaged weights, a column a class, from the same noise each time.
 
-    Every process must call it; the main one writes. Weights that give no finite images cost a line, not the run. A
-    signal ends it without an image.
+    Every process must call it; the main one writes ``samples/step-….png`` and gives it to the trackers. Weights that
+    give no finite images cost a line, not the run. A signal ends it without an image.
 
     Args:
-        path: the PNG file.
+        folder: the run's.
         config: the run's, for guidance, steps and seed.
         opened: the data, for its classes and the shape of its latents, and the VAE.
+        step: the number of the step, from 1.
         stop: asked after every step of the sampler.
         network: without the wrapper that sums gradients; in training mode before and after.
         ema: the moving average of its weights.
         transport: what it was trained on.
-        accelerator: for its device and precision.
+        accelerator: for its device, precision and trackers.
     """
     classes = opened.data.classes
     columns = min(len(classes), COLUMNS)
@@ -83,9 +86,12 @@ def save_preview(
         latents = torch.cat([part for _, part in parts])
     network.train()
     if accelerator.is_main_process and latents is not None:
+        path = folder / "samples" / f"step-{step:07d}.png"
         try:
             images = decode(opened.vae, latents).cpu().numpy()
         except NotFinite as error:
             tqdm.write(f"warning: no preview {path.name}: {error}")
             return
-        save_png(labeled_grid(images, [classes[label] for label in labels.tolist()], columns), path)
+        grid = labeled_grid(images, [classes[label] for label in labels.tolist()], columns)
+        save_png(grid, path)
+        log_image(accelerator, "preview", grid, step)

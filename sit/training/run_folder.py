@@ -7,11 +7,11 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers, on_main_process
+from accelerate.tracking import GeneralTracker, on_main_process
 
 from sit.checkpoint.snapshots import SNAPSHOTS
 from sit.training.config import TrainConfig
@@ -65,15 +65,6 @@ def new_run_folder(output_dir: str | None, label: str) -> Path:
             folder.mkdir(parents=True)  # at once, so that two programs of one second take two
             return folder
     raise UserError(f"runs/{stem} and a hundred names like it are taken; give `output_dir`")
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise UserError unless Accelerate knows all these trackers and their packages are installed."""
-    installed = [str(name) for name in get_available_trackers()]
-    for name in names:
-        if name not in installed:
-            what = "its package is not installed" if name in LOGGER_TYPE_TO_CLASS else "Accelerate has no such tracker"
-            raise UserError(f"`trackers={name}`: {what}; here there are: {', '.join(installed) or 'none'}")
 
 
 class JsonLinesTracker(GeneralTracker):
@@ -134,6 +125,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def last_metrics(path: Path, step: int) -> dict[str, float]:
+    """The last value of each metric in a ``metrics.jsonl`` up to a step, by name.
+
+    Raises:
+        UserError: the file must not be read.
+    """
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    return {
+        name: value for row in rows for name, value in row.items() if name != "step" and isinstance(value, int | float)
+    }
+
+
 def clear_start(run: str | Path) -> None:
     """Delete what is left of a process that was killed while it wrote ``config.yaml``: the folder is empty again."""
     for leftover in Path(run).glob(".config.yaml.*.tmp"):
@@ -145,7 +148,13 @@ def clear_leftovers(run: Path) -> None:
     clear_start(run)
     for place in (run, run / "samples", run / "heldout", run / "checkpoints", run / SNAPSHOTS):
         clear_dead(place)
-    parts = (".metrics.jsonl.*.tmp", ".identity.json.*.tmp", "samples/.step-*.tmp", "heldout/.step-*.tmp")
+    parts = (
+        ".metrics.jsonl.*.tmp",
+        ".identity.json.*.tmp",
+        ".tracker-id.*.tmp",
+        "samples/.step-*.tmp",
+        "heldout/.step-*.tmp",
+    )
     for leftover in (found for part in parts for found in run.glob(part)):  # of another machine's process
         leftover.unlink(missing_ok=True)
     for leftover in [*run.glob(".vae.*.tmp"), *run.glob("checkpoints/.step-*"), *run.glob(f"{SNAPSHOTS}/.step-*")]:

@@ -14,7 +14,8 @@ from sit.model import MODELS, check_model_name
 from sit.training.config import TrainConfig
 from sit.training.recipes import check_same_run, run_folder
 from sit.training.repa import aligned_block, check_block
-from sit.training.run_folder import check_trackers, clear_start
+from sit.training.run_folder import clear_start
+from sit.training.trackers import check_trackers
 from sit.utils.errors import UserError
 from sit.utils.files import refuse_used
 from sit.utils.lock import locked

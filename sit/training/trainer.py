@@ -25,6 +25,7 @@ from sit.training.data import Opened, open_training_data
 from sit.training.distill import distill
 from sit.training.distributed import compile_for_training, is_ddp, set_up_fsdp2, set_up_processes
 from sit.training.ema import averaged_parameters, moving_average, trained_parameters
+from sit.training.evaluation import MakeEvaluation, evaluation_is_due, evaluation_of, log_evaluation
 from sit.training.frozen import freeze
 from sit.training.heldout import heldout_is_due, make_heldout_loss
 from sit.training.identity import Identity, keep_identity
@@ -41,13 +42,16 @@ from sit.training.schedule import learning_rate_at
 from sit.training.start import Start, held_start
 from sit.training.state import TrainingState
 from sit.training.stop_signal import StopSignal
+from sit.training.trackers import start_trackers
 from sit.transport.transport import Transport
 from sit.utils.compile import should_compile
 from sit.utils.errors import UserError
 
 
-def train(config: TrainConfig) -> tuple[Path, bool]:
+def train(config: TrainConfig, make_evaluation: MakeEvaluation | None = None) -> tuple[Path, bool]:
     """Train, from scratch or from a checkpoint; returns the run's folder, and whether this is the main process.
+
+    ``make_evaluation`` makes what ``eval_every`` evaluates by; without that setting it is not asked for.
 
     Every process of the launch calls this. What is drawn at random depends on the config's seed and the number of
     images seen alone, not on the number of processes.
@@ -60,10 +64,12 @@ def train(config: TrainConfig) -> tuple[Path, bool]:
     # Processes, and where to start: what is wrong is told before the data takes its time.
     accelerator = set_up_processes(config)
     with held_start(config, accelerator.is_main_process) as start:
-        return run(config, start, accelerator), accelerator.is_main_process
+        return run(config, start, accelerator, make_evaluation), accelerator.is_main_process
 
 
-def run(config: TrainConfig, start: Start, accelerator: Accelerator) -> Path:
+def run(
+    config: TrainConfig, start: Start, accelerator: Accelerator, make_evaluation: MakeEvaluation | None = None
+) -> Path:
     """All phases from the data to the last checkpoint; returns the run's folder."""
     # What it begins with, and the data.
     donor = None if config.init_from is None or start.checkpoint is not None else read_donor(config.init_from)
@@ -79,6 +85,7 @@ def run(config: TrainConfig, start: Start, accelerator: Accelerator) -> Path:
     objective = make_objective(config, data, transport, network, accelerator, first_step=start.step + 1)
     freeze(network, config.freeze, config.train_only)
     heldout = make_heldout_loss(opened.heldout, transport, accelerator)
+    evaluation = evaluation_of(config, make_evaluation, accelerator)
     prepare_forward(config, network, accelerator)
     model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
     network = accelerator.unwrap_model(model)
@@ -149,13 +156,18 @@ def run(config: TrainConfig, start: Start, accelerator: Accelerator) -> Path:
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
             bar.update()
 
-            # Measure the held-out loss and sample a preview, unless a signal came, which won't wait for them.
+            # Measure the held-out loss, evaluate and sample a preview, unless a signal came, which won't wait for them.
             if heldout is not None and heldout_is_due(config, step) and not stop.received_anywhere(accelerator):
                 heldout.measure(step, folder, network, ema)
+            if evaluation and evaluation_is_due(config, step) and not stop.received_anywhere(accelerator):
+                log_evaluation(
+                    evaluation, step, folder=folder, config=config, opened=opened,
+                    network=network, ema=ema, transport=transport, accelerator=accelerator,
+                )  # fmt: skip
             due = config.preview_every and (step % config.preview_every == 0 or last)
             if due and not stop.received_anywhere(accelerator):
                 save_preview(
-                    folder / "samples" / f"step-{step:07d}.png", config, opened, stop=stop,
+                    folder, config, opened, step=step, stop=stop,
                     network=network, ema=ema, transport=transport, accelerator=accelerator,
                 )  # fmt: skip
 
@@ -260,9 +272,8 @@ def open_folder(
     (folder,) = shared
     if isinstance(folder, UserError):
         raise folder
-    accelerator.log_with = [*config.trackers, JsonLinesTracker(folder / "metrics.jsonl", start.step)]
     accelerator.project_configuration = ProjectConfiguration(logging_dir=str(folder / "logs"))
-    accelerator.init_trackers("sit", init_kwargs={"tensorboard": {"purge_step": start.step + 1}})
+    start_trackers(accelerator, config, folder, JsonLinesTracker(folder / "metrics.jsonl", start.step), start.step)
     return folder
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from sit.transport.interpolants import Interpolant, expand_t_like_x, get_interpolant
 from sit.utils.errors import UserError
@@ -36,7 +37,9 @@ TIME_DISTRIBUTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class Transport(SchedulerMixin, ConfigMixin):
     """Interpolant × prediction × loss weight, with the published intervals of t (SiT's ``create_transport``).
 
-    A component of the diffusers pipeline: saved as ``transport/transport_config.json``.
+    A component of the diffusers pipeline: saved as ``transport/transport_config.json``. It is a scheduler in
+    diffusers' sense too, of Euler's method along the ODE, for loops of one's own (``set_timesteps``, ``step``); the
+    samplers of :mod:`sit.sampling` do not use that.
 
     Args:
         interpolant: ``linear``, ``gvp`` or ``vp``.
@@ -54,6 +57,8 @@ class Transport(SchedulerMixin, ConfigMixin):
     """
 
     config_name = "transport_config.json"  # type: ignore[assignment]
+    order = 1
+    init_noise_sigma = 1.0
 
     @register_to_config
     def __init__(
@@ -223,6 +228,52 @@ class Transport(SchedulerMixin, ConfigMixin):
         if self.prediction == "noise":
             return self.interpolant.score_from_noise(out, x, t)
         return out
+
+    # ------------------------------------------------------------------ diffusers' loop
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Set ``timesteps``, (num_inference_steps,) float32: where the steps of Euler's method along the ODE begin.
+
+        They are times t from noise to data, as the network takes them, not numbers of training steps.
+
+        Raises:
+            UserError: fewer than one step.
+        """
+        if num_inference_steps < 1:
+            raise UserError(f"`num_inference_steps` must be at least 1, not {num_inference_steps}")
+        self._grid = torch.linspace(*self.ode_interval(), num_inference_steps + 1, dtype=torch.float32)
+        self.timesteps = self._grid[:-1].to(device)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: object = None) -> torch.Tensor:
+        """The sample as it is: the network takes it so."""
+        return sample
+
+    def step(
+        self, model_output: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
+        """One step of Euler's method, from one of the ``timesteps`` to the next.
+
+        Args:
+            model_output: (B, …) the network's prediction at the sample.
+            timestep: the time, one of ``timesteps``.
+            sample: (B, …) the state at that time.
+            return_dict: whether to answer with a :class:`SchedulerOutput`, which has ``prev_sample``, or a tuple.
+
+        Raises:
+            UserError: there are no timesteps yet, or this is none of them.
+        """
+        time, grid = float(timestep), getattr(self, "_grid", torch.full((2,), torch.nan))
+        number = int((grid[:-1] - time).abs().argmin())
+        if not abs(float(grid[number]) - time) < 1e-5:
+            raise UserError(f"`timestep={time:g}` is none of the scheduler's: call set_timesteps, take its timesteps")
+        times = torch.full((len(sample),), time, dtype=sample.dtype, device=sample.device)
+        velocity = self.to_velocity(model_output, sample, times)
+        moved = sample + (float(grid[number + 1]) - float(grid[number])) * velocity
+        return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_t (B, …) of data and noise (B, …) at times (B,) in [0, 1]."""
+        return self.interpolant.interpolate(original_samples, noise, timesteps)
 
 
 def null_label_of(model: Field) -> int:

@@ -86,6 +86,7 @@ DIFFUSERS = {
     "dataloader-num-workers": (_is("workers"),),
     "report-to": (_is("trackers"),),
     "logger": (_is("trackers"),),
+    "tracker-project-name": (_is("project"),),
     "validation-steps": (_is("preview-every"),),
     "save-images-epochs": (_is("preview-every"),),
     "proportion-empty-prompts": (_is("class-dropout"),),
@@ -126,6 +127,7 @@ TIMM = {
     "log-interval": (_is("log-every"),),
     "recovery-interval": (_is("checkpoint-every"),),
     "log-wandb": (_is("trackers wandb"),),
+    "wandb-project": (_is("project"),),
     "channels-last": (Meant((), "tokens have no channel layout to choose"),),
 }
 """timm's train.py"""

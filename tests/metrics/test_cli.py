@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch_fidelity import calculate_metrics, register_feature_extractor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from sit.checkpoint.info import WEIGHTS
 from sit.checkpoint.load import load_for_sampling
 from sit.data.digits import digits_arrays
 from sit.data.factory import open_images
@@ -35,6 +34,7 @@ from sit.metrics.image_sets import ArrayImages, DataImages, open_samples
 from sit.metrics.statistics_files import open_reference
 from sit.sampling.config import SamplerConfig
 from sit.utils.errors import UserError
+from sit.utils.weight_files import WEIGHTS
 
 CPU = torch.device("cpu")
 EIGHT = dict(device=CPU, batch_size=8)
