@@ -7,7 +7,8 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from atconv.functional import ACTIVATIONS, BACKENDS, depthwise_conv, inhibit, load_triton, make_kernels
+from atconv.functional import ACTIVATIONS, BACKENDS, depthwise_conv, inhibit, load_triton, make_kernels, mix_taps
+from atconv.scopes import SCOPES, around, convolve_tokens, pad, pool_windows, smallest_window, window_kernels
 
 INITIAL_VALUES = ("xavier", "conv")
 
@@ -44,9 +45,13 @@ class ATConv(nn.Module):
         init: initial values of the three projections: ``xavier`` (published SiT variant), or ``conv``, PyTorch's for
             1×1 convolutions, weights and biases uniform within ±1/√C (published REPA variant).
         backend: one of :data:`atconv.functional.BACKENDS`; None takes the one for the device.
+        scope: what a kernel is made from: the whole ``image``, as published; the ``window`` that a token is in; or the
+            k² tokens around each ``token`` (:mod:`atconv.scopes`). The latter two run by plain operations.
+        window: side of the windows, in tokens.
 
     Raises:
-        ValueError: an even kernel size, an unknown activation or backend, or one that this machine can't run.
+        ValueError: an even kernel size; an unknown activation, backend or scope; a backend that this machine can't run,
+            or that is named for another scope than the image; another scope without routing.
     """
 
     positional_embedding = False
@@ -62,20 +67,29 @@ class ATConv(nn.Module):
         activation: str = "gelu_tanh",
         init: str = "xavier",
         backend: str | None = None,
+        scope: str = "image",
+        window: int = 4,
     ) -> None:
         super().__init__()
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` must be an odd number, not {kernel_size}")
         choices = (
             (activation, ACTIVATIONS, "activation"), (backend, BACKENDS, "backend"), (init, INITIAL_VALUES, "init"),
+            (scope, SCOPES, "scope"),
         )  # fmt: skip
         for value, known, what in choices:
             if value is not None and value not in known:
                 raise ValueError(f"`{what}` must be one of {', '.join(known)}, not {value!r}")
+        if scope != "image" and (backend is not None or not routing):
+            given = f"backend={backend}" if backend is not None else "routing=false"
+            raise ValueError(f"`scope={scope}` makes kernels by plain operations: it does not go with `{given}`")
+        if not isinstance(window, int) or window < 1:
+            raise ValueError(f"`window` must be at least 1, not {window}")
         if backend == "triton":  # to fail here, not in the first forward pass
             load_triton(on_cpu=not torch.accelerator.is_available())
         self.kernel_size, self.inhibition, self.routing = kernel_size, inhibition, routing
         self.activation, self.init, self.backend = activation, init, backend
+        self.scope, self.window = scope, window
         taps = kernel_size**2
         if routing:
             self.kernel_proj = Weights(dim, dim)
@@ -109,7 +123,8 @@ class ATConv(nn.Module):
             nn.init.zeros_(self.difference_control)
 
     def extra_repr(self) -> str:
-        return f"kernel_size={self.kernel_size}, inhibition={self.inhibition}, routing={self.routing}"
+        scope = "" if self.scope == "image" else f", scope={self.scope}"
+        return f"kernel_size={self.kernel_size}, inhibition={self.inhibition}, routing={self.routing}{scope}"
 
     def kernels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The kernels before and after inhibition, for tokens x (B, N, C): :func:`atconv.functional.make_kernels`.
@@ -118,7 +133,12 @@ class ATConv(nn.Module):
 
         Returns:
             Two tensors (B, k², C), row-major taps, float32 or float64; (1, k², C) with routing off.
+
+        Raises:
+            ValueError: of another scope, an image has many.
         """
+        if self.scope != "image":
+            raise ValueError(f"with scope={self.scope} an image has a kernel for each {self.scope}, not one")
         kind = x.device.type
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             control = self.difference_control if self.inhibition else None
@@ -129,9 +149,25 @@ class ATConv(nn.Module):
             raw = self.kernel[None].to(wide)
             return raw, raw if control is None else inhibit(raw, control.to(wide))
 
+    def plain_backend(self, device: torch.device) -> str:
+        """The backend to take on ``device`` where forward-mode derivatives are wanted, which ``triton`` has none of."""
+        if self.backend in (None, "triton"):
+            return "channels_last" if device.type == "cpu" else "taps"
+        return self.backend
+
     def check_grid(self, grid: tuple[int, int]) -> None:
-        """Raise ValueError unless ``grid`` = (H, W) has at least as many tokens as the generated kernels have taps."""
+        """Raise ValueError unless ``grid`` = (H, W) has at least as many tokens as the generated kernels have taps.
+
+        And each of its windows, where these make the kernels.
+        """
         tokens, side = grid[0] * grid[1], self.kernel_size
+        if self.scope == "token":
+            return
+        if self.scope == "window" and (least := smallest_window(grid, self.window)) < side**2:
+            raise ValueError(
+                f"the {least} tokens of a window can't be pooled into the {side**2} taps of a {side}x{side} kernel: "
+                "use a larger `window` or a smaller `kernel_size`"
+            )
         if self.routing and tokens < side**2:
             raise ValueError(
                 f"the {tokens} tokens of a {grid[0]} x {grid[1]} grid can't be pooled into the {side**2} taps of a "
@@ -151,7 +187,26 @@ class ATConv(nn.Module):
         kind = x.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))  # once, for both branches
+        if self.scope != "image":
+            y = convolve_tokens(self.x_proj(x).view(batch, *grid, dim), self._token_kernels(x, grid), self.kernel_size)
+            return self.proj(y.reshape(batch, tokens, dim))
         _, kernels = self.kernels(x)
         v = self.x_proj(x)
         y = depthwise_conv(v.view(batch, *grid, dim), kernels, self.backend)
         return self.proj(y.reshape(batch, tokens, dim))
+
+    def _token_kernels(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The kernel of each token of x (B, N, C): (B, N, k², C), float32 or float64; autocast is disabled in it."""
+        kind, side, project = x.device.type, self.kernel_size, self.kernel_proj
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            x = x.to(project.weight.dtype)
+            if self.scope == "window":
+                logits = project(pool_windows(x, grid, self.window, side**2))
+            else:
+                logits = around(project(pad(x.unflatten(1, grid), side)), side)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            mixing = self.kernel_gen.weight.to(wide), self.kernel_gen.bias.to(wide)
+            kernels = mix_taps(logits.to(wide).flatten(0, 1), *mixing, self.activation).unflatten(0, logits.shape[:2])
+            if self.inhibition:
+                kernels = inhibit(kernels, self.difference_control.to(wide))
+        return window_kernels(kernels, grid, self.window) if self.scope == "window" else kernels

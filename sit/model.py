@@ -40,9 +40,15 @@ MODELS = {
     for size, (depth, hidden, heads) in SIZES.items()
     for patch in PATCHES
 }
-ZERO = ("bias", "adaLN_modulation.1.weight", "final_layer.linear.weight")
-"""Ends of the names of parameters outside the mixers that begin at zero (DiT's adaLN-Zero)."""
-NORMAL = ("y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight")
+ZERO = ("bias", "adaLN_modulation.1.weight", "final_layer.linear.weight", "duration_embedder.mlp.2.weight")
+"""Ends of the names of parameters outside the mixers that begin at zero (DiT's adaLN-Zero); the last one lets a network
+of average velocities begin as the plain one, whatever the duration."""
+NORMAL = (
+    "y_embedder.embedding_table.weight",
+    "t_embedder.mlp.0.weight",
+    "t_embedder.mlp.2.weight",
+    "duration_embedder.mlp.0.weight",
+)
 """Those that begin with a standard deviation of 0.02; all others begin Xavier-uniform, as matrices (out, in)."""
 
 
@@ -107,7 +113,7 @@ class TimestepEmbedder(nn.Module):
         """(B,) times to (B, C)."""
         half = self.frequencies // 2
         omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angles = t.float()[:, None] * omega
+        angles = t.to(torch.promote_types(t.dtype, torch.float32))[:, None] * omega
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
 
 
@@ -180,6 +186,8 @@ class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             dx/ds (REPA's convention); ``forward`` still takes t and gives dx/dt, so that all else is unaware of it.
         positional_grid: the (H, W) that the positional table is laid over; None is the network's own. A network that
             goes on from one of another size keeps that one's, and its coordinates with it.
+        average_velocity: the network also embeds how long a step from t is, and predicts the average velocity over it
+            (:mod:`sit.transport.meanflow`); a step of no length has the velocity at t.
         seed: of the initial values, no part of the configuration. None draws it from torch's global generator, and
             that one draw is all that the generator is used for.
 
@@ -213,6 +221,7 @@ class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         positional_embedding: bool | None = None,
         time_reversed: bool = False,
         positional_grid: tuple[int, int] | None = None,
+        average_velocity: bool = False,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -238,6 +247,7 @@ class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         with global_generator(seed):  # the layers' own initial values, which ours replace
             self.x_embedder = PatchEmbed(None, patch_size, in_channels, hidden_size, strict_img_size=False)
             self.t_embedder = TimestepEmbedder(hidden_size)
+            self.duration_embedder = TimestepEmbedder(hidden_size) if average_velocity else None
             self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class)
             if positional_embedding:
                 self.register_buffer("pos_embed", stretched_table(hidden_size, self.laid_over, self.grid))
@@ -328,19 +338,21 @@ class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x: torch.Tensor | None = None,
         t: torch.Tensor | None = None,
         y: torch.Tensor | None = None,
-        project: bool = False,
         *,
+        end: torch.Tensor | None = None,
+        project: bool = False,
         hidden_states: torch.Tensor | None = None,
         timestep: torch.Tensor | float | None = None,
         class_labels: torch.Tensor | None = None,
         return_dict: bool | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, ...] | Transformer2DModelOutput:
-        """The prediction (velocity, score or noise, as it was trained) at the noisy latents.
+        """The prediction (velocity, score, noise or average velocity, as it was trained) at the noisy latents.
 
         Args:
             x: (B, in_channels, h, w) latents.
             t: (B,) times in [0, 1], 0 noise and 1 data.
             y: (B,) int64 labels; :attr:`null_label` is the null class.
+            end: (B,) times from t on: the average velocity from t to there is asked for; None is t itself.
             project: answer also with the projected tokens (:func:`sit.training.repa.attach_projector`).
             hidden_states, timestep, class_labels: diffusers' names of x, t and y. The time may be one for all.
             return_dict: answer as diffusers' networks do, with an output that has ``sample``, or, if false, with a
@@ -351,6 +363,7 @@ class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         Raises:
             TypeError: an argument is missing.
+            UserError: an ``end`` for a network without ``average_velocity``.
         """
         if hidden_states is not None:
             x, t, y = hidden_states, timestep, class_labels
@@ -367,6 +380,10 @@ class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if self.config.positional_embedding:
             x = x + self.positional_table(grid)
         c = self.t_embedder(1 - t if self.config.time_reversed else t) + self.y_embedder(y)
+        if self.duration_embedder is not None:
+            c = c + self.duration_embedder(torch.zeros_like(t) if end is None else end - t)
+        elif end is not None:
+            raise UserError("this network predicts no average velocity: it was not trained with MeanFlow")
         projected = None
         for number, block in enumerate(self.blocks, start=1):
             if torch.is_grad_enabled() and self.gradient_checkpointing:

@@ -189,7 +189,7 @@ class SiTPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: Labels,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 250,
         *,
@@ -207,7 +207,8 @@ class SiTPipeline(DiffusionPipeline):
 
         Args:
             class_labels: labels, or class names of :attr:`labels`; one or several, nested in any way.
-            guidance_scale: classifier-free guidance; 1 means none. A network without a null class needs 1.
+            guidance_scale: classifier-free guidance; 1 means none. A network without a null class needs 1. None is 4,
+                as DiT's pipeline has it, or 1 for a network of average velocities, which has its guidance inside.
             generator: one for all images, or one for each (then image i depends on its own alone).
             num_inference_steps: steps of the sampler, as ``sample.py`` counts them; adaptive ODE solvers choose theirs.
             num_images_per_prompt: images of each label, which stand beside each other.
@@ -229,6 +230,8 @@ class SiTPipeline(DiffusionPipeline):
         if num_images_per_prompt < 1:
             raise UserError(f"`num_images_per_prompt` must be at least 1, not {num_images_per_prompt}")
         labels = self._label_tensor(class_labels).repeat_interleave(num_images_per_prompt)
+        if guidance_scale is None:
+            guidance_scale = 1.0 if self.transport.averages else 4.0
         config = self._sampler_config(num_inference_steps, guidance_scale, sampler_options)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"`output_type={output_type}` is none of {', '.join(OUTPUT_TYPES)}")
@@ -289,7 +292,8 @@ class SiTPipeline(DiffusionPipeline):
         known = {name for name in SamplerConfig.__dataclass_fields__ if name not in ("steps", "cfg_scale")}
         if unknown := sorted(set(options) - known):
             raise UserError(f"no option {', '.join(unknown)}; the sampler's options are {', '.join(sorted(known))}")
-        return SamplerConfig(steps=steps, cfg_scale=guidance_scale, **options)
+        config = SamplerConfig(steps=steps, cfg_scale=guidance_scale, **options)
+        return config.resolve(self.transport.averages)
 
     def _call_back(
         self,

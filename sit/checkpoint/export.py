@@ -30,6 +30,10 @@ def to_layout(
     if reverse != (layout == "repa"):
         other = "repa" if reverse else "published"
         raise UserError(f"this network has the time direction of `layout={other}`; {layout} code would misread it")
+    if config.get("average_velocity", False):
+        raise UserError(
+            f"`layout={layout}` knows no average velocity, which this network predicts; keep it in our layout"
+        )
     _refuse_other_mixers(config["mixer"], layout)
     with torch.device("meta"):
         order = list(SiT.from_config(dict(config)).state_dict())

@@ -34,7 +34,8 @@ class Loaded:
     """A checkpoint ready for sampling: the network in evaluation mode on its device, and what goes with it.
 
     ``vae`` is loaded from ``vae_source`` (a folder, or a name on the Hub) when it is first asked for. ``average`` is
-    what the weights were put together from, if they are not those that the checkpoint stores.
+    what the weights were put together from, if they are not those that the checkpoint stores. ``guide`` is a second
+    checkpoint, for autoguidance.
     """
 
     model: SiT
@@ -44,6 +45,12 @@ class Loaded:
     device: torch.device
     path: Path
     average: Reconstruction | None = None
+    guide: Loaded | None = None
+
+    @property
+    def guide_network(self) -> SiT | None:
+        """The network to guide away from, if it is another one's work than the null label's."""
+        return None if self.guide is None else self.guide.model
 
     @property
     def weights_name(self) -> str:
@@ -72,6 +79,7 @@ def load_for_sampling(
     vae: str | Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    guide: str | Path | None = None,
     **overrides: Any,
 ) -> Loaded:
     """Read a checkpoint, of ours or a published one, with everything that sampling needs.
@@ -84,14 +92,16 @@ def load_for_sampling(
         vae: a folder or a name on the Hub, instead of the VAE that the checkpoint names.
         device: where the network goes.
         dtype: its dtype; None keeps the file's.
+        guide: a second checkpoint to guide away from, of any mixer and size, that was trained to predict the same, of
+            the same latents and classes.
         **overrides: fields of :class:`sit.checkpoint.hints.Hints`, for published files that leave something open.
 
     Returns:
         The network in evaluation mode, without gradients; its transport; the VAE on request; and the information.
 
     Raises:
-        UserError: nothing usable at ``path``, or a file that is cut off, unsafe to open or of another architecture; an
-            average that can't be reconstructed.
+        UserError: nothing usable at ``path`` or ``guide``, a guide of other latents, or a file that is cut off, unsafe
+            to open or of another architecture; an average that can't be reconstructed.
     """
     place = resolve(path)
     average = None if ema is None else find_reconstruction(place, ema)
@@ -111,7 +121,24 @@ def load_for_sampling(
         # not model.to: diffusers warns there of layers kept in float32, even if there are none
         torch.nn.Module.to(model, dtype=dtype)
     source = str(vae) if vae is not None else vae_source
-    return Loaded(model, transport, info, source, torch.device(device), place, average)
+    loaded = Loaded(model, transport, info, source, torch.device(device), place, average)
+    if guide is not None:
+        loaded.guide = load_for_sampling(guide, vae=vae, device=device, dtype=dtype)
+        _check_guide(loaded, loaded.guide)
+    return loaded
+
+
+def _check_guide(loaded: Loaded, guide: Loaded) -> None:
+    """Raise UserError unless both networks answer the same question."""
+    for what, of in (
+        ("the interpolant", lambda one: one.transport.config["interpolant"]),
+        ("the prediction", lambda one: one.transport.prediction),
+        ("latent channels:", lambda one: one.model.config["in_channels"]),
+        ("classes:", lambda one: one.model.config["num_classes"]),
+        ("names of the classes", lambda one: one.info.label_names or loaded.info.label_names),
+    ):
+        if of(loaded) != of(guide):
+            raise UserError(f"`guide={guide.path}` can't guide {loaded.path}: {what} {of(guide)}, not {of(loaded)}")
 
 
 def _read_folder(place: Path) -> tuple[SiT, Transport, CheckpointInfo, str | None]:

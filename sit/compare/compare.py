@@ -40,6 +40,7 @@ from sit.metrics.statistics_files import open_reference
 from sit.metrics.verdict import verdicts
 from sit.metrics.work_folder import WorkDirectory
 from sit.model import SiT
+from sit.sampling.config import SamplerConfig
 from sit.sampling.images import balanced_labels, latent_shape_for, sample_images
 from sit.training.plan import multiply_accumulates
 from sit.training.run_folder import read_metrics
@@ -236,8 +237,9 @@ def _write(
         for name, seeds in measured.items()
     }
     with atomic_folder(arguments.out) as place:
-        sampler = asdict(arguments.sampler)
-        found: dict[str, Any] = {"machine": machine(against.device), "sampler": sampler, "ema": ema, "groups": {}}
+        sampler = resolved(arguments.sampler, newest)
+        found: dict[str, Any] = {"machine": machine(against.device), "sampler": asdict(sampler), "ema": ema}
+        found["groups"] = {}
         for number, (name, members) in enumerate(groups.items(), start=1):
             sample_grid(members[0], newest[name], arguments, place / f"samples-{number}.png")
             about = describe(members[0], newest[name])
@@ -252,8 +254,16 @@ def _write(
         plot_losses({name: rows for name, rows in lines.items() if all(rows)}, place / "loss.png")
         plots = plot_metrics(found["groups"], place)
         (place / "numbers.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-        (place / "README.md").write_text(markdown(found, plots, command(arguments), setting(arguments, against)))
+        (place / "README.md").write_text(
+            markdown(found, plots, command(arguments), setting(arguments, sampler, against))
+        )
     return Path(arguments.out)
+
+
+def resolved(sampler: SamplerConfig, newest: dict[str, Loaded]) -> SamplerConfig:
+    """The sampler of all groups; undecided where it is left to the networks, and they differ."""
+    averages = {loaded.transport.averages for loaded in newest.values()}
+    return sampler.resolve(averages.pop()) if len(averages) == 1 else sampler
 
 
 def losses(run: Run) -> list[dict[str, float]]:
@@ -278,9 +288,8 @@ def command(arguments: Arguments) -> str:
     return "python -m sit.compare " + shlex.join(parts)
 
 
-def setting(arguments: Arguments, against: Against) -> str:
+def setting(arguments: Arguments, sampler: SamplerConfig, against: Against) -> str:
     """How the samples were made and evaluated, in a sentence or two."""
-    sampler = arguments.sampler
     guidance = f"guidance {sampler.cfg_scale:g}" if sampler.cfg_scale != 1 else "no guidance"
     given = arguments.evaluation_seed
     weights = "" if arguments.ema is None else f"EMA of relative length {arguments.ema:g}, "
@@ -291,6 +300,13 @@ def setting(arguments: Arguments, against: Against) -> str:
     labels = "; ".join(extractor.label for extractor in against.extractors)
     return (
         f"{arguments.num_samples} samples a checkpoint, {weights}{arguments.label_order} labels, {seed}, "
-        f"{sampler.sampler.upper()} {sampler.resolved_method}, {sampler.steps} steps, {guidance}. "
+        f"{in_words(sampler)}, {sampler.steps} steps, {guidance}. "
         f"Reference: {against.reference.name}; {labels}.{accuracy}"
     )
+
+
+def in_words(sampler: SamplerConfig) -> str:
+    """The sampler and its method."""
+    if sampler.sampler is None:
+        return "MeanFlow for the networks of average velocities, the SDE for the others"
+    return "MeanFlow" if sampler.sampler == "meanflow" else f"{sampler.sampler.upper()} {sampler.resolved_method}"

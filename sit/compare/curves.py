@@ -130,6 +130,10 @@ def evaluations(sampler: dict[str, Any]) -> int | None:
     """
     names = SamplerConfig.__dataclass_fields__
     config = SamplerConfig(**{name: value for name, value in sampler.items() if name in names})
+    if config.sampler is None:
+        return None
+    if config.sampler == "meanflow":
+        return config.steps
     if config.sampler == "ode":
         each = EVALUATIONS.get(config.resolved_method)
         return None if each is None else each * config.steps

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sit.model import SiT
-from sit.utils.errors import UserError
+from sit.utils.errors import UserError, first_line
 from sit.utils.image_grid import enlarge, tile
 
 SIDE = 8
@@ -63,8 +63,11 @@ def kernels_at(
     mixer = model.blocks[block].attn
     if not hasattr(mixer, "kernels"):
         return f"Block {block} mixes its tokens by {type(mixer).__name__}, which has no kernels to show."
-    with torch.no_grad():
-        raw, inhibited = mixer.kernels(tokens)
+    try:
+        with torch.no_grad():
+            raw, inhibited = mixer.kernels(tokens)
+    except ValueError as error:
+        return f"Block {block} has no kernels to show: {first_line(error)}."
     return raw[0].float().cpu(), inhibited[0].float().cpu()
 
 

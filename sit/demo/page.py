@@ -15,7 +15,7 @@ import torch
 
 from sit.demo.arguments import Arguments
 from sit.demo.session import Player, Trajectory, command, kernel_view, names_of, open_players, play, sheet, strip
-from sit.sampling.config import ODE_METHODS, SDE_METHODS, SamplerConfig
+from sit.sampling.config import METHODS, SDE_METHODS, SamplerConfig
 from sit.utils.device import pick_device
 from sit.utils.errors import UserError
 
@@ -73,13 +73,15 @@ def read_controls(*controls: Any) -> tuple[int, int, int, SamplerConfig]:
         UserError: something is left empty, is no whole number where it must be, or is refused by the sampler.
     """
     label, seed, count, sampler, method, steps, scale = controls
-    for value, name in ((label, "class"), (sampler, "sampler"), (method, "method"), (scale, "guidance scale")):
+    for value, name in ((label, "class"), (sampler, "sampler"), (scale, "guidance scale")):
         if value is None:
             raise UserError(f"choose a {name}")
+    if METHODS[sampler.lower()] and method is None:
+        raise UserError("choose a method")
     seed = whole_number(seed, "Seed", 0, LARGEST_SEED)
     count = whole_number(count, "Images", 1, MOST_IMAGES)
     steps = whole_number(steps, f"Steps of the {sampler}", fewest_steps(sampler))
-    config = SamplerConfig(sampler=sampler.lower(), method=method, steps=steps, cfg_scale=float(scale))
+    config = SamplerConfig(sampler=sampler.lower(), method=method or None, steps=steps, cfg_scale=float(scale))
     return int(label), seed, count, config
 
 
@@ -126,6 +128,7 @@ def build_page(players: list[Player]) -> gradio.Blocks:
         for label in range(first.model.config.num_classes)
     ]
     guidable = all(player.loaded.model.config.null_class for player in players)
+    averages = all(player.loaded.transport.averages for player in players)
     depth = max(len(player.loaded.model.blocks) for player in players)
 
     def generate(*controls, progress=gr.Progress()):  # noqa: B008
@@ -158,11 +161,11 @@ def build_page(players: list[Player]) -> gradio.Blocks:
             return answers
 
     def methods_of(sampler: str):
-        known, chosen = (SDE_METHODS, "euler") if sampler == "SDE" else (ODE_METHODS, "dopri5")
+        known, chosen = METHODS[sampler.lower()], {"SDE": "euler", "ODE": "dopri5"}.get(sampler)
         return gr.Dropdown(choices=list(known), value=chosen), heeds_steps(sampler, chosen)
 
-    def heeds_steps(sampler: str, method: str):
-        adaptive = method in (SDE_METHODS if sampler == "SDE" else ODE_METHODS) and (
+    def heeds_steps(sampler: str, method: str | None):
+        adaptive = method in METHODS[sampler.lower()] and (
             SamplerConfig(sampler=sampler.lower(), method=method).adaptive
         )
         told = f"{method} chooses its steps itself" if adaptive else f"at least {fewest_steps(sampler)}"
@@ -181,11 +184,19 @@ def build_page(players: list[Player]) -> gradio.Blocks:
                 # Gradio's own limits raise errors that name no control, with a traceback in the terminal
                 seed = gr.Number(0, label="Seed", step=1, elem_id="seed")
                 count = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images", elem_id="count")
-                sampler = gr.Radio(["SDE", "ODE"], value="SDE", label="Sampler", elem_id="sampler")
-                method = gr.Dropdown(list(SDE_METHODS), value="euler", label="Method", elem_id="method")
-                steps = gr.Number(50, label="Steps", step=1, info="at least 2", elem_id="steps")
+                samplers, first_methods = ["SDE", "ODE"], SDE_METHODS
+                if averages:
+                    samplers, first_methods = ["MeanFlow", *samplers], ()
+                sampler = gr.Radio(samplers, value=samplers[0], label="Sampler", elem_id="sampler")
+                method = gr.Dropdown(
+                    list(first_methods), value=next(iter(first_methods), None), label="Method", elem_id="method"
+                )
+                steps = gr.Number(
+                    1 if averages else 50, label="Steps", step=1, info=f"at least {fewest_steps(samplers[0])}",
+                    elem_id="steps",
+                )  # fmt: skip
                 scale = gr.Number(
-                    1.5 if guidable else 1, step=0.1, label="Guidance scale", elem_id="scale",
+                    1.5 if guidable and not averages else 1, step=0.1, label="Guidance scale", elem_id="scale",
                     interactive=guidable, info="1 is none" if guidable else "trained without a null class",
                 )  # fmt: skip
                 button = gr.Button("Generate", variant="primary", elem_id="generate")

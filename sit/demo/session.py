@@ -199,7 +199,8 @@ def kernel_view(player: Player, trajectory: Trajectory, block: int, t: float) ->
 def command(player: Player, label: int, seed: int, count: int, config: SamplerConfig) -> str:
     """The sample.py command that makes the same images."""
     words: list[Any] = ["python", "sample.py", "--ckpt", player.path, "--labels", label, "--num-samples", count]
-    words += ["--seed", seed, "--sampler", config.sampler, "--method", config.resolved_method]
+    words += ["--seed", seed, "--sampler", config.sampler]
+    words += [] if config.sampler == "meanflow" else ["--method", config.resolved_method]
     words += ["--steps", config.steps, "--cfg-scale", f"{config.cfg_scale:g}"]
     words += ["--image-size", *player.image_size] if player.image_size else []
     words += ["--vae", player.vae] if player.vae else []

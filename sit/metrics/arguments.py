@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from sit.checkpoint.hints import FileHints
-from sit.sampling.config import LabelOrder, SamplerConfig, height_and_width
+from sit.sampling.config import LabelOrder, SamplerConfig, check_guide, height_and_width
 from sit.utils.choices import Precision
 from sit.utils.errors import UserError
 from sit.utils.threads import CpuThreads
@@ -40,6 +40,8 @@ class Arguments:
     ema: float | None = None
     """relative length of the average to sample with, such as 0.05 or 0.1, reconstructed from the snapshots of a run
     with post-hoc EMA; None takes the weights that the checkpoint stores, its plain moving average"""
+    guide: str | None = None
+    """autoguidance of --ckpt: a second, worse checkpoint to guide away from by --cfg-scale"""
     samples: str | None = None
     """a folder or npz of samples, or a data set, instead of --ckpt"""
     num_samples: int | None = None
@@ -85,6 +87,9 @@ class Arguments:
             raise UserError("give either `ckpt`, to sample from, or `samples`, a folder or npz")
         if self.ema is not None and self.ckpt is None:
             raise UserError(f"`ema={self.ema:g}` is for `ckpt`: samples are as they were made")
+        if self.guide is not None and self.ckpt is None:
+            raise UserError(f"`guide={self.guide}` is for `ckpt`: samples are as they were made")
+        check_guide(self.guide, self.sampler)
         _check_counts(self, "num_samples", "batch_size")
         size = height_and_width(self.image_size)
         if self.samples is not None and size is not None and size[0] != size[1]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +47,7 @@ class GeneratedImages(Images):
         image_size: tuple[int, int] | None = None,
         hints: FileHints | None = None,
     ) -> None:
+        config = config.resolve(loaded.transport.averages)
         self.shape = latent_shape_for(loaded, image_size)  # a size that doesn't fit is told before anything is made
         self.classes, self.class_names = loaded.model.config.num_classes, loaded.info.label_names
         classes = range(self.classes)
@@ -54,6 +57,7 @@ class GeneratedImages(Images):
         self.labels, self.image_size, self.label_order = drawn.numpy(), image_size, labels
         size = f", {image_size[0]} x {image_size[1]} pixels" if image_size else ""
         average = f", {loaded.average}" if loaded.average is not None else ""
+        average += f", guided by {loaded.guide.path}" if loaded.guide else ""
         self.name = f"{loaded.path}{average}, seed {seed}, {labels} labels{size}, {config}"
         weights = (hints or FileHints()).weights if loaded.path.is_file() else loaded.weights_name
         self.source = {"checkpoint": str(loaded.path), "step": loaded.info.step, "weights": weights}
@@ -64,11 +68,14 @@ class GeneratedImages(Images):
 
         It reads every weight, and is asked for before the network's dtype or products' precision change.
         """
-        network, transport = self.loaded.model, self.loaded.transport
-        return {
+        network, transport, guide = self.loaded.model, self.loaded.transport, self.loaded.guide
+        told = (
+            {} if guide is None else {"guide": weights_fingerprint(guide.model), "guide's": _told(guide.model.config)}
+        )
+        return told | {
             "network": weights_fingerprint(network),
-            "config": {name: value for name, value in network.config.items() if not name.startswith("_")},
-            "transport": {name: value for name, value in transport.config.items() if not name.startswith("_")},
+            "config": _told(network.config),
+            "transport": _told(transport.config),
             "VAE": vae_fingerprint(self.loaded.vae),
             "sampler": asdict(self.config) | {"method": self.config.resolved_method},
             "seed": self.seed,
@@ -90,3 +97,12 @@ class GeneratedImages(Images):
             batch_size=len(numbers),
         )
         return made.images.permute(0, 3, 1, 2)
+
+
+def _told(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without diffusers' own entries, nor what networks of before were without and are now."""
+    return {
+        name: value
+        for name, value in config.items()
+        if not name.startswith("_") and (name, value) != ("average_velocity", False)
+    }

@@ -102,6 +102,7 @@ def _generated(
     loaded = load_for_sampling(
         arguments.ckpt,
         ema=arguments.ema,
+        guide=arguments.guide,
         vae=arguments.vae,
         device=device,
         dtype=for_sampling(arguments.precision, device),
@@ -110,7 +111,8 @@ def _generated(
     )
     evaluations = math.ceil(count / state.num_processes / arguments.batch_size) * arguments.sampler.steps
     if should_compile(arguments.compile, loaded.device, state.print, evaluations >= WORTH_IT):
-        compile_for_sampling(loaded.model)
+        for one in (loaded, *([loaded.guide] if loaded.guide else [])):
+            compile_for_sampling(one.model)
     samples = GeneratedImages(
         loaded,
         count,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sit.mixers.attention import Attention
+from sit.mixers.deformable import Deformable
 from sit.mixers.depthwise import Depthwise
 from sit.mixers.dico import DiCo
 from sit.mixers.linear_attention import LinearAttention
@@ -20,6 +21,7 @@ from sit.mixers.registry import (
 __all__ = [
     "ENTRY_POINT_GROUP",
     "Attention",
+    "Deformable",
     "Depthwise",
     "DiCo",
     "LinearAttention",

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 
-def check_kernel_size(kernel_size: int) -> None:
+def check_kernel_size(kernel_size: int, option: str = "kernel_size") -> None:
     """Raise ValueError unless ``kernel_size`` is odd and positive, so that a kernel or neighborhood has a center."""
     if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"`kernel_size` must be an odd number, not {kernel_size}")
+        raise ValueError(f"`{option}` must be an odd number, not {kernel_size}")
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -38,6 +38,13 @@ def split_heads(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, ...]:
 def join_heads(x: torch.Tensor) -> torch.Tensor:
     """(B, heads, N, C/heads) to tokens (B, N, C)."""
     return x.transpose(1, 2).flatten(2)
+
+
+def head_norms(dim: int, num_heads: int, wanted: bool) -> tuple[nn.Module, nn.Module]:
+    """LayerNorms over each head's queries, and keys (ViT-22B, arXiv 2302.05442, section 2); or two that do nothing."""
+    if not wanted:
+        return nn.Identity(), nn.Identity()
+    return nn.LayerNorm(dim // num_heads), nn.LayerNorm(dim // num_heads)
 
 
 def xavier_(mixer: nn.Module) -> None:

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sit.mixers.layers import check_choice, check_heads, check_kernel_size, join_heads, split_heads, xavier_
+from sit.mixers.layers import (
+    check_choice,
+    check_heads,
+    check_kernel_size,
+    head_norms,
+    join_heads,
+    split_heads,
+    xavier_,
+)
 from sit.mixers.registry import register_mixer
 from sit.utils.constant_tensors import made_once
 from sit.utils.errors import UserError
@@ -44,6 +52,7 @@ class Neighborhood(nn.Module):
         num_heads: heads, each of C/heads channels.
         kernel_size: k, odd; NAT has 7.
         backend: ``auto``, ``sdpa`` or ``flex``.
+        qk_norm: a LayerNorm over each head's queries and keys.
 
     Raises:
         ValueError: an even kernel size, heads that don't divide the channels, an unknown backend.
@@ -51,13 +60,16 @@ class Neighborhood(nn.Module):
 
     positional_embedding = True
 
-    def __init__(self, dim: int, num_heads: int, kernel_size: int = 3, backend: str = "auto") -> None:
+    def __init__(
+        self, dim: int, num_heads: int, kernel_size: int = 3, *, backend: str = "auto", qk_norm: bool = False
+    ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
         check_kernel_size(kernel_size)
         check_choice("backend", backend, BACKENDS)
         self.num_heads, self.kernel_size, self.backend = num_heads, kernel_size, backend
         self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm, self.k_norm = head_norms(dim, num_heads, qk_norm)
         self.proj = nn.Linear(dim, dim)
         xavier_(self)
 
@@ -69,6 +81,10 @@ class Neighborhood(nn.Module):
                 f"a {side}x{side} neighborhood does not fit into a {grid[0]} x {grid[1]} grid: use a smaller "
                 "`kernel_size` or smaller patches"
             )
+
+    def plain_backend(self, device: torch.device) -> str:
+        """The backend that has forward-mode derivatives, with PyTorch's slow path."""
+        return "sdpa"
 
     def masked_multiply_accumulates(self, grid: tuple[int, int]) -> int:
         """How many of the 2·N²·C multiply-accumulates of attention for one image the mask hides."""
@@ -84,6 +100,7 @@ class Neighborhood(nn.Module):
         """
         self.check_grid(grid)
         q, k, v = split_heads(self.qkv(x), self.num_heads)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves norms in float32
         if self._flex(q, grid):
             mixed = _flex_attention()(q, k, v, block_mask=block_mask(grid, self.kernel_size, x.device))
         else:

@@ -12,14 +12,15 @@ names it in the entry-point group ``sit.mixers``.
   every grid has ``check_grid(grid)``, which raises ValueError; :func:`build_mixer` calls it.
 - **Dtype**: the result has the dtype of the linear layers: x's, or autocast's where that is on. What needs more is
   computed in float32 inside.
-- **Derivatives**: a mixer of plain PyTorch operations has forward-mode derivatives (``torch.func.jvp``) too. Among the
-  shipped ones fused kernels have none: scaled-dot-product attention has them with its backend ``MATH``, and ATConv with
-  any backend but ``triton``.
+- **Derivatives**: a mixer of plain PyTorch operations has forward-mode derivatives (``torch.func.jvp``) too. Fused
+  kernels have none; :func:`sit.mixers.forward_mode.plain_operations` sets them aside.
 
 Optional methods:
 
 - ``masked_multiply_accumulates(grid)``: how many of the multiply-accumulates that it computes for one image a mask
   hides; :func:`sit.training.plan.multiply_accumulates` leaves them out.
+- ``plain_backend(device)``: the name of a backend whose operations have forward-mode derivatives; it becomes the
+  attribute ``backend`` while these are taken.
 - ``kernels(x)``: two tensors (B, k², C), the kernels made for tokens x before and after inhibition, taps in row-major
   order; (1, k², C) if all images share them. The demo draws them.
 """

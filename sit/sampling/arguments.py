@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from sit.checkpoint.hints import FileHints
-from sit.sampling.config import LabelOrder, SamplerConfig
+from sit.sampling.config import LabelOrder, SamplerConfig, check_guide
 from sit.utils.choices import Precision
 from sit.utils.errors import UserError
 from sit.utils.threads import CpuThreads
@@ -23,6 +23,9 @@ class Arguments:
     ema: float | None = None
     """relative length of the average to sample with, such as 0.05 or 0.1, reconstructed from the snapshots of a run
     with post-hoc EMA; None takes the weights that the checkpoint stores, its plain moving average"""
+    guide: str | None = None
+    """autoguidance: a second, worse checkpoint, such as an earlier one of the run, to guide away from by --cfg-scale,
+    instead of from the network without the label"""
     out: str | None = None
     """new folder for the images; None makes one under samples/"""
     num_samples: int | None = None
@@ -63,6 +66,7 @@ class Arguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"`{name}` must be at least 1, not {value}")
+        check_guide(self.guide, self.sampler)
         if self.inverts and (self.data is None or self.sampler.sampler != "ode"):
             raise UserError(
                 f"`{'likelihood' if self.likelihood else 'reverse'}` works along the ODE, on images: give "

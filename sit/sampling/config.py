@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ ADAPTIVE_METHODS = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun", "
 FIXED_METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
 """torchdiffeq's solvers that make the steps they are told."""
 ODE_METHODS = ADAPTIVE_METHODS + FIXED_METHODS
+METHODS: dict[str, tuple[str, ...]] = {"sde": SDE_METHODS, "ode": ODE_METHODS, "meanflow": ()}
+"""the samplers, and the methods of each"""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,11 @@ class SamplerConfig:
         UserError: a value that can't be.
     """
 
-    sampler: Literal["sde", "ode"] = "sde"
-    """the reverse SDE, or the probability-flow ODE"""
+    sampler: Literal["sde", "ode", "meanflow"] | None = None
+    """the reverse SDE; the probability-flow ODE; or the average velocities that a network of MeanFlow has learned. None
+    takes meanflow for such a network, and the SDE for all others"""
     steps: int = 250
-    """network steps: SDE steps with the last step included, or steps of a fixed-step ODE solver"""
+    """network steps: SDE steps with the last step included, steps of a fixed-step ODE solver or of meanflow"""
     method: str | None = None
     """SDE: euler (Euler-Maruyama, the default) or heun. ODE: a solver of torchdiffeq, by default dopri5"""
     diffusion_form: DiffusionForm = "sigma"
@@ -67,11 +71,16 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.method is not None:
             object.__setattr__(self, "method", self.method.lower())  # Euler and Heun, as the published script has them
-        if self.sampler not in ("sde", "ode"):
-            raise UserError(f"`sampler={self.sampler}` is none of sde, ode")
-        known = SDE_METHODS if self.sampler == "sde" else ODE_METHODS
+        if self.sampler not in (None, *METHODS):
+            raise UserError(f"`sampler={self.sampler}` is none of {', '.join(METHODS)}")
+        known = METHODS[self.sampler or "sde"]
         if self.method is not None and self.method not in known:
-            raise UserError(f"`method={self.method}`: the methods of `sampler={self.sampler}` are {', '.join(known)}")
+            has = (
+                f"the methods of `sampler={self.sampler or 'sde'}` are {', '.join(known)}"
+                if known
+                else ("`sampler=meanflow` has none: leave it out")
+            )
+            raise UserError(f"`method={self.method}`: {has}")
         for name, known in (("diffusion_form", get_args(DiffusionForm)), ("last_step", get_args(LastStep))):
             if getattr(self, name) not in known:
                 raise UserError(f"`{name}={getattr(self, name)}` is none of {', '.join(known)}")
@@ -87,6 +96,11 @@ class SamplerConfig:
             raise UserError("`atol` and `rtol` must be positive")
         if self.cfg_scale < 0 or not math.isfinite(self.cfg_scale):
             raise UserError(f"`cfg_scale` must be a number of at least 0, not {self.cfg_scale}")
+        if self.sampler == "meanflow" and self.cfg_scale != 1:
+            raise UserError(
+                f"`cfg_scale={self.cfg_scale:g}`: guidance is part of what MeanFlow trains, and is not added to its "
+                "average velocities: leave it at 1, or take `sampler=ode`"
+            )
         if self.cfg_channels < 0:
             raise UserError(f"`cfg_channels` must be 0 (all) or more, not {self.cfg_channels}")
         low, high = self.cfg_interval
@@ -97,14 +111,30 @@ class SamplerConfig:
     @property
     def resolved_method(self) -> str:
         """The method, with the default filled in."""
-        return self.method or ("euler" if self.sampler == "sde" else "dopri5")
+        return self.method or {"ode": "dopri5", "meanflow": "meanflow"}.get(self.sampler or "sde", "euler")
 
     @property
     def adaptive(self) -> bool:
         """Whether the solver chooses its own steps, and so doesn't heed ``steps``."""
         return self.sampler == "ode" and self.resolved_method in ADAPTIVE_METHODS
 
+    def resolve(self, averages: bool) -> SamplerConfig:
+        """The same with its sampler decided, for a network that predicts average velocities, or for another.
+
+        Raises:
+            UserError: average velocities are asked of another; or the steps or guidance don't go with the sampler.
+        """
+        if self.sampler == "meanflow" and not averages:
+            raise UserError("`sampler=meanflow`: this network predicts no average velocity: take sde or ode")
+        return dataclasses.replace(self, sampler="meanflow" if averages else "sde") if self.sampler is None else self
+
 
 def height_and_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """What ``image_size`` means: one number is the side of a square."""
     return (size, size) if isinstance(size, int) else size
+
+
+def check_guide(guide: str | None, config: SamplerConfig) -> None:
+    """Raise UserError if there is a guide and nothing is guided."""
+    if guide is not None and config.cfg_scale == 1:
+        raise UserError(f"`guide={guide}` guides by `cfg_scale`, and 1 is none: give another, such as 2")

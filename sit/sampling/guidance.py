@@ -18,18 +18,28 @@ class GuidedModel:
     """A network with classifier-free guidance, as a function of the state and one time for all images.
 
     v(null) + scale·(v(label) − v(null)), here on the first ``cfg_channels`` channels (Ho & Salimans, arXiv 2207.12598).
+    With a ``guide`` it is autoguidance (Karras et al., arXiv 2406.02507, equation 3): a worse network, given the same
+    label, takes the place of the one without.
 
     Args:
         model: called as ``model(x, t, y=labels)``; its ``null_label`` is needed for guidance.
         labels: (B,) int64, or None for a network without labels (called without ``y``, never guided).
         config: the guidance.
+        guide: the network to guide away from, called as ``model`` is; None is ``model`` with the null label.
 
     Raises:
-        UserError: guidance of a network that has no null label.
+        UserError: guidance of a network that has no null label, without a guide.
     """
 
-    def __init__(self, model: Callable[..., torch.Tensor], labels: torch.Tensor | None, config: SamplerConfig) -> None:
+    def __init__(
+        self,
+        model: Callable[..., torch.Tensor],
+        labels: torch.Tensor | None,
+        config: SamplerConfig,
+        guide: Callable[..., torch.Tensor] | None = None,
+    ) -> None:
         self.model, self.labels, self.config = model, labels, config
+        self.guide = guide
         self.evaluations = 0
         self.both: torch.Tensor | None = None
         self.set_scale(config.cfg_scale)
@@ -38,20 +48,29 @@ class GuidedModel:
         """Guide the evaluations to come by this scale; 1 is none.
 
         Raises:
-            UserError: guidance of a network that has no null label.
+            UserError: guidance of a network that has no null label, without a guide.
         """
         self.scale = scale
-        if scale == 1 or self.labels is None:
+        if scale == 1 or self.labels is None or self.guide is not None:
             self.both = None
         elif self.both is None:
             self.both = torch.cat([self.labels, torch.full_like(self.labels, null_label_of(self.model))])
 
-    def __call__(self, x: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
-        """State (B, C, h, w), and a time as number or 0-dim tensor, to the prediction (B, C, h, w) in x's dtype."""
+    def __call__(self, x: torch.Tensor, t: float | torch.Tensor, end: float | None = None) -> torch.Tensor:
+        """State (B, C, h, w), and a time as number or 0-dim tensor, to the prediction (B, C, h, w) in x's dtype.
+
+        With an ``end`` it is the average velocity from t to there, without guidance.
+        """
         self.evaluations += 1
-        if self.both is None or not self._guided(t):
+        if end is not None:
+            return self._run(x, t, self.labels, end=times(end, x))
+        alone = self.both is None and (self.guide is None or self.scale == 1)
+        if alone or not self._guided(t):
             return self._run(x, t, self.labels)
-        with_label, without = self._run(torch.cat([x, x]), t, self.both).chunk(2)
+        if self.guide is not None:
+            with_label, without = self._run(x, t, self.labels), self._run(x, t, self.labels, model=self.guide)
+        else:
+            with_label, without = self._run(torch.cat([x, x]), t, self.both).chunk(2)
         guided = without + self.scale * (with_label - without)
         channels = self.config.cfg_channels or x.shape[1]
         return torch.cat([guided[:, :channels], with_label[:, channels:]], dim=1)
@@ -61,9 +80,19 @@ class GuidedModel:
         low, high = self.config.cfg_interval
         return (low, high) == (0.0, 1.0) or low - GRID_ERROR <= 1 - float(t) <= high + GRID_ERROR
 
-    def _run(self, x: torch.Tensor, t: float | torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        conditions = {} if labels is None else {"y": labels}
-        return self.model(x.to(getattr(self.model, "dtype", x.dtype)), times(t, x), **conditions).to(x.dtype)
+    def _run(
+        self,
+        x: torch.Tensor,
+        t: float | torch.Tensor,
+        labels: torch.Tensor | None,
+        *,
+        model: Callable[..., torch.Tensor] | None = None,
+        **conditions: torch.Tensor,
+    ) -> torch.Tensor:
+        if labels is not None:
+            conditions["y"] = labels
+        model = self.model if model is None else model
+        return model(x.to(getattr(model, "dtype", x.dtype)), times(t, x), **conditions).to(x.dtype)
 
 
 def times(t: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:

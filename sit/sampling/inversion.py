@@ -91,12 +91,13 @@ def inverted(
     if arguments.likelihood:
         seeds = [generator(arguments.seed, "probes", int(number)) for number in numbers]
         probes = torch.stack([random_signs(arguments.probes, x, seed) for x, seed in zip(latents, seeds, strict=True)])
-        guided = GuidedModel(loaded.model, wanted, arguments.sampler)
+        guided = GuidedModel(loaded.model, wanted, arguments.sampler, loaded.guide_network)
         nats, noise = log_likelihood(guided, loaded.transport, latents, arguments.sampler, probes.transpose(0, 1))
         found["nats"] = nats.double().cpu().numpy()
         found["bits_per_dimension"] = bits_per_dimension(nats.double(), latents[0].numel()).cpu().numpy()
     else:
-        noise = sample(loaded.model, loaded.transport, latents, wanted, arguments.sampler, reverse=True)
+        options: dict[str, Any] = dict(reverse=True, guide=loaded.guide_network)
+        noise = sample(loaded.model, loaded.transport, latents, wanted, arguments.sampler, **options)
     return found | {"noise": noise.float().cpu().numpy()}
 
 

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ def sample(arguments: Arguments) -> None:
     """
     state = process_state()
     loaded = load(arguments, state)
+    arguments = replace(arguments, sampler=arguments.sampler.resolve(loaded.transport.averages))
     if arguments.inverts:
         if (file := invert(arguments, loaded, state)) is not None:
             print(f"noise:   {file}")
@@ -106,6 +108,7 @@ def made_here(
         seed=arguments.seed,
         config=arguments.sampler,
         latent_shape=shape,
+        guide=loaded.guide_network,
         device=loaded.device,
         batch_size=arguments.batch_size,
         on_step=advancing(bar, count, state.num_processes),
@@ -144,6 +147,7 @@ def load(arguments: Arguments, state: PartialState) -> Loaded:
     return load_for_sampling(
         arguments.ckpt,
         ema=arguments.ema,
+        guide=arguments.guide,
         vae=arguments.vae,
         device=device,
         dtype=for_sampling(arguments.precision, device),
@@ -163,7 +167,8 @@ def compile_if_worth_it(arguments: Arguments, loaded: Loaded, count: int, state:
     """Compile the network as ``compile`` says; None compiles it if it is evaluated often enough."""
     evaluations = math.ceil(count / state.num_processes / arguments.batch_size) * arguments.sampler.steps
     if should_compile(arguments.compile, loaded.device, state.print, evaluations >= WORTH_IT):
-        compile_for_sampling(loaded.model)
+        for one in (loaded, *([loaded.guide] if loaded.guide else [])):
+            compile_for_sampling(one.model)
 
 
 def progress_bar(count: int, state: PartialState) -> tqdm:

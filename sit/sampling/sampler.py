@@ -14,6 +14,7 @@ import torch
 from sit.model import SiT
 from sit.sampling.config import OnStep, SamplerConfig
 from sit.sampling.guidance import GuidedModel
+from sit.sampling.meanflow import sample_meanflow
 from sit.sampling.ode import sample_ode
 from sit.sampling.sde import sample_sde
 from sit.transport.transport import Transport
@@ -40,7 +41,11 @@ class KeyedNoise:
         return noise.to(self.device, non_blocking=True)
 
 
-SAMPLERS = {"sde": sample_sde, "ode": sample_ode}
+SAMPLERS: dict[str | None, Callable[..., torch.Tensor]] = {
+    "sde": sample_sde,
+    "ode": sample_ode,
+    "meanflow": sample_meanflow,
+}
 
 
 def sample(
@@ -53,6 +58,7 @@ def sample(
     step_noise: Callable[[int], torch.Tensor] | None = None,
     on_step: OnStep | None = None,
     reverse: bool = False,
+    guide: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Latents (B, C, h, w) from noise (B, C, h, w) and labels (B,), integrated in float32, or float64 if given it.
 
@@ -61,33 +67,42 @@ def sample(
         labels: (B,) int64, or None.
         step_noise: see :func:`sit.sampling.sde.sample_sde`; None draws from torch's global generator.
         reverse: take ``noise`` for latents and return the noise that the ODE makes them from.
+        guide: see :class:`GuidedModel`.
 
     Raises:
-        UserError: guidance of a network that has no null label, or an SDE in reverse.
+        UserError: guidance of a network that has no null label, an SDE or MeanFlow in reverse, or MeanFlow of a
+            network that has no average velocities.
     """
+    config = config.resolve(transport.averages)
     if noise.dtype not in (torch.float32, torch.float64):
         noise = noise.float()
-    guided: Callable[..., torch.Tensor] = GuidedModel(model, labels, config)
+    guided: Callable[..., torch.Tensor] = GuidedModel(model, labels, config, guide)
     if isinstance(model, SiT):
         tokens = tokens_of(model, noise.shape)
         if computes_apart(model, rows := group_of(tokens), tokens, noise.device):
-            guided = _in_groups(model, labels, config, rows)
+            guided = _in_groups(model, labels, config, rows=rows, guide=guide)
     sampler = SAMPLERS[config.sampler]
     return sampler(guided, transport, noise, config, step_noise=step_noise, on_step=on_step, reverse=reverse)
 
 
 def _in_groups(
-    model: SiT, labels: torch.Tensor | None, config: SamplerConfig, rows: int
+    model: SiT,
+    labels: torch.Tensor | None,
+    config: SamplerConfig,
+    *,
+    rows: int,
+    guide: Callable[..., torch.Tensor] | None,
 ) -> Callable[..., torch.Tensor]:
     """A :class:`GuidedModel` that computes ``rows`` samples at a time, each group on a thread of its own."""
 
-    def of_group(some: torch.Tensor | None, x: torch.Tensor, t: float | torch.Tensor, _tell: Tell) -> torch.Tensor:
-        return GuidedModel(model, some, config)(x, t)
+    def of_group(some: torch.Tensor | None, x: torch.Tensor, times: tuple[Any, ...], _tell: Tell) -> torch.Tensor:
+        return GuidedModel(model, some, config, guide)(x, *times)
 
-    def evaluate(x: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+    def evaluate(x: torch.Tensor, *times: Any) -> torch.Tensor:
         parts = x.split(rows)
         given = [None] * len(parts) if labels is None else labels.split(rows)
-        return torch.cat(run_apart([partial(of_group, some, part, t) for some, part in zip(given, parts, strict=True)]))
+        jobs = [partial(of_group, some, part, times) for some, part in zip(given, parts, strict=True)]
+        return torch.cat(run_apart(jobs))
 
     return evaluate
 
@@ -154,6 +169,7 @@ def generate(
     batch_size: int,
     on_step: OnStep | None = None,
     on_first: OnStep | None = None,
+    guide: SiT | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Sample the latents numbered ``indices`` under ``seed``, ``batch_size`` at a time.
 
@@ -169,6 +185,7 @@ def generate(
         on_step: called in each pass of the sampler, from its first step to its last; several passes may be under way
             at a time. It must not change the state.
         on_first: the same, but in the first pass only, in which the first sample is the row of its number.
+        guide: see :class:`GuidedModel`.
 
     Yields:
         (indices (b,), latents (b, C, h, w) float32 on ``device``), in order.
@@ -178,6 +195,7 @@ def generate(
     """
     if batch_size < 1:
         raise UserError(f"`batch_size` must be at least 1, not {batch_size}")
+    config = config.resolve(transport.averages)
     sampler, group, apart = SAMPLERS[config.sampler], None, False
     if torch.device(device).type == "cpu":
         tokens = tokens_of(model, latent_shape)
@@ -194,7 +212,7 @@ def generate(
         jobs, kept, listeners = [], [], []
         for filled, rows in passes:
             noise = KeyedNoise(seed, [chosen[position] for position in filled], latent_shape, device)
-            guided = GuidedModel(model, wanted[filled].to(device), config)
+            guided = GuidedModel(model, wanted[filled].to(device), config, guide)
             jobs.append(partial(sampler, guided, transport, noise(), config, step_noise=noise))
             kept.append(rows)
             listeners.append(_both(on_step, on_first if not start and len(jobs) == 1 else None))

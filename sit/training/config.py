@@ -56,16 +56,28 @@ class TrainConfig:
 
     interpolant: Literal["linear", "gvp", "vp"] = fixed("linear", group="objective")
     """path from noise to data"""
-    prediction: Literal["velocity", "score", "noise"] = fixed("velocity")
-    """what the network predicts"""
+    prediction: Literal["velocity", "score", "noise", "average-velocity"] = fixed("velocity")
+    """what the network predicts; average-velocity is MeanFlow's, which samples in one step or a few"""
     loss_weight: Literal["none", "velocity", "likelihood"] = fixed("none")
     """weight of the loss over time, for score and noise prediction"""
-    time_distribution: Literal["uniform", "logit-normal"] = fixed("uniform")
-    """how training draws t from its interval; logit-normal (Stable Diffusion 3) prefers the middle"""
+    time_distribution: Literal["uniform", "logit-normal", "logit-normal-0.4"] = fixed("uniform")
+    """how training draws t from its interval; logit-normal (Stable Diffusion 3) prefers the middle, logit-normal-0.4
+    (MeanFlow) a little more of the image"""
     train_eps: float | None = fixed(None)
     """how far training stays from time's singular ends; None: as published. Ignored by velocity with linear or gvp"""
     sample_eps: float | None = None
     """the same for sampling"""
+
+    meanflow_share: float = fixed(0.25, group="meanflow")
+    """share of the images that are trained on a step of some length; the others on the velocity"""
+    meanflow_omega: float = fixed(1.0)
+    """weight of the velocity of an image in that which is learned: guidance that is part of the network; 1 is none"""
+    meanflow_kappa: float = fixed(0.0)
+    """weight of the network's own velocity with the label; the scale of the guidance is omega / (1 - kappa)"""
+    meanflow_weight_power: float = fixed(1.0)
+    """power p of the weight 1 / (squared error + c)^p of each image's loss; 0 is none"""
+    meanflow_weight_floor: float = fixed(1e-3)
+    """c of that weight"""
 
     repa: str | None = fixed(None, group="alignment")
     """align tokens with a frozen encoder (REPA): a timm model, e.g. vit_base_patch14_dinov2.lvd142m, or a folder"""
@@ -189,7 +201,7 @@ class TrainConfig:
                 if value is not None and not holds(value):
                     said = " ".join(map(str, value)) if isinstance(value, tuple) else value
                     raise UserError(f"`{name}` must be {words}, not {said}")
-        if (self.preview_every or self.eval_every) and self.preview_steps < 2:
+        if (self.preview_every or self.eval_every) and self.preview_steps < 2 and not self.averages:
             raise UserError(
                 "`preview_steps=1` leaves the SDE no step before its last one: use at least 2, or `preview_every=0` "
                 "and `eval_every=0`"
@@ -219,6 +231,11 @@ class TrainConfig:
             )
 
     @property
+    def averages(self) -> bool:
+        """Whether the network predicts average velocities, which MeanFlow trains."""
+        return self.prediction == "average-velocity"
+
+    @property
     def heldout_share(self) -> float | None:
         """The part of the data that ``heldout`` names by a number; None if it is no number."""
         try:
@@ -242,6 +259,7 @@ class TrainConfig:
             null_class=self.class_dropout > 0,
             learn_sigma=self.learn_sigma,
             positional_embedding={"auto": None, "on": True, "off": False}[self.positional_embedding],
+            average_velocity=self.averages,
         )
 
     def transport_options(self) -> dict[str, Any]:
@@ -253,6 +271,16 @@ class TrainConfig:
             train_eps=self.train_eps,
             sample_eps=self.sample_eps,
             time_distribution=self.time_distribution,
+        )
+
+    def meanflow_options(self) -> dict[str, Any]:
+        """The arguments of :class:`~sit.transport.meanflow.MeanFlow` besides its transport."""
+        return dict(
+            share=self.meanflow_share,
+            omega=self.meanflow_omega,
+            kappa=self.meanflow_kappa,
+            weight_power=self.meanflow_weight_power,
+            weight_floor=self.meanflow_weight_floor,
         )
 
     def to_yaml(self) -> str:

@@ -133,6 +133,7 @@ class MicroBatches(torch.utils.data.Dataset):
             "t_uniform": uniform[:, 1].clone(),
             "drop": uniform[:, 2].clone(),
             "indices": torch.from_numpy(indices),
+            "positions": torch.from_numpy(positions),
         }
 
     def copies(self, names: Sequence[str], halves: torch.Tensor) -> Batch:
@@ -194,7 +195,8 @@ def training_batches(
     Yields:
         ``latents`` (b, c, h, w) float32, one posterior sample, scaled; ``labels`` (b,) int64; ``t_uniform`` (b,)
         float32 in [0, 1); ``noise`` (b, c, h, w) float32, x0; ``drop`` (b,) float32 in [0, 1), below the dropout
-        probability where the label is to be dropped; ``indices`` (b,) int64 into the data. On the CPU (pinned if
+        probability where the label is to be dropped; ``indices`` (b,) int64 into the data; ``positions``
+        (b,) int64, j of the j-th image ever seen. On the CPU (pinned if
         there is a GPU), but ``latents`` of :class:`~sit.latents.datasets.PixelData` on its VAE's device.
 
     Raises:

@@ -17,7 +17,10 @@ from sit.model import SiT, create_model
 from sit.training.config import TrainConfig
 from sit.training.frozen import freeze
 from sit.training.heldout import EIGHTHS, heldout_is_due
+from sit.training.meanflow import check_meanflow
 from sit.training.posthoc_ema import snapshot_count
+from sit.transport.meanflow import MeanFlow
+from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 from sit.utils.tables import text_table
 
@@ -56,6 +59,10 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
     parameters = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for name, p in network.named_parameters() if name not in frozen)
     forward = multiply_accumulates(network, shape)
+    passes = 3.0  # forward, and backward as two
+    if config.averages:
+        check_meanflow(config)
+        passes += MeanFlow(Transport(**config.transport_options()), **config.meanflow_options()).evaluations
     averages = len(config.posthoc_ema)
     # weights; of what is trained, gradients, two moments and the averages; float32
     state = 4 * parameters + (16 + 4 * averages) * trained
@@ -71,7 +78,7 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
         ("parameters", f"{parameters:,}" + (f", of which {trained:,} are trained" if frozen else "")),
         ("latent, tokens", f"{'x'.join(map(str, shape))}, {tokens}"),
         ("multiply-accumulates, forward", f"{forward / 1e9:.2f} G an image (matrix products and convolutions)"),
-        ("multiply-accumulates, training", f"{3 * forward * shown / 1e18:.3g} E for the whole run"),
+        ("multiply-accumulates, training", f"{passes * forward * shown / 1e18:.3g} E for the whole run"),
         ("batch", f"{config.batch_size} = {gpus} GPUs x {config.gradient_accumulation} micro-batches x {micro_batch}"),
         ("images shown", f"{shown:,}" + (f" = {shown / images:.1f} epochs of {images:,}" if images else "")),
         ("memory per GPU, state", f"{state / 2**30:.2f} GiB, not sharded (FSDP divides it by the GPUs)"),
@@ -82,7 +89,7 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
     if config.heldout != "none":
         evaluations = config.heldout_images * len(EIGHTHS)
         times = sum(heldout_is_due(config, step) for step in range(1, config.steps + 1))
-        cost = f"{100 * times * evaluations / (3 * shown):.2g} % of training's multiply-accumulates"
+        cost = f"{100 * times * evaluations / (passes * shown):.2g} % of training's multiply-accumulates"
         rows.append(
             ("held-out loss", f"at most {config.heldout_images:,} images x {len(EIGHTHS)} times x {times}: {cost}")
         )

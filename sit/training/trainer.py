@@ -30,6 +30,7 @@ from sit.training.frozen import freeze
 from sit.training.heldout import heldout_is_due, make_heldout_loss
 from sit.training.identity import Identity, keep_identity
 from sit.training.loader import training_batches
+from sit.training.meanflow import SET_ASIDE, make_meanflow
 from sit.training.non_finite import NonFinitePolicy
 from sit.training.objective import Objective, TransportObjective, at_step
 from sit.training.optimization import gradient_norm, make_optimizer
@@ -222,6 +223,9 @@ def make_objective(
     first_step: int,
 ) -> Objective:
     """What is minimized from ``first_step`` on; an objective with parameters of its own adds them to the network."""
+    if config.averages:
+        accelerator.print(SET_ASIDE)
+        return make_meanflow(config, transport, null_label=len(data.classes))
     objective: Objective = TransportObjective(transport, config.class_dropout, null_label=len(data.classes))
     if config.distill_from is not None and first_step <= config.distill_steps:
         objective = distill(
@@ -238,7 +242,8 @@ def prepare_forward(config: TrainConfig, network: SiT, accelerator: Accelerator)
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     set_up_fsdp2(accelerator, network)
-    if config.distill_from is None and should_compile(config.compile, accelerator.device, accelerator.print):
+    can = config.distill_from is None and not config.averages
+    if can and should_compile(config.compile, accelerator.device, accelerator.print):
         compile_for_training(network, is_ddp(accelerator))
 
 

@@ -15,21 +15,22 @@ from sit.utils.errors import UserError
 Field = Callable[..., torch.Tensor]
 """A function (x (B, …), t (B,), **conditions) → (B, …)."""
 
-PREDICTIONS = ("velocity", "score", "noise")
+PREDICTIONS = ("velocity", "score", "noise", "average-velocity")
 LOSS_WEIGHTS = ("none", "velocity", "likelihood")
 
 
-def logit_normal(u: torch.Tensor) -> torch.Tensor:
-    """Uniform draws in [0, 1) to draws whose logit is standard normal (SD3, arXiv 2403.03206, section 3.1).
+def logit_normal(u: torch.Tensor, location: float = 0.0) -> torch.Tensor:
+    """Uniform draws in [0, 1) to draws whose logit is normal, of variance 1 (SD3, arXiv 2403.03206, section 3.1).
 
     The normal's inverse distribution function is −∞ at u = 0, and its sigmoid 0.
     """
-    return torch.sigmoid(torch.special.ndtri(u))
+    return torch.sigmoid(torch.special.ndtri(u) + location)
 
 
 TIME_DISTRIBUTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "uniform": lambda u: u,
     "logit-normal": logit_normal,
+    "logit-normal-0.4": lambda u: logit_normal(u, 0.4),
 }
 """From uniform draws in [0, 1) to those of a distribution on [0, 1]."""
 
@@ -43,14 +44,17 @@ class Transport(SchedulerMixin, ConfigMixin):
 
     Args:
         interpolant: ``linear``, ``gvp`` or ``vp``.
-        prediction: what the network's output is: ``velocity``, ``score`` or ``noise``.
+        prediction: what the network's output is: ``velocity``, ``score``, ``noise``, or ``average-velocity`` over a
+            step, which is trained by :class:`sit.transport.meanflow.MeanFlow`; over a step of no length it is the
+            velocity, and serves wherever a velocity does.
         loss_weight: for score and noise: ``none``, ``velocity`` (the loss of the implied velocity) or
             ``likelihood``. The velocity prediction has no weight.
         train_eps: how far training stays from the singular ends of [0, 1]; None is the published value. As published,
             the velocity prediction under ``linear`` and ``gvp``, which has no singular end, takes no ε.
         sample_eps: the same for sampling.
         time_distribution: how training draws t within its interval: ``uniform``, as published, or ``logit-normal``
-            with location 0 and scale 1 (SD3).
+            with location 0 and scale 1 (SD3); ``logit-normal-0.4`` has location 0.4, MeanFlow's in this direction of
+            time.
 
     Raises:
         UserError: an unknown name, an ε outside [0, 0.5), or a sampling ε of 0 where the ends are singular.
@@ -78,16 +82,22 @@ class Transport(SchedulerMixin, ConfigMixin):
         ):
             if value not in known:
                 raise UserError(f"`{name}={value}` is none of {', '.join(known)}")
-        if prediction == "velocity" and loss_weight != "none":
-            raise UserError(f"`loss_weight={loss_weight}` serves the predictions score and noise; velocity has none")
+        self.averages, self.predicts_velocity = prediction == "average-velocity", prediction.endswith("velocity")
+        if self.predicts_velocity and loss_weight != "none":
+            raise UserError(f"`loss_weight={loss_weight}` serves the predictions score and noise; a velocity has none")
+        if self.averages and interpolant == "vp":
+            raise UserError(
+                "`prediction=average-velocity` reaches the data in a step, and the velocity of `interpolant=vp` is "
+                "infinite there: use linear or gvp"
+            )
         for name, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
             if eps is not None and not 0 <= eps < 0.5:
                 raise UserError(f"`{name}` must be in [0, 0.5), not {eps}")
-        if sample_eps == 0 and prediction != "velocity":
+        if sample_eps == 0 and not self.predicts_velocity:
             raise UserError(f"`sample_eps=0`: the prediction {prediction} has no finite drift at the ends: leave it")
         self.prediction, self.loss_weight, self.time_distribution = prediction, loss_weight, time_distribution
         self.is_vp = interpolant == "vp"
-        if not self.is_vp and prediction == "velocity":
+        if not self.is_vp and self.predicts_velocity:
             train_eps = sample_eps = 0.0
         self.train_eps = (1e-5 if self.is_vp else 1e-3) if train_eps is None else train_eps
         self.sample_eps = 1e-3 if sample_eps is None else sample_eps
@@ -98,7 +108,7 @@ class Transport(SchedulerMixin, ConfigMixin):
         """The times between which training draws t."""
         if self.is_vp:
             return 0.0, 1 - self.train_eps
-        if self.prediction != "velocity":
+        if not self.predicts_velocity:
             return self.train_eps, 1 - self.train_eps
         return 0.0, 1.0
 
@@ -107,14 +117,14 @@ class Transport(SchedulerMixin, ConfigMixin):
         eps = self.sample_eps
         if self.is_vp:
             return 0.0, 1 - eps
-        if self.prediction != "velocity":
+        if not self.predicts_velocity:
             return eps, 1 - eps
         return 0.0, 1.0
 
     def must_stop(self, reverse: bool) -> bool:
         """Whether the ODE's drift does not exist just past its interval's end, where adaptive solvers would look."""
         if reverse:
-            return not self.is_vp and self.prediction != "velocity"
+            return not self.is_vp and not self.predicts_velocity
         return self.is_vp and self.prediction == "noise"
 
     def sde_interval(self, diffusion_form: str, last_step_size: float) -> tuple[float, float]:
@@ -123,7 +133,7 @@ class Transport(SchedulerMixin, ConfigMixin):
         end = 1 - (last_step_size or eps)
         if self.is_vp:
             return 0.0, end
-        starts_late = diffusion_form == "sbdm" or self.prediction != "velocity"
+        starts_late = diffusion_form == "sbdm" or not self.predicts_velocity
         return (eps if starts_late else 0.0), end
 
     # ------------------------------------------------------------------ training
@@ -164,8 +174,11 @@ class Transport(SchedulerMixin, ConfigMixin):
             (B,) float32, the loss of each image.
 
         Raises:
-            UserError: a dropout that is no probability, or labels to drop and no null label.
+            UserError: a dropout that is no probability, labels to drop and no null label, or the prediction
+                ``average-velocity``, of which this would train steps of no length alone.
         """
+        if self.averages:
+            raise UserError("`prediction=average-velocity` is trained by the training_loss of a MeanFlow")
         if not 0 <= class_dropout <= 1:
             raise UserError(f"`class_dropout` must be in [0, 1], not {class_dropout}")
         device = x1.device if generator is None else generator.device
@@ -196,7 +209,7 @@ class Transport(SchedulerMixin, ConfigMixin):
         """
         path = self.interpolant
         out = model(path.interpolate(x1, x0, t), t, **conditions).float()
-        if self.prediction == "velocity":
+        if self.predicts_velocity:
             error = out - path.velocity(x1, x0, t)
         elif self.prediction == "noise":
             error = out - x0
@@ -215,7 +228,7 @@ class Transport(SchedulerMixin, ConfigMixin):
 
     def to_velocity(self, out: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The velocity, the drift of the ODE, that a network's output ``out`` at (x, t) means."""
-        if self.prediction == "velocity":
+        if self.predicts_velocity:
             return out
         if self.prediction == "noise":
             out = self.interpolant.score_from_noise(out, x, t)
@@ -223,7 +236,7 @@ class Transport(SchedulerMixin, ConfigMixin):
 
     def to_score(self, out: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The score ∇ log p_t that a network's output ``out`` at (x, t) means."""
-        if self.prediction == "velocity":
+        if self.predicts_velocity:
             return self.interpolant.score_from_velocity(out, x, t)
         if self.prediction == "noise":
             return self.interpolant.score_from_noise(out, x, t)

@@ -17,12 +17,23 @@ from baselines import PublishedATConv
 from PIL import Image
 
 from atconv import ATConv
+from sit.model import create_model
 from sit.utils.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-frechet, loader, overhead, reference_memory, sampler_order, sampling_cpu, speed, xl_step = map(
+frechet, loader, mixers, overhead, reference_memory, sampler_order, sampling_cpu, speed, xl_step = map(
     importlib.import_module,
-    ("frechet", "loader", "overhead", "reference_memory", "sampler_order", "sampling_cpu", "speed", "xl_step"),
+    (
+        "frechet",
+        "loader",
+        "mixers",
+        "overhead",
+        "reference_memory",
+        "sampler_order",
+        "sampling_cpu",
+        "speed",
+        "xl_step",
+    ),
 )
 HELPERS = {"baselines", "checks"}
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
@@ -249,3 +260,20 @@ def test_every_benchmark_says_what_it_is_for(name, monkeypatch, capsys):
 def test_what_cant_be_measured_is_refused(module, options, message):
     with pytest.raises(UserError, match=message):
         module.Arguments(**options)
+
+
+def test_mixers(run):
+    """Counts are those of the networks; the derivatives are there, and the losses of a study found."""
+    report = FOLDER.parent / "docs" / "fashion-pixels-short" / "report" / "numbers.json"
+    words = ("--patterns", "attention", "deformable", "atconv:scope=token", "--model", "SiT-XS/2", "--sides", 4, 5)
+    more = ("--batch-size", 1, "--step-batch-size", 2, "--repeats", 1, "--device", "cpu", "--study", report)
+    out, found = run(mixers, *words, *more)
+    rows = {row["pattern"]: row for row in found["rows"]}
+    network = create_model("SiT-XS/2", mixer="deformable", input_size=8)
+    assert rows["deformable"]["parameters"] == sum(p.numel() for p in network.parameters())
+    assert {name: row["forward_derivative"] for name, row in rows.items()} == {
+        "attention": "slow path", "deformable": "slow path", "atconv:scope=token": "yes",
+    }  # fmt: skip
+    assert rows["attention"]["losses"] == {"fashion-pixels-short, attention": 0.4085547}
+    assert all(len(row["macs"]) == len(row["milliseconds"]) == 2 for row in rows.values())
+    assert out.count("| `") == 3 and "0.4086 (fashion-pixels-short, attention)" in out

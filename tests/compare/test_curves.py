@@ -35,7 +35,7 @@ def make_run(folder: Path, seed: int, mixer: str = "atconv") -> Path:
 
 def evaluated(work: Path, run: Path, step: int, value: float, seed: int = 0, **sampler) -> None:
     """A finished evaluation of a run's checkpoint."""
-    settings = {"sampler": asdict(SamplerConfig(**sampler)), "labels": "balanced", "seed": seed}
+    settings = {"sampler": asdict(SamplerConfig(**sampler).resolve(False)), "labels": "balanced", "seed": seed}
     about = settings | {"network": f"{run.name} {step}"}
     source = {"checkpoint": str(run / "checkpoints" / f"step-{step:07d}"), "step": step}
     place = folder_for(work, "samples", about, source)

@@ -41,7 +41,16 @@ CPU = torch.device("cpu")
 FEW = SamplerConfig(steps=5)
 
 
-def make_run(folder: Path, mixer: str, size: int = 8, classes: int = 10, names: str = "0123456789", **options) -> str:
+def make_run(
+    folder: Path,
+    mixer: str,
+    size: int = 8,
+    classes: int = 10,
+    names: str = "0123456789",
+    *,
+    transport: Transport | None = None,
+    **options,
+) -> str:
     """A run's folder with a checkpoint of a tiny random network."""
     torch.manual_seed(1)
     options = dict(patch_size=2, hidden_size=32, depth=2, num_heads=2, num_classes=classes) | options
@@ -50,7 +59,7 @@ def make_run(folder: Path, mixer: str, size: int = 8, classes: int = 10, names: 
         parameter.data.normal_(std=0.1)
     info = CheckpointInfo(7, 7, (4 * size, 4 * size), classes, list(names), "digits", mixer)
     place = folder / "checkpoints" / "step-0000007"
-    save_checkpoint(place, model=model, transport=Transport(), vae_source=DIGITS_VAE, info=info)
+    save_checkpoint(place, model=model, transport=transport or Transport(), vae_source=DIGITS_VAE, info=info)
     return str(folder)
 
 
@@ -249,7 +258,7 @@ def test_without_gradio(runs, monkeypatch):
 
 def test_controls_that_are_refused():
     good = (3, 0.0, 4, "SDE", "euler", 50, 1.5)
-    config = SamplerConfig(method="euler", steps=50, cfg_scale=1.5)
+    config = SamplerConfig(sampler="sde", method="euler", steps=50, cfg_scale=1.5)
     assert demo.read_controls(*good) == (3, 0, 4, config)
     for place, value, words in (
         (0, None, "choose a class"),
@@ -312,6 +321,25 @@ def test_numbers_are_checked_by_the_page_alone(players):
     assert set(numbers) == {"seed", "steps", "scale"}
     for number in numbers.values():
         assert [number.preprocess(value) for value in (-1, 2.5, 2**60, None)] == [-1, 2.5, 2**60, None]
+
+
+def test_average_velocities_in_the_page(tmp_path):
+    """The page begins with MeanFlow and one step, whose image is x_0 + u(x_0, 0, 1), and tells its command."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    folder = make_run(
+        tmp_path / "average", "atconv", transport=Transport(prediction="average-velocity"), average_velocity=True
+    )
+    (player,) = open_players([folder], CPU)
+    page = demo.build_page([player])
+    first = {block.elem_id: getattr(block, "value", None) for block in page.blocks.values()}
+    assert (first["sampler"], first["method"], first["steps"], first["scale"]) == ("MeanFlow", None, 1, 1)
+    generate = next(f.fn for f in page.fns.values() if f.name == "generate")
+    (trajectory,), _, _, _, told = generate(3, 0, 1, "MeanFlow", None, 1, 1)
+    assert "--sampler meanflow --steps 1" in told and "--method" not in told
+    start, end = trajectory.states
+    with torch.no_grad():
+        wanted = player.loaded.model(start[None], torch.zeros(1), torch.tensor([3]), end=torch.ones(1))
+    torch.testing.assert_close(end, start + wanted[0], rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------- the page in a browser

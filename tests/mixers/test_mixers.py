@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sit.mixers import (
     MixerSpec,
@@ -23,6 +22,7 @@ from sit.mixers import (
     register_mixer,
     registry,
 )
+from sit.mixers.forward_mode import plain_operations
 from sit.mixers.neighborhood import block_mask, dense_mask, skips_blocks
 from sit.model import SiT, create_model
 from sit.training.plan import multiply_accumulates
@@ -43,7 +43,10 @@ def test_patterns():
 @pytest.mark.parametrize(
     "pattern, words",
     [
-        ("mamba", "unknown mixer 'mamba'; known mixers: .*atconv, attention, depthwise, dico, linear_attention, n"),
+        (
+            "mamba",
+            "unknown mixer 'mamba'; known mixers: .*atconv, attention, deformable, depthwise, dico, linear",
+        ),
         ("attention,", "unknown mixer ''"),
         ("atconv:5", "'5' is not option=value"),
         ("atconv:size=5", "no option 'size'; its options are .*kernel_size"),
@@ -155,18 +158,28 @@ def test_a_package_brings_a_mixer_by_its_entry_point(tmp_path):
 def heads_of(mixer, x, heads):
     """Queries, keys and values of one image x (N, C), each a list of (N, d) by head."""
     width = x.shape[1] // heads
-    return [part.split(width, dim=1) for part in (x @ mixer.qkv.weight.T + mixer.qkv.bias).chunk(3, dim=1)]
+    q, k, v = [part.split(width, dim=1) for part in (x @ mixer.qkv.weight.T + mixer.qkv.bias).chunk(3, dim=1)]
+    return [[normed(mixer.q_norm, head) for head in q], [normed(mixer.k_norm, head) for head in k], v]
 
 
-def attend(mixer, x, heads, weight, epsilon=0.0):
-    """One image x (N, C): each token the mean of the values by weight(query, keys, token), for each head."""
+def normed(norm, x):
+    """A LayerNorm of x (N, d), if it is one."""
+    if not list(norm.parameters()):
+        return x
+    away = x - x.mean(1, keepdim=True)
+    return away / (away.square().mean(1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
+
+
+def attend(mixer, x, heads, weight, epsilon=0.0, beside=0.0):
+    """One image x (N, C): each token the mean of the values by weight(query, keys, token), for each head; and what is
+    added to it before the last linear layer."""
     mixed = torch.zeros_like(x)
     for head, (q, k, v) in enumerate(zip(*heads_of(mixer, x, heads), strict=True)):
         for token in range(len(x)):
             weights = weight(q[token], k, token)
             mean = (weights[:, None] * v).sum(0) / (weights.sum() + epsilon)
             mixed[token, head * v.shape[1] : (head + 1) * v.shape[1]] = mean
-    return mixed @ mixer.proj.weight.T + mixer.proj.bias
+    return (mixed + beside) @ mixer.proj.weight.T + mixer.proj.bias
 
 
 def attention(mixer, x, grid, heads):
@@ -197,13 +210,39 @@ def linear_attention(mixer, x, grid, heads):
     def features(x):
         return x.clamp(min=0) if mixer.feature_map == "relu" else torch.where(x > 0, x + 1, x.exp())
 
-    return attend(mixer, x, heads, lambda q, k, token: (features(k) * features(q)).sum(1), epsilon=1e-6)
+    beside = 0.0
+    if mixer.conv is not None:  # LiT
+        channels = x.shape[1]
+        beside = convolve(mixer, x @ mixer.qkv.weight[-channels:].T + mixer.qkv.bias[-channels:], grid)
+    products = lambda q, k, token: (features(k) * features(q)).sum(1)  # noqa: E731
+    return attend(mixer, x, mixer.num_heads, products, epsilon=1e-6, beside=beside)
 
 
-def convolve(mixer, x, grid):
-    """x (N, C) through the first linear layer and the depthwise convolution, tap by tap."""
-    height, width = grid
-    values = x @ mixer.x_proj.weight.T + mixer.x_proj.bias
+def deformable(mixer, x, grid, heads):
+    """Every token's taps read all values, by how near they are to the tap's place."""
+    width = grid[1]
+    side, values = mixer.kernel_size, x @ mixer.x_proj.weight.T + mixer.x_proj.bias
+    channels, taps = x.shape[1] // heads, side**2
+    mixed, places, tap = torch.zeros_like(x), torch.arange(len(x)), torch.arange(taps)
+    for token in range(len(x)):
+        offsets = (mixer.offsets.weight @ x[token] + mixer.offsets.bias).reshape(heads, taps, 2)
+        scales = (mixer.scales.weight @ x[token]).reshape(heads, taps)
+        weights = (mixer.weights.weight @ x[token] + mixer.weights.bias).reshape(heads, taps)
+        for head in range(heads):
+            own = slice(head * channels, (head + 1) * channels)
+            far = mixer.reach / (1 + torch.exp(-scales[head] - mixer.scale_prior[head]))
+            column = token % width + far * (offsets[head, :, 0] + 2 * (tap % side) / (side - 1) - 1)
+            row = token // width + far * (offsets[head, :, 1] + 2 * (tap // side) / (side - 1) - 1)
+            near = (1 - (column[:, None] - places % width).abs()).clamp(min=0)
+            near = near * (1 - (row[:, None] - places // width).abs()).clamp(min=0)
+            mixed[token, own] = weights[head] @ near @ values[:, own]
+    return mixed @ mixer.proj.weight.T + mixer.proj.bias
+
+
+def convolve(mixer, values, grid):
+    """Values (N, C) through the depthwise convolution, tap by tap."""
+    width = grid[1]
+    x = values
     kernel, reach = mixer.conv.weight[:, 0], mixer.conv.weight.shape[-1] // 2
     out = mixer.conv.bias.repeat(len(x), 1)
     for token in range(len(x)):
@@ -215,11 +254,11 @@ def convolve(mixer, x, grid):
 
 
 def depthwise(mixer, x, grid, heads):
-    return convolve(mixer, x, grid) @ mixer.proj.weight.T + mixer.proj.bias
+    return convolve(mixer, x @ mixer.x_proj.weight.T + mixer.x_proj.bias, grid) @ mixer.proj.weight.T + mixer.proj.bias
 
 
 def dico(mixer, x, grid, heads):
-    z = convolve(mixer, x, grid)
+    z = convolve(mixer, x @ mixer.x_proj.weight.T + mixer.x_proj.bias, grid)
     z = z * (1 + torch.erf(z / math.sqrt(2))) / 2
     logits = mixer.channel_attention.weight @ (z.sum(0) / len(z)) + mixer.channel_attention.bias
     return (z / (1 + torch.exp(-logits))) @ mixer.proj.weight.T + mixer.proj.bias
@@ -231,6 +270,12 @@ PATTERNS = {
     "neighborhood:kernel_size=5": neighborhood,
     "linear_attention": linear_attention,
     "linear_attention:feature_map=relu": linear_attention,
+    "linear_attention:feature_map=relu:heads=2:conv=5": linear_attention,
+    "linear_attention:qk_norm=true": linear_attention,
+    "attention:qk_norm=true": attention,
+    "neighborhood:qk_norm=true": neighborhood,
+    "deformable": deformable,
+    "deformable:backend=gather:reach=2.5": deformable,
     "depthwise": depthwise,
     "depthwise:kernel_size=5": depthwise,
     "dico": dico,
@@ -262,7 +307,7 @@ def test_each_is_its_formula_on_each_image(pattern, grid):
     torch.testing.assert_close(torch.autograd.grad((mixer(x, grid) * towards).sum(), wanted), gradients)
 
 
-@pytest.mark.parametrize("pattern", [p for p in PATTERNS if p.startswith(("depthwise", "dico", "linear"))])
+@pytest.mark.parametrize("pattern", [p for p in PATTERNS if not p.startswith(("attention", "neighborhood"))])
 def test_lines_of_tokens_will_do(pattern):
     mixer = built(pattern)
     x = torch.randn(1, 6, 12, dtype=torch.float64)
@@ -283,12 +328,19 @@ def test_half_precision(pattern):
         assert got.dtype == torch.bfloat16 and (got.float() - exact).norm() < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS, "attention:qk_norm=true", "atconv", "atconv:backend=taps"])
-def test_forward_mode_derivatives_are_central_differences(pattern):
-    """By the tokens and every parameter at once. Attention's fused kernel has none, its plain operations have."""
-    mixer, grid = built(pattern), (5, 7)
+@pytest.mark.parametrize("grid", [(5, 5), (7, 5), (5, 8)])
+@pytest.mark.parametrize(
+    "pattern",
+    [*PATTERNS, "atconv", "atconv:backend=taps", "atconv:routing=false", "atconv:scope=window", "atconv:scope=token"],
+)
+def test_forward_mode_derivatives_are_central_differences(pattern, grid):
+    """By the tokens and every parameter at once, where kernels that have none are set aside."""
+    mixer = built(pattern)
     names = list(dict(mixer.named_parameters()))
-    point = (torch.randn(2, 35, 12, dtype=torch.float64), *(value.detach() for value in mixer.parameters()))
+    point = (
+        torch.randn(2, grid[0] * grid[1], 12, dtype=torch.float64),
+        *(value.detach() for value in mixer.parameters()),
+    )
     towards = tuple(torch.randn_like(value) for value in point)
 
     def call(x, *parameters):
@@ -297,12 +349,25 @@ def test_forward_mode_derivatives_are_central_differences(pattern):
     def moved(step):
         return call(*(value + step * direction for value, direction in zip(point, towards, strict=True)))
 
-    with sdpa_kernel(SDPBackend.MATH):
+    with plain_operations(mixer, torch.device("cpu")):
         value, derivative = torch.func.jvp(call, point, towards)
     with torch.no_grad():
         expected = (moved(1e-6) - moved(-1e-6)) / 2e-6
         torch.testing.assert_close(value, moved(0))
     assert (derivative - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_deformable_begins_as_published():
+    """Every token's taps on the regular grid, near for the first group and at the whole reach for the last."""
+    torch.manual_seed(0)
+    mixer = build_mixer(parse_mixers("deformable")[0], 12, 3).double()
+    places, weights = mixer._places(torch.randn(2, 35, 12, dtype=torch.float64), (5, 7))
+    here = torch.tensor([[token % 7, token // 7] for token in range(35)])
+    taps = torch.tensor([[column, row] for row in (-1, 0, 1) for column in (-1, 0, 1)])
+    for group, share in enumerate((1 / 3, 2 / 3, 1)):
+        expected = (here[:, None] + 6 * (share - 1e-4) * taps).expand(2, -1, -1, -1)
+        torch.testing.assert_close(places[:, group], expected.double(), rtol=1e-5, atol=1e-4)
+    assert weights.std(dim=(0, 2)).max() == 0 and 0 < weights.abs().max() <= 12**-0.5
 
 
 def test_linear_attention_does_not_divide_by_zero():
@@ -375,6 +440,8 @@ def test_flex_attention_on_cuda(head):
     [
         ("neighborhood", True),
         ("linear_attention", True),
+        ("linear_attention:feature_map=relu:heads=1:conv=3:qk_norm=true", True),
+        ("deformable,atconv:scope=token", False),
         ("depthwise", False),
         ("dico", False),
         ("dico,depthwise:kernel_size=5", False),

@@ -586,7 +586,7 @@ def test_keyed_noise():
         (dict(last_step="twice"), "mean, tweedie, euler, none"),
         (dict(steps=0), "`steps`"),
         (dict(steps=-3), "`steps`"),
-        (dict(steps=1), "`steps=1`"),
+        (dict(sampler="sde", steps=1), "`steps=1`"),
         (dict(diffusion_norm=-1.0), "`diffusion_norm`"),
         (dict(diffusion_norm=math.nan), "`diffusion_norm`"),
         (dict(last_step_size=0.0), "`last_step_size`"),
@@ -604,6 +604,14 @@ def test_keyed_noise():
 def test_mistakes(arguments, message):
     with pytest.raises(UserError, match=message):
         SamplerConfig(**arguments)
+
+
+def test_the_sampler_is_left_to_the_network():
+    assert SamplerConfig().resolve(False) == SamplerConfig(sampler="sde")
+    assert SamplerConfig(steps=1).resolve(True) == SamplerConfig(sampler="meanflow", steps=1)
+    assert SamplerConfig(sampler="ode").resolve(True) == SamplerConfig(sampler="ode")
+    with pytest.raises(UserError, match="`steps=1` leaves the SDE"):
+        SamplerConfig(steps=1).resolve(False)
 
 
 def test_more_mistakes():

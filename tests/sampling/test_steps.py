@@ -15,6 +15,7 @@ from sit.sampling.arguments import Arguments
 from sit.sampling.config import (
     ADAPTIVE_METHODS,
     FIXED_METHODS,
+    METHODS,
     ODE_METHODS,
     SDE_METHODS,
     DiffusionForm,
@@ -32,7 +33,7 @@ def test_the_tables_have_what_the_config_names():
     assert tuple(SDE_STEPS) == SDE_METHODS
     assert tuple(LAST_STEPS) == get_args(LastStep)
     assert tuple(DIFFUSION_FORMS) == get_args(DiffusionForm)
-    assert tuple(SAMPLERS) == get_args(get_type_hints(SamplerConfig)["sampler"])
+    assert tuple(SAMPLERS) == get_args(get_args(get_type_hints(SamplerConfig)["sampler"])[0]) == tuple(METHODS)
     assert set(ODE_STEPS) < set(FIXED_METHODS)
 
 

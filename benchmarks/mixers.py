@@ -1,0 +1,240 @@
+"""The mixers side by side: what they cost, whether they have a forward derivative, and what they learned in a study.
+
+    python benchmarks/mixers.py --json docs/performance/mixers.json
+    python benchmarks/mixers.py --study docs/fashion-pixels-short/report/numbers.json
+
+Parameters and multiply-accumulates are those of whole networks, counted. Milliseconds are of one layer, forward and
+backward, at each number of tokens; and a MeanFlow step is a training step of a whole network by the plain one's. Every
+round runs each mixer once, in turn, in one process; medians, and ratios of medians.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from checks import at_least_one
+from torch import nn
+
+from sit.mixers import build_mixer, parse_mixers
+from sit.mixers.forward_mode import plain_operations
+from sit.model import MODELS, check_model_name, create_model
+from sit.training.plan import multiply_accumulates
+from sit.transport.meanflow import MeanFlow
+from sit.transport.transport import Transport
+from sit.utils.cli import one_line_errors
+from sit.utils.device import pick_device
+from sit.utils.errors import UserError, entry_point
+from sit.utils.record import record, write_record
+from sit.utils.tables import markdown_table
+from sit.utils.timing import interleaved
+
+PATTERNS = (
+    "attention", "attention:qk_norm=true", "neighborhood", "linear_attention",
+    "linear_attention:feature_map=relu:heads=2:conv=5", "deformable", "depthwise", "dico", "atconv",
+    "atconv:scope=window", "atconv:scope=token", "attention,atconv",
+)  # fmt: skip
+LOSS = "Loss, held out"
+
+
+@dataclass
+class Arguments:
+    """Compare the mixers."""
+
+    patterns: tuple[str, ...] = PATTERNS
+    model: str = "SiT-B/2"
+    """the size of what is counted and timed"""
+    sides: tuple[int, ...] = (16, 32, 64)
+    """of the square grids: 256, 1024 and 4096 tokens"""
+    batch_size: int = 4
+    step_model: str = "SiT-XS/2"
+    """the network whose training steps are timed, on the first of the grids"""
+    step_batch_size: int = 64
+    repeats: int = 7
+    study: tuple[Path, ...] = ()
+    """reports of studies (numbers.json), whose held-out losses are told"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    json: Path | None = None
+    """file for all numbers"""
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "batch_size", "step_batch_size", "repeats")
+        for name in (self.model, self.step_model):
+            check_model_name(name)
+        if not self.patterns or not self.sides:
+            raise UserError("`patterns` and `sides` must name one or more")
+        for pattern in self.patterns:
+            parse_mixers(pattern)
+
+
+@dataclass
+class Row:
+    """A mixer's numbers; lists have one of each grid.
+
+    Attributes:
+        pattern: the mixers.
+        parameters: of the network.
+        macs: of the network's forward pass for an image.
+        milliseconds: of a layer, forward and backward; of several mixers in the pattern, on average.
+        forward_derivative: yes; slow path, if kernels have to be set aside for it; or no.
+        meanflow_step: the time of a training step of MeanFlow by that of the plain objective.
+        peak_memory: bytes that the two steps take on CUDA, the plain one's first.
+        losses: held out, by study.
+    """
+
+    pattern: str
+    parameters: int
+    macs: list[int]
+    milliseconds: list[float]
+    forward_derivative: str
+    meanflow_step: float
+    peak_memory: list[int] | None
+    losses: dict[str, float]
+
+
+def layers(pattern: str, arguments: Arguments, side: int) -> list[nn.Module]:
+    """A layer of each mixer in the pattern."""
+    shape = MODELS[arguments.model]
+    with torch.device(arguments.device):
+        return [
+            build_mixer(spec, shape["hidden_size"], shape["num_heads"], (side, side)) for spec in parse_mixers(pattern)
+        ]
+
+
+def forward_derivative(pattern: str, arguments: Arguments) -> str:
+    """Whether the layers have one as they are, by way of plain operations, or not at all; by trying."""
+    side = arguments.sides[0]
+    made = layers(pattern, arguments, side)
+    x = torch.randn(1, side**2, MODELS[arguments.model]["hidden_size"], device=arguments.device)
+
+    def try_it() -> bool:
+        try:
+            for layer in made:
+                torch.func.jvp(lambda tokens, layer=layer: layer(tokens, (side, side)), (x,), (x,))
+        except (RuntimeError, NotImplementedError):  # PyTorch's, of an operation that has none
+            return False
+        return True
+
+    if try_it():
+        return "yes"
+    with plain_operations(nn.ModuleList(made), x.device):
+        return "slow path" if try_it() else "no"
+
+
+def layer_seconds(arguments: Arguments, side: int) -> dict[str, float]:
+    """Seconds of a layer's forward and backward pass, by pattern."""
+    x = torch.randn(arguments.batch_size, side**2, MODELS[arguments.model]["hidden_size"], device=arguments.device)
+
+    def both(made: list[nn.Module]) -> None:
+        for layer in made:
+            layer(x.clone().requires_grad_(), (side, side)).square().sum().backward()
+
+    made = {pattern: layers(pattern, arguments, side) for pattern in arguments.patterns}
+    runs: dict[str, Callable[[], object]] = {name: lambda of=of: both(of) for name, of in made.items()}
+    seconds = interleaved(runs, torch.device(arguments.device), arguments.repeats)
+    return {pattern: seconds[pattern] / len(of) for pattern, of in made.items()}
+
+
+def step_seconds(arguments: Arguments, pattern: str) -> tuple[float, list[int] | None]:
+    """The time of a step of MeanFlow by that of the plain objective, and the peak memory of both on CUDA."""
+    device, side = torch.device(arguments.device), 2 * arguments.sides[0]
+    average = Transport(prediction="average-velocity")
+    losses = {"plain": Transport().training_loss, "MeanFlow": MeanFlow(average, kappa=0.5).training_loss}
+    x, y = torch.randn(arguments.step_batch_size, 4, side, side, device=device), torch.arange(arguments.step_batch_size)
+    runs: dict[str, Callable[[], object]] = {}
+    for name, loss in losses.items():
+        with device:
+            model = create_model(arguments.step_model, seed=0, mixer=pattern, input_size=side,
+                                 average_velocity=name == "MeanFlow")  # fmt: skip
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+        def step(model=model, loss=loss, optimizer=optimizer) -> None:
+            loss(model, x, y.to(device) % 1000).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        runs[name] = step
+    peaks = None
+    if device.type == "cuda":
+        peaks = []
+        for run in runs.values():
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            peaks.append(torch.cuda.max_memory_allocated())
+    seconds = interleaved(runs, device, arguments.repeats)
+    return seconds["MeanFlow"] / seconds["plain"], peaks
+
+
+def study_losses(files: tuple[Path, ...]) -> dict[str, dict[str, float]]:
+    """The held-out losses that studies' reports tell, by pattern and study.
+
+    Raises:
+        UserError: a file is no report of a study.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for file in files:
+        try:
+            for name, variant in json.loads(file.read_text())["variants"].items():
+                if (loss := variant["metrics"].get(LOSS)) is not None:
+                    found.setdefault(variant["mixer"], {})[f"{file.parent.parent.name}, {name}"] = loss["value"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"`study={file}` is no numbers.json of a study's report") from error
+    return found
+
+
+def compare(arguments: Arguments) -> list[Row]:
+    """All rows."""
+    shape, losses = MODELS[arguments.model], study_losses(arguments.study)
+    seconds = [layer_seconds(arguments, side) for side in arguments.sides]
+    rows = []
+    for pattern in arguments.patterns:
+        macs = []
+        for side in arguments.sides:
+            pixels = side * shape["patch_size"]
+            with torch.device("meta"):
+                network = create_model(arguments.model, mixer=pattern, input_size=pixels)
+            macs.append(multiply_accumulates(network, (4, pixels, pixels)))
+        ratio, peaks = step_seconds(arguments, pattern)
+        parameters = sum(p.numel() for p in network.parameters())
+        times = [1e3 * one[pattern] for one in seconds]
+        derivative = forward_derivative(pattern, arguments)
+        rows.append(Row(pattern, parameters, macs, times, derivative, ratio, peaks, losses.get(pattern, {})))
+    return rows
+
+
+def table(rows: list[Row], arguments: Arguments) -> str:
+    """Markdown; the losses of a study's variants that have a name of their own have it in brackets."""
+    tokens = [side**2 for side in arguments.sides]
+    header = ["pattern", "parameters", *(f"G MACs, {n} tokens" for n in tokens), *(f"ms, {n} tokens" for n in tokens)]
+    header += ["forward derivative", "MeanFlow step / plain", "held-out loss"]
+    lines = []
+    for row in rows:
+        told = "; ".join(f"{value:.4f} ({study})" for study, value in row.losses.items())
+        lines.append(
+            [f"`{row.pattern}`", f"{row.parameters:,}", *(f"{n / 1e9:.2f}" for n in row.macs),
+             *(f"{ms:.4g}" for ms in row.milliseconds), row.forward_derivative, f"{row.meanflow_step:.2f}", told]
+        )  # fmt: skip
+    return markdown_table(header, lines)
+
+
+@entry_point
+def main() -> None:
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="benchmarks/mixers.py")
+    device = pick_device(arguments.device)
+    made_on, rows = record(device), compare(arguments)
+    layer, step = (arguments.model, arguments.batch_size), (arguments.step_model, arguments.step_batch_size)
+    print(f"{made_on['date']}, {made_on['machine']}; layers of {layer[0]}, batch {layer[1]}; ", end="")
+    print(f"steps of {step[0]}, batch {step[1]}; medians of {arguments.repeats}")
+    print("\n" + table(rows, arguments))
+    if arguments.json is not None:
+        figures = {"arguments": {k: v for k, v in asdict(arguments).items() if k not in ("json", "study")}}
+        write_record(arguments.json, device, figures | {"rows": [asdict(row) for row in rows]})
+
+
+if __name__ == "__main__":
+    main()

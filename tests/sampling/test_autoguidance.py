@@ -1,0 +1,88 @@
+"""Guidance away from a second checkpoint, of another mixer and without a null class."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from sit.checkpoint.info import CheckpointInfo
+from sit.checkpoint.load import load_for_sampling
+from sit.checkpoint.save import save_checkpoint
+from sit.latents.vae import DIGITS_VAE
+from sit.metrics.arguments import Arguments as EvaluationArguments
+from sit.metrics.generated import GeneratedImages
+from sit.model import SiT
+from sit.sampling.arguments import Arguments
+from sit.sampling.config import SamplerConfig
+from sit.sampling.guidance import GuidedModel
+from sit.sampling.sampler import KeyedNoise, generate
+from sit.transport.transport import Transport
+from sit.utils.errors import UserError
+
+
+def other(folder: Path, transport: Transport | None = None, classes: int = 10) -> Path:
+    """A second checkpoint with random weights."""
+    torch.manual_seed(1)
+    model = SiT(8, patch_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=classes, mixer="attention",
+                null_class=False)  # fmt: skip
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.1)
+    info = CheckpointInfo(1, 1, (32, 32), classes, [str(d) for d in range(classes)], "digits", "attention")
+    return save_checkpoint(folder, model=model, transport=transport or Transport(), vae_source=DIGITS_VAE, info=info)
+
+
+def test_the_formula():
+    """weak + scale·(strong − weak) on the chosen channels, within the interval; both get the label."""
+    seen = []
+
+    def network(factor):
+        return lambda x, t, y: (seen.append(y.tolist()), factor * x + t.reshape(-1, 1, 1, 1))[1]
+
+    x, labels = torch.randn(2, 4, 3, 3), torch.tensor([3, 1])
+    config = SamplerConfig(cfg_scale=2.5, cfg_channels=3, cfg_interval=(0.2, 0.9))
+    guided = GuidedModel(network(2.0), labels, config, network(0.5))
+    found = guided(x, 0.4)
+    torch.testing.assert_close(found[:, :3], (0.5 + 2.5 * 1.5) * x[:, :3] + 0.4)
+    torch.testing.assert_close(found[:, 3:], 2 * x[:, 3:] + 0.4)
+    assert seen == [[3, 1], [3, 1]]
+    torch.testing.assert_close(guided(x, 0.9), 2 * x + 0.9)
+    assert len(seen) == 3
+
+
+def test_samples_are_guided_by_the_second_checkpoint(checkpoint, tmp_path):
+    guide = other(tmp_path / "guide")
+    loaded = load_for_sampling(checkpoint, guide=guide)
+    config = SamplerConfig(sampler="ode", method="euler", steps=2, cfg_scale=3.0, cfg_channels=0)
+    indices, labels = torch.arange(3), torch.tensor([4, 0, 9])
+    options = dict(seed=5, config=config, latent_shape=(4, 8, 8), device="cpu", batch_size=3)
+    ((_, made),) = generate(loaded.model, loaded.transport, indices, labels, guide=loaded.guide_network, **options)
+    x, weak = KeyedNoise(5, [0, 1, 2], (4, 8, 8), "cpu")(), load_for_sampling(guide).model
+    with torch.no_grad():
+        for t in (0.0, 0.5):
+            times = torch.full((3,), t)
+            strong_velocity, weak_velocity = (one(x, times, labels) for one in (loaded.model, weak))
+            x = x + 0.5 * (weak_velocity + 3 * (strong_velocity - weak_velocity))
+    torch.testing.assert_close(made, x, rtol=1e-4, atol=1e-4)
+    guided = GeneratedImages(loaded, 4, config=config)
+    plain = GeneratedImages(load_for_sampling(checkpoint), 4, config=config)
+    assert guided.about != plain.about and str(guide) in guided.name and "guide" not in plain.about
+    assert (guided.batch(indices.numpy()) != plain.batch(indices.numpy())).any()
+
+
+def test_mistakes(checkpoint, tmp_path):
+    for place, options, words in (
+        ("a", dict(transport=Transport("gvp")), "the interpolant gvp, not linear"),
+        ("b", dict(transport=Transport(prediction="noise")), "the prediction noise, not velocity"),
+        ("c", dict(classes=7), "classes: 7, not 10"),
+    ):
+        with pytest.raises(UserError, match=f"`guide=.*{place}` can't guide .*{words}"):
+            load_for_sampling(checkpoint, guide=other(tmp_path / place, **options))
+    with pytest.raises(UserError, match="`guide=x` guides by `cfg_scale`, and 1 is none"):
+        Arguments(ckpt="y", guide="x")
+    with pytest.raises(UserError, match="`guide=x` is for `ckpt`"):
+        EvaluationArguments(reference="digits", samples="y", guide="x", sampler=SamplerConfig(cfg_scale=2.0))
+    config = SamplerConfig(cfg_scale=2.0)
+    assert dataclasses.replace(Arguments(ckpt="y", guide="x", sampler=config)).guide == "x"
