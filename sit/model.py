@@ -22,6 +22,7 @@ from torch import nn
 from sit.mixers import build_mixer, needs_positional_embedding, parse_mixers
 from sit.utils.constant_tensors import made_once
 from sit.utils.errors import UserError
+from sit.utils.precision import is_autocast
 from sit.utils.random import draw_seed, generator, global_generator, key
 
 # depth, hidden size, heads (those of DiT and SiT; XS is ours, for data of a few thousand small images, XS12 is twice as
@@ -94,11 +95,6 @@ def _kept_table(
 ) -> torch.Tensor:
     """:func:`stretched_table`, kept on the device: the steps of a sampling do not wait for its transfer."""
     return stretched_table(hidden_size, trained, grid).to(device)
-
-
-def is_autocast(device_type: str) -> bool:
-    """Whether autocast is on for a kind of device, such as ``cuda``."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 class TimestepEmbedder(nn.Module):

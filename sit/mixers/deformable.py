@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sit.mixers.layers import check_choice, check_heads, check_kernel_size, xavier_
 from sit.mixers.registry import register_mixer
 from sit.utils.constant_tensors import made_once
+from sit.utils.precision import is_autocast
 
 BACKENDS = ("grid_sample", "gather")
 
@@ -83,6 +84,8 @@ class Deformable(nn.Module):
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, N, C) tokens, row-major over ``grid`` = (H, W), to (B, N, C)."""
         v, kind = self.x_proj(x), x.device.type
+        if is_autocast(kind):  # weights are wide then, and places must be
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             places, weights = self._places(x, grid)
             values = v.to(places.dtype).unflatten(-1, (self.groups, -1)).transpose(1, 2)
@@ -94,11 +97,9 @@ class Deformable(nn.Module):
     def _places(self, x: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Where each tap looks, (B, groups, N, k², 2) as (column, row) in tokens, and its weight (B, groups, N, k²)."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(wide)
 
         def linear(layer: nn.Linear) -> torch.Tensor:
-            bias = None if layer.bias is None else layer.bias.to(wide)
-            return F.linear(x, layer.weight.to(wide), bias).unflatten(-1, (self.groups, -1)).transpose(1, 2)
+            return layer(x).to(wide).unflatten(-1, (self.groups, -1)).transpose(1, 2)
 
         distance = self.reach * (linear(self.scales) + self.scale_prior.to(wide)[:, None, None]).sigmoid()
         direction = linear(self.offsets).unflatten(-1, (-1, 2)) + directions(self.kernel_size, x.device).to(wide)

@@ -1,4 +1,4 @@
-"""In what precision float32 networks compute on GPUs, and in what precision a network samples."""
+"""Autocast, in what precision float32 networks compute on GPUs, and in what precision a network samples."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import torch
 
 from sit.utils.choices import Precision
 from sit.utils.errors import UserError
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device, such as ``cuda``."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def allow_tf32(device: torch.device, allowed: bool = True) -> None:
