@@ -68,7 +68,17 @@ def test_the_flags_are_those_of_the_parser(helps, name):
 def test_help_of_training_is_in_groups_with_defaults(helps):
     text = helps["train"][0]
     titles = re.findall(r"^\W*(\w+) options\W*$", text, flags=re.MULTILINE)
-    assert titles == ["data", "network", "objective", "alignment", "optimization", "execution", "files"]
+    assert titles == [
+        "data",
+        "network",
+        "objective",
+        "meanflow",
+        "alignment",
+        "beginning",
+        "optimization",
+        "execution",
+        "files",
+    ]
     plain = " ".join(re.sub(r"[│╭╰─╮╯]|-{4,}", " ", text).split())
     sections = re.split(r"(?<= )(?=\w+ options --)", plain)
     (network,) = (section for section in sections if section.startswith("network options"))
