@@ -77,3 +77,20 @@ def classifier_of_three(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("classifier")
     save_classifier(Classifier(ClassifierConfig("test_resnet", {}, 32, ["a", "b", "c"])), folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory) -> Path:
+    """An Inception weights file of the right layout with random values."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Blank(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            pass
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    network = Blank("blank", ["2048"], feature_extractor_weights_path=str(path))
+    torch.save(network.state_dict(), path)
+    return path

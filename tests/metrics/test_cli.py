@@ -16,7 +16,6 @@ from PIL import Image
 from processes import Connected
 from safetensors.torch import load_file, save_file
 from torch_fidelity import calculate_metrics, register_feature_extractor
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from sit.checkpoint.load import load_for_sampling
 from sit.data.digits import digits_arrays
@@ -121,22 +120,6 @@ def run_command(argv: list[str]) -> None:
         eval_fid.main()
     finally:
         sys.argv = before
-
-
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory) -> Path:
-    """A weights file of the right layout with random values."""
-    torch.manual_seed(0)
-
-    class Blank(FeatureExtractorInceptionV3):
-        def load_state_dict(self, state):
-            pass
-
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save({}, path)
-    network = Blank("blank", ["2048"], feature_extractor_weights_path=str(path))
-    torch.save(network.state_dict(), path)
-    return path
 
 
 @pytest.mark.slow
