@@ -169,7 +169,7 @@ class TrainConfig:
     project: str = "sit"
     """the trackers' project; the run has the name of its folder"""
     log_every: int = 10
-    """steps between logged metrics"""
+    """steps between logged metrics; on a GPU the host also learns of skipped steps only then"""
     heldout_every: int = 0
     """steps between measurements of the held-out loss; 0: after the last step alone. `heldout` says of which images"""
     heldout_images: int = 1024

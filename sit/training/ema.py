@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -23,6 +24,17 @@ def moving_average(parameters: Iterable[nn.Parameter], decay: float, warmup: boo
     """
     options = {} if warmup else {"min_decay": decay, "update_after_step": -1}
     return EMAModel(parameters, decay=decay, foreach=True, **options)
+
+
+@torch.no_grad()
+def step_average(ema: EMAModel, parameters: Sequence[nn.Parameter], weight: torch.Tensor) -> None:
+    """Move the average by the share ``weight`` () of the way to the parameters, as ``ema.step`` does by 1 − decay.
+
+    For a weight that only the device knows. It is not counted as one of the average's steps.
+    """
+    gaps = torch._foreach_sub(ema.shadow_params, parameters)
+    torch._foreach_mul_(gaps, weight)
+    torch._foreach_sub_(ema.shadow_params, gaps)
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

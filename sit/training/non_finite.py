@@ -16,7 +16,7 @@ class NonFinitePolicy:
     """Counts the steps in a row that were skipped.
 
     Attributes:
-        accelerator: gathers what to report from all processes; has float16's loss scale.
+        accelerator: gathers what to report from all processes.
         limit: how many in a row end the run.
         in_a_row: how many there are now; a step that succeeds sets it to 0.
     """
@@ -25,7 +25,7 @@ class NonFinitePolicy:
     limit: int
     in_a_row: int = 0
 
-    def report(self, step: int, norm: float, loss: torch.Tensor, indices: torch.Tensor) -> None:
+    def report(self, step: int, norm: float, loss: torch.Tensor, indices: torch.Tensor, *, scale: float | None) -> None:
         """Tell of step ``step``, skipped for its gradient's ``norm``; every process must call it.
 
         A gradient that overflows under the loss scale of float16, while every loss is finite, is how that scale finds
@@ -36,14 +36,14 @@ class NonFinitePolicy:
             norm: of the whole gradient.
             loss: (b,) losses of this process.
             indices: (b,) of their images in the data.
+            scale: what the loss was multiplied by, in float16; None otherwise.
 
         Raises:
             UserError: there were too many in a row.
         """
         loss, indices = self.accelerator.gather((loss, indices))
         bad = ~loss.isfinite()
-        scale = 0.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
-        if scale >= 1 and not bad.any():
+        if scale is not None and scale >= 1 and not bad.any():
             self._tell(f"step {step}: gradient overflow at the loss scale {scale:g}; the step is skipped")
             return
         self.in_a_row += 1

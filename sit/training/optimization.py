@@ -22,10 +22,10 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW
     )
 
 
-def gradient_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> float:
-    """The Euclidean norm of the whole gradient, which is then scaled down to ``limit``; None and 0 leave it.
+def gradient_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> torch.Tensor:
+    """The Euclidean norm () of the whole gradient, which is then scaled down to ``limit``; None and 0 leave it.
 
-    Of sharded parameters too; every process must call it then. It waits for the device.
+    Of sharded parameters too; every process must call it then. It does not wait for the device.
     """
     if not limit:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -33,4 +33,4 @@ def gradient_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> fl
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()
-    return norm.item()
+    return norm

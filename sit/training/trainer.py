@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -42,6 +41,7 @@ from sit.training.run_folder import JsonLinesTracker, make_run_folder
 from sit.training.schedule import learning_rate_at
 from sit.training.start import Start, held_start
 from sit.training.state import TrainingState
+from sit.training.step_checks import Updated, make_step_checks
 from sit.training.stop_signal import StopSignal
 from sit.training.trackers import start_trackers
 from sit.transport.transport import Transport
@@ -110,6 +110,9 @@ def run(
     # The loop.
     rows = Rows(accelerator, start.step, config.batch_size)
     non_finite = NonFinitePolicy(accelerator, config.non_finite_limit)
+    checks = make_step_checks(
+        accelerator, Updated(optimizer, ema, averaged), rows, non_finite, every=min(config.log_every, config.steps)
+    )
     bar = progress_bar(config, start, accelerator)
     batches = training_batches(
         data,
@@ -137,46 +140,46 @@ def run(
             norm = gradient_norm(parameters, config.max_grad_norm)
 
             # Update the weights and their average, unless the gradient is not finite.
-            if math.isfinite(norm):
-                non_finite.in_a_row = 0
-                rows.add(values)
-                optimizer.step()
-                ema.step(averaged)
-            else:
-                non_finite.report(step, norm, values["loss"], indices)
-                if accelerator.scaler is not None:
-                    accelerator.scaler.update()  # optimizer.step() does it otherwise
+            checks.update(step, norm, values, indices)
             for average in averages.values():  # after a skipped step too: their time is the step
                 average.step(averaged)
             optimizer.zero_grad()
 
-            # Log.
+            # Log. A GPU is waited for here, and where a checkpoint is written, not at each step.
             last = step == config.steps
-            if rows and (step % config.log_every == 0 or last):
-                mean = rows.write(step, gradient_norm=norm, learning_rate=rate)
-                bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+            row_due = step % config.log_every == 0 or last
+            if row_due:
+                last_norm = checks.read()
+                if rows:
+                    mean = rows.write(step, gradient_norm=last_norm, learning_rate=rate)
+                    bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
             bar.update()
 
             # Measure the held-out loss, evaluate and sample a preview, unless a signal came, which won't wait for them.
-            if heldout is not None and heldout_is_due(config, step) and not stop.received_anywhere(accelerator):
+            heldout_due, evaluation_due = heldout_is_due(config, step), evaluation_is_due(config, step)
+            if heldout is not None and heldout_due and not stop.received_anywhere(accelerator):
                 heldout.measure(step, folder, network, ema)
-            if evaluation and evaluation_is_due(config, step) and not stop.received_anywhere(accelerator):
+            if evaluation and evaluation_due and not stop.received_anywhere(accelerator):
                 log_evaluation(
                     evaluation, step, folder=folder, config=config, opened=opened,
                     network=network, ema=ema, transport=transport, accelerator=accelerator,
                 )  # fmt: skip
-            due = config.preview_every and (step % config.preview_every == 0 or last)
-            if due and not stop.received_anywhere(accelerator):
+            preview_due = config.preview_every and (step % config.preview_every == 0 or last)
+            if preview_due and not stop.received_anywhere(accelerator):
                 save_preview(
                     folder, config, opened, step=step, stop=stop,
                     network=network, ema=ema, transport=transport, accelerator=accelerator,
                 )  # fmt: skip
 
             # Write a snapshot of the averages, a checkpoint, which names the snapshots, and end if a signal came.
-            stopped = stop.received_anywhere(accelerator)
+            checkpoint_due = step % config.checkpoint_every == 0 or last
+            due = heldout_due or evaluation_due or preview_due or checkpoint_due
+            asked = due or stop.is_asked_at(step, accelerator)
+            stopped = stop.received_anywhere(accelerator) if asked else 0
             if snapshot_is_due(step, config):
                 write_snapshot(folder, step, state, accelerator)
-            if step % config.checkpoint_every == 0 or last or stopped:
+            if checkpoint_due or stopped:
+                checks.read()
                 write_checkpoint(
                     folder,
                     step,
