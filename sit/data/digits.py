@@ -12,6 +12,8 @@ from sit.data.dataset import hash_contents, hash_names
 from sit.utils.errors import UserError
 
 DIGITS_SIZE = 32
+AT_A_TIME = 128
+"""digits enlarged together: few enough to stay in the cache of a core; the pixels are the same for any number"""
 
 
 class Digits:
@@ -72,12 +74,15 @@ def enlarge_digits(small: np.ndarray) -> np.ndarray:
     enlarge = functools.partial(
         torch.nn.functional.interpolate, size=(DIGITS_SIZE, DIGITS_SIZE), mode="bicubic", antialias=True
     )
-    target = torch.from_numpy(small).to(torch.float64).unsqueeze(1) * (255 / 16)
-    large = enlarge(target).clamp(0, 255)
-    for _ in range(30):
-        error = target - torch.nn.functional.avg_pool2d(large, 4)
-        large = (large + enlarge(error)).clamp(0, 255)
-    return large.round().to(torch.uint8).squeeze(1).numpy()
+    parts = []
+    for part in torch.from_numpy(small).split(AT_A_TIME):
+        target = part.to(torch.float64).unsqueeze(1) * (255 / 16)
+        large = enlarge(target).clamp_(0, 255)
+        for _ in range(30):
+            error = target - torch.nn.functional.avg_pool2d(large, 4)
+            large.add_(enlarge(error)).clamp_(0, 255)
+        parts.append(large.round_().to(torch.uint8).squeeze(1))
+    return torch.cat(parts).numpy()
 
 
 def shrink_digits(images: np.ndarray) -> np.ndarray:

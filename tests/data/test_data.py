@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
 from sit.data.dataset import center_crop
-from sit.data.digits import digits_split, shrink_digits
+from sit.data.digits import digits_arrays, digits_split, enlarge_digits, shrink_digits
 from sit.data.factory import open_images
 from sit.data.heldout import in_both, keyed_order
 from sit.data.reading import BadImage
@@ -46,6 +46,14 @@ def test_digits_are_sklearns_in_order_and_shrink_back():
     assert np.abs(shrink_digits(images) - real.data[:100]).max() < 1.0  # of 16
     assert np.allclose(shrink_digits(images), shrink_digits(images.transpose(0, 2, 3, 1)))
     assert open_images("digits", 64)[3][0].shape == (3, 64, 64)
+
+
+def test_every_digit_is_enlarged_as_it_is_alone():
+    """Among them the first and last of a part of those that are enlarged together."""
+    small, (large, labels) = load_digits().images, digits_arrays()
+    assert large.shape == (1797, 32, 32) and np.array_equal(labels, load_digits().target)
+    for number in (0, 127, 128, 1791, 1792, 1796):
+        assert np.array_equal(large[number], enlarge_digits(small[number : number + 1])[0])
 
 
 def test_digits_split_is_a_partition_of_every_class():
