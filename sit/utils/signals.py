@@ -113,10 +113,12 @@ def ended_by_signals(statuses: Mapping[int, int], message: str, grace: float = G
         for number in statuses:
             before[number] = signal.signal(number, listener.handle)  # from here on it may raise
         yield
-    except Signalled as stop:
-        name = signal.Signals(listener.first or signal.SIGTERM).name
-        print(f"ended by {name}: {message}", file=sys.stderr, flush=True)
-        raise SystemExit(stop.code) from None
+    except BaseException:
+        if listener.first is None:
+            raise
+        # whatever it is: a library that was interrupted, as in its import, may have made another error of it
+        print(f"ended by {signal.Signals(listener.first).name}: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(statuses[listener.first]) from None
     finally:
         listener.deferring = True
         for number in statuses:

@@ -63,6 +63,29 @@ def test_the_block_unwinds_and_one_line_says_why(number, status):
     assert found[:2] == (status, f"unwound\nended by {number.name}: go on\n")
 
 
+def test_an_error_that_a_library_makes_of_it_is_told_as_what_it_is():
+    found = end_of(
+        """
+        with ended_by_signals(TRAINING, "go on"):
+            try:
+                wait()
+            except BaseException as error:
+                raise ImportError("half imported") from error
+        """,
+        signal.SIGUSR1,
+    )
+    assert found[:2] == (85, "ended by SIGUSR1: go on\n")
+
+
+def test_an_error_without_a_signal_stays_what_it_is():
+    status, said, _ = end_of("""
+        with ended_by_signals(TRAINING, "go on"):
+            print("ready", flush=True)
+            raise ImportError("half imported")
+        """)
+    assert status == 1 and said.endswith("ImportError: half imported\n")
+
+
 def test_a_program_that_swallows_it_ends_all_the_same():
     status, said, seconds = end_of(
         """
