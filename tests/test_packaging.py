@@ -65,7 +65,7 @@ import os, sys, tarfile
 from setuptools import build_meta
 sdist = build_meta.build_sdist("dist")
 with tarfile.open(os.path.join("dist", sdist)) as archive:
-    archive.extractall("unpacked", filter="data")
+    archive.extractall("unpacked")
 os.chdir(os.path.join("unpacked", sdist.removesuffix(".tar.gz")))
 build_meta.build_wheel(os.path.join("..", "..", "dist"))
 """

@@ -57,9 +57,10 @@ def _refuse_other_mixers(pattern: str, layout: Literal["published", "repa"]) -> 
     """
     activation = ACTIVATIONS[layout]
     for spec in parse_mixers(pattern):
-        made = spec.options.get("activation", "gelu_tanh")  # the default of ATConv
-        if spec.name != "attention" and (spec.name, made) != ("atconv", activation):
+        options = {"activation": "gelu_tanh", "scope": "image"} | spec.options  # the defaults of ATConv
+        made = (spec.name, options["activation"], options["scope"])
+        if spec.name != "attention" and made != ("atconv", activation, "image"):
             raise UserError(
-                f"`layout={layout}` has only attention and atconv with activation {activation}, and its code would "
-                f"misread this network's mixer {spec}; keep it in our layout"
+                f"`layout={layout}` has only attention, and atconv with activation {activation} and one kernel an image; "
+                f"its code would misread this network's mixer {spec}; keep it in our layout"
             )

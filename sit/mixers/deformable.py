@@ -125,8 +125,8 @@ def _grid_sample(v: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, g
     """Values v (b, N, d) read at places (b, N, k², 2) and summed with weights (b, N, k²): (b, N, d)."""
     height, width = grid
     image = v.unflatten(1, grid).permute(0, 3, 1, 2)
-    side = torch.tensor([width, height], dtype=v.dtype, device=v.device)
-    normalized = (2 * places + 1) / side - 1  # the tokens' outer edges are at −1 and 1
+    # the tokens' outer edges are at −1 and 1
+    normalized = torch.stack([(2 * places[..., 0] + 1) / width - 1, (2 * places[..., 1] + 1) / height - 1], dim=-1)
     read = F.grid_sample(image, normalized, mode="bilinear", padding_mode="zeros", align_corners=False)
     return (read * weights[:, None]).sum(-1).transpose(1, 2)
 

@@ -126,14 +126,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def last_metrics(path: Path, step: int) -> dict[str, float]:
-    """The last value of each metric in a ``metrics.jsonl`` up to a step, by name.
+    """The last value of each metric in a ``metrics.jsonl`` up to a step, by name, but for the speeds.
 
     Raises:
         UserError: the file must not be read.
     """
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     return {
-        name: value for row in rows for name, value in row.items() if name != "step" and isinstance(value, int | float)
+        name: value
+        for row in rows
+        for name, value in row.items()
+        if name != "step" and not name.endswith("_per_second") and isinstance(value, int | float)
     }
 
 

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -128,6 +129,14 @@ def read_yaml(path: Path, name: str) -> dict[str, Any]:
     return values
 
 
+def _meant(name: Any, known: Iterable[str]) -> str:
+    """The setting that a wrong name is most like, else the settings, of many only some."""
+    if near := difflib.get_close_matches(str(name), known, n=1):
+        return f"did you mean {near[0]}?"
+    shown = list(known)
+    return f"the settings are {', '.join(shown[:20])}" + (", …" if len(shown) > 20 else "")
+
+
 def typed(values: Mapping[Any, Any], hints: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
     """The values as keyword arguments: each has a hint and is of its type; lists stand for tuples.
 
@@ -139,7 +148,7 @@ def typed(values: Mapping[Any, Any], hints: Mapping[str, Any], source: str | Pat
     checked = {}
     for name, value in values.items():
         if name not in hints:
-            raise UserError(f"{source}: unknown setting {_short(name)}; the settings are {', '.join(hints)}")
+            raise UserError(f"{source}: unknown setting {_short(name)}; {_meant(name, hints)}")
         if isinstance(value, list) and not _has(list, hints[name]):
             value = tuple(value)
         if isinstance(value, bool) and "on" in get_args(hints[name]):

@@ -477,9 +477,10 @@ EXPORTED = {
 REFUSED = {
     "published": ["neighborhood", "neighborhood:kernel_size=7", "linear_attention", "depthwise", "dico",
                   "atconv:activation=gelu", "atconv:activation=silu", "attention,atconv:activation=gelu",
-                  "attention,linear_attention"],
+                  "attention,linear_attention", "deformable", "atconv:scope=window", "atconv:scope=token"],
     "repa": ["neighborhood", "linear_attention", "depthwise", "dico", "atconv", "atconv:activation=gelu",
-             "attention,atconv", "atconv:activation=silu,neighborhood"],
+             "attention,atconv", "atconv:activation=silu,neighborhood", "deformable",
+             "atconv:activation=silu:scope=window"],
 }  # fmt: skip
 
 
