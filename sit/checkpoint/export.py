@@ -61,6 +61,6 @@ def _refuse_other_mixers(pattern: str, layout: Literal["published", "repa"]) -> 
         made = (spec.name, options["activation"], options["scope"])
         if spec.name != "attention" and made != ("atconv", activation, "image"):
             raise UserError(
-                f"`layout={layout}` has only attention, and atconv with activation {activation} and one kernel an image; "
+                f"`layout={layout}` has only attention, and atconv with activation {activation} and a kernel an image; "
                 f"its code would misread this network's mixer {spec}; keep it in our layout"
             )
