@@ -79,7 +79,7 @@ PROGRAMS = {
         lambda folder, checkpoint: ["eval_fid.py", "--ckpt", str(checkpoint), "--reference", "digits:heldout",
                                     "--features", "digits", "--steps", "4", "--num-samples", "100",
                                     "--work-dir", str(folder)],
-        ("samples/evaluation.json",),
+        ("samples-*/about.json", "samples-*/numbers-*.json"),
     ),
 }  # fmt: skip
 """Name → program."""
