@@ -20,6 +20,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from sit.utils.errors import UserError, first_line
 from sit.utils.files import atomic_write, explain_os_errors
+from sit.utils.hub import quiet_hub
+from sit.utils.sizes import size_text
 
 HUB = "hf-hub:"
 """What begins the name of a repository on the Hub, as in timm: ``hf-hub:owner/name`` or ``hf-hub:owner/name/net.pt``"""
@@ -92,7 +94,7 @@ def _published(name: str, known: KnownFile) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):  # of several processes, one downloads
         if not file.is_file():
-            logger.warning("note: downloading %s, %.1f GB, to %s", name, known.least / 1e9, file)
+            logger.warning("note: downloading %s, %s, to %s", name, size_text(known.least), file)
             _download(name, known, file)
     return file
 
@@ -121,9 +123,10 @@ def _from_hub(name: str) -> Path:
         raise UserError(f"{name}: a checkpoint of the Hub is {HUB}OWNER/NAME or {HUB}OWNER/NAME/FILE")
     repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
     try:
-        if inside:
-            return Path(hf_hub_download(repository, inside))
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
+        with quiet_hub():
+            if inside:
+                return Path(hf_hub_download(repository, inside))
+            return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(
             f"{name} can't be had from the Hub ({first_line(error)}): where there is a network, download it, and give "

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import re
-import shutil
 import time
 import zlib
 from dataclasses import asdict, replace
@@ -45,6 +44,7 @@ from sit.utils.errors import UserError
 from sit.utils.files import LOCK, atomic_write, clear_dead, explain_os_errors, reserve
 from sit.utils.lock import locked
 from sit.utils.reading import reading
+from sit.utils.targets import check_room
 
 NOTE = re.compile(r"chunk (\d+) of (\d+) done(?: ([0-9a-f]{8}))?")
 """a line of a journal: the last part, the CRC-32 of the chunk's entries, is not in journals of version 0.1.0"""
@@ -152,11 +152,7 @@ def _prepare(out: Path, manifest: Manifest, plan: dict[str, object]) -> None:
     with explain_os_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         need = sum(_bytes(shape) for shape in rest.values())
-        free = shutil.disk_usage(out).free
-        if need > free:
-            raise UserError(
-                f"`out={out}`: the cache needs {need / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB free"
-            )
+        check_room(out, need, "out", "the latents")
         if not (out / PLAN).is_file():
             with atomic_write(out / PLAN) as temporary:
                 temporary.write_text(sealed(plan))

@@ -33,6 +33,7 @@ from sit.latents.autoencoders import (
 )
 from sit.latents.pixels import is_pixels, pixel_codec
 from sit.utils.errors import UserError, first_line
+from sit.utils.hub import quiet_hub
 from sit.utils.weight_files import folder_weights, variant_of
 from sit.utils.workers import Tell, computes_apart, run_apart
 
@@ -152,7 +153,7 @@ def _check_shapes(source: str, vae: AutoencoderKL) -> None:
 
 def _from_pretrained(source: str, name: object, dtype: torch.dtype, options: dict[str, Any]) -> AutoencoderKL:
     mend = "is the folder whole?" if options else "download it where there is a network and give its folder"
-    with _explained(name, mend):
+    with _explained(name, mend), quiet_hub():
         config = _load_config(source, name, options)
         made = codec_class(config)
         with torch.device("meta"):

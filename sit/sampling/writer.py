@@ -6,7 +6,6 @@ import contextlib
 import errno
 import math
 import os
-import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from sit.sampling.images import ImageBatch
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_folder, explain_os_errors
 from sit.utils.image_grid import labeled_grid, save_png
+from sit.utils.targets import check_room
 
 GRID_LIMIT = 100
 """images in the grid at most"""
@@ -51,12 +51,7 @@ class SampleWriter:
 
     def _open(self) -> None:
         path, need = self.folder / PACKED, math.prod(self.shape) + 8 * self.count + 4096
-        free = shutil.disk_usage(self.folder).free
-        if need > free:
-            raise UserError(
-                f"{self.count:,} samples need more than {need / 1e6:,.0f} MB, and the disk of {self.folder.parent} has "
-                f"{free / 1e6:,.0f} MB free"
-            )
+        check_room(self.folder.parent, need, "out", f"{self.count:,} samples")
         self.file = path.open("w+b")
         _take_room(self.file.fileno(), need)
         self.archive = zipfile.ZipFile(self.file, "w", zipfile.ZIP_STORED)

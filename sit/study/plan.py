@@ -11,6 +11,7 @@ from sit.study.runs import Run
 from sit.study.schedule import State
 from sit.training.plan import describe_data
 from sit.utils.errors import UserError
+from sit.utils.sizes import size_text
 from sit.utils.tables import text_table
 
 BYTES = 20
@@ -37,7 +38,7 @@ def plan(study: Study, state: State, jobs: int, seconds_per_step: float | None) 
         total += size
         pace = seconds_of_a_step(run, state.runs, state.found, seconds_per_step)
         hours = "?" if pace is None else f"{pace * run.config.steps / 3600:.2f}"
-        rows.append((run.name, how_far(run, study, state), f"{run.config.steps:,}", hours, _in_bytes(size)))
+        rows.append((run.name, how_far(run, study, state), f"{run.config.steps:,}", hours, size_text(size)))
     lines = [text_table(rows, align="llrrr"), ""]
     done = len(state.runs) - len(missing)
     lines.append(f"runs: {len(state.runs) + state.unknown}, of them {done} done")
@@ -53,7 +54,7 @@ def plan(study: Study, state: State, jobs: int, seconds_per_step: float | None) 
     )
     if state.runs:
         total += total / len(state.runs) * state.unknown
-    lines.append(f"disk: {_in_bytes(total)} of checkpoints in {study.out / 'work'}")
+    lines.append(f"disk: {size_text(total)} of checkpoints in {study.out / 'work'}")
     return "\n".join(lines)
 
 
@@ -89,7 +90,3 @@ def checkpoints_kept(run: Run) -> int:
         return -(-config.steps // config.checkpoint_every)
     for_good = config.steps // config.keep_every if config.keep_every else 0
     return for_good + config.keep_last
-
-
-def _in_bytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from sit.mixers.forward_mode import plain_operations
+from sit.transport.draws import check_dropout, noise, uniform
 from sit.transport.interpolants import expand_t_like_x
 from sit.transport.transport import Field, Transport, null_label_of
 from sit.utils.errors import UserError
@@ -131,22 +132,17 @@ class MeanFlow:
         Raises:
             UserError: a dropout that is no probability, or labels to drop, or guidance, and no null label.
         """
-        if not 0 <= class_dropout <= 1:
-            raise UserError(f"`class_dropout` must be in [0, 1], not {class_dropout}")
+        check_dropout(class_dropout)
         if self.guides and y is None:
             raise UserError("`meanflow_omega` and `meanflow_kappa` guide by labels, and there are none")
-        device = x1.device if generator is None else generator.device
-        if u is None:
-            u = torch.rand(len(x1), 2, generator=generator, device=device).to(x1.device)
-        if x0 is None:
-            x0 = torch.randn(x1.shape, generator=generator, device=device, dtype=x1.dtype).to(x1.device)
+        u = uniform(x1, len(x1), 2, generator=generator) if u is None else u
+        x0 = noise(x1, generator) if x0 is None else x0
         if positions is None:
             positions = torch.arange(len(x1), device=x1.device)
         null_labels = dropped = None
         if y is not None and (class_dropout > 0 or self.guides):
             null_labels = torch.full_like(y, null_label_of(model) if null_label is None else null_label)
-            if drop is None:
-                drop = torch.rand(len(x1), generator=generator, device=device).to(x1.device)
+            drop = uniform(x1, len(x1), generator=generator) if drop is None else drop
             dropped = drop < class_dropout
             y = torch.where(dropped, null_labels, y)
         early, late = self.transport.sample_times(u).aminmax(dim=1)

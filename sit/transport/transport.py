@@ -9,6 +9,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
+from sit.transport.draws import check_dropout, noise, uniform
 from sit.transport.interpolants import Interpolant, expand_t_like_x, get_interpolant
 from sit.utils.errors import UserError
 
@@ -179,18 +180,13 @@ class Transport(SchedulerMixin, ConfigMixin):
         """
         if self.averages:
             raise UserError("`prediction=average-velocity` is trained by the training_loss of a MeanFlow")
-        if not 0 <= class_dropout <= 1:
-            raise UserError(f"`class_dropout` must be in [0, 1], not {class_dropout}")
-        device = x1.device if generator is None else generator.device
-        if u is None:
-            u = torch.rand(len(x1), generator=generator, device=device).to(x1.device)
-        if x0 is None:
-            x0 = torch.randn(x1.shape, generator=generator, device=device, dtype=x1.dtype).to(x1.device)
+        check_dropout(class_dropout)
+        u = uniform(x1, len(x1), generator=generator) if u is None else u
+        x0 = noise(x1, generator) if x0 is None else x0
         if y is not None:
             if class_dropout > 0:
                 null_label = null_label_of(model) if null_label is None else null_label
-                if drop is None:
-                    drop = torch.rand(len(x1), generator=generator, device=device).to(x1.device)
+                drop = uniform(x1, len(x1), generator=generator) if drop is None else drop
                 y = torch.where(drop < class_dropout, null_label, y)
             conditions["y"] = y
         return self.loss(model, x1, self.sample_times(u), x0, **conditions)

@@ -17,6 +17,7 @@ import numpy as np
 
 from sit.utils.errors import UserError
 from sit.utils.reading import reading
+from sit.utils.sizes import size_text
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _PACKED = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
@@ -69,8 +70,7 @@ def read_npz(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
                 continue
             if forms[name].nbytes > (free := free_memory()):
                 raise UserError(
-                    f"{path}: {name} takes {forms[name].nbytes / 1e9:,.1f} GB in memory, of which {free / 1e9:,.1f} GB "
-                    "are free"
+                    f"{path}: {name} takes {size_text(forms[name].nbytes)} of memory, and {size_text(free)} are free"
                 )
             with archive.open(member) as file:
                 found[name] = np.lib.format.read_array(file, allow_pickle=False)

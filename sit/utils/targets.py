@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sit.utils.errors import UserError
 from sit.utils.files import explain_os_errors
+from sit.utils.sizes import size_text
 
 
 def check_target(path: str | Path, argument: str, suffix: str = "", new: bool = False) -> None:
@@ -49,6 +50,6 @@ def check_room(folder: str | Path, needed: int, argument: str, what: str) -> Non
     free = shutil.disk_usage(there).free
     if free < needed:
         raise UserError(
-            f"{folder} has {free / 1e9:.2f} GB left, and {what} take {needed / 1e9:.2f} GB: make room, or choose "
+            f"{folder} has {size_text(free)} left, and {what} take {size_text(needed)}: make room, or choose "
             f"another disk by `{argument}`"
         )

@@ -334,7 +334,7 @@ def test_another_wish_is_refused_and_what_is_there_kept(wish, copy, tmp_path):
 
 def test_a_disk_too_small_is_told_before_anything_is_written(wish, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
-    with pytest.raises(UserError, match="MB free"):
+    with pytest.raises(UserError, match="has .* left, and the latents take .*: make room"):
         encode(wish)
     assert not wish.out.exists()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import signal
@@ -14,12 +13,12 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from limits import file_size_limit
+from tiny_runs import tiny_run
 
 from sit.checkpoint.find import find_checkpoints, newest_checkpoint
 from sit.checkpoint.integrity import flaw
 from sit.training import preview, trainer
 from sit.training.config import TrainConfig
-from sit.training.recipes import load_recipe
 from sit.training.trainer import train
 from sit.utils.errors import UserError
 from sit.utils.signals import PLAIN, TRAINING
@@ -29,11 +28,8 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def small(folder: Path, **changes) -> TrainConfig:
-    settings = dict(
-        data="digits:heldout", model="SiT-XS/8", mixer="attention", steps=2, batch_size=4, log_every=1,
-        preview_every=0, preview_steps=5, checkpoint_every=1, trackers=(), cpu_threads=1, output_dir=str(folder),
-    )  # fmt: skip
-    return dataclasses.replace(load_recipe("digits"), **settings | changes)
+    few = dict(data="digits:heldout", model="SiT-XS/8", steps=2, batch_size=4, preview_steps=5, checkpoint_every=1)
+    return tiny_run(folder, **few | changes)
 
 
 def go(config: TrainConfig) -> None:

@@ -16,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from limits import not_as_root, open_folder
 from PIL import Image
+from tiny_runs import tiny_run
 
 from sit.data.dataset import COMPARED
 from sit.data.factory import open_images
@@ -23,7 +24,7 @@ from sit.latents.encode import Encode, encode
 from sit.latents.vae import DIGITS_VAE, load_vae
 from sit.training.config import TrainConfig, fixed_fields
 from sit.training.identity import FILE, Identity, keep_identity, read_identity
-from sit.training.recipes import ALWAYS_WRITTEN, load_recipe, load_run_settings, run_folder, run_settings
+from sit.training.recipes import ALWAYS_WRITTEN, load_run_settings, run_folder, run_settings
 from sit.training.run_folder import read_metrics
 from sit.training.trainer import train
 from sit.utils.errors import UserError
@@ -34,11 +35,7 @@ EARLIER = Path(__file__).parents[1] / "fixtures" / "earlier" / "run"
 
 
 def small(folder: Path, **changes) -> TrainConfig:
-    settings = dict(
-        model="SiT-XS/8", mixer="attention", steps=1, batch_size=4, log_every=1, preview_every=0, trackers=(),
-        cpu_threads=1, output_dir=str(folder),
-    )  # fmt: skip
-    return dataclasses.replace(load_recipe("digits"), **settings | changes)
+    return tiny_run(folder, **dict(model="SiT-XS/8", steps=1, batch_size=4) | changes)
 
 
 def go(config: TrainConfig) -> None:

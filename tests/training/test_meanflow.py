@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tiny_runs import tiny_run
 
 from sit import SiTPipeline
 from sit.checkpoint.convert import Inspect, inspect
@@ -21,7 +21,6 @@ from sit.sampling.run import sample
 from sit.training.config import TrainConfig
 from sit.training.meanflow import MeanFlowObjective, check_meanflow, make_meanflow
 from sit.training.plan import plan
-from sit.training.recipes import load_recipe
 from sit.training.run_folder import read_metrics
 from sit.training.trainer import train
 from sit.transport.transport import Transport
@@ -30,11 +29,9 @@ from sit.utils.random import generator
 
 
 def small(folder: Path, **changes) -> TrainConfig:
-    """A few steps of the recipe with a tiny network."""
-    settings = dict(model="SiT-XS/4", mixer="attention,atconv:kernel_size=1", steps=4, batch_size=8, log_every=1,
-                    preview_every=4, checkpoint_every=2, trackers=(), cpu_threads=1, heldout="auto", heldout_images=8,
-                    output_dir=str(folder))  # fmt: skip
-    return dataclasses.replace(load_recipe("digits-meanflow"), **settings | changes)
+    few = dict(mixer="attention,atconv:kernel_size=1", steps=4, preview_every=4, checkpoint_every=2, heldout="auto",
+               heldout_images=8)  # fmt: skip
+    return tiny_run(folder, "digits-meanflow", **few | changes)
 
 
 def run(config: TrainConfig) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -12,12 +11,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tiny_runs import tiny_run
 
 from sit.checkpoint.load import load_for_sampling
 from sit.checkpoint.posthoc_ema import gamma_of
 from sit.checkpoint.snapshots import find_snapshots
 from sit.training.config import TrainConfig
-from sit.training.recipes import load_recipe
 from sit.training.trainer import train
 from sit.transport.transport import Transport
 
@@ -26,23 +25,9 @@ LENGTHS = (0.05, 0.1)
 
 
 def small(folder: Path, **changes) -> TrainConfig:
-    """Six steps of a tiny network on the digits, a snapshot of every second, a checkpoint of every third."""
-    settings = dict(
-        model="SiT-XS/4",
-        mixer="attention",
-        steps=6,
-        batch_size=8,
-        warmup_steps=0,
-        preview_every=0,
-        checkpoint_every=3,
-        keep_last=0,
-        posthoc_ema=LENGTHS,
-        posthoc_ema_every=2,
-        trackers=(),
-        cpu_threads=1,
-        output_dir=str(folder),
-    )
-    return dataclasses.replace(load_recipe("digits"), **settings | changes)
+    """Six steps, a snapshot of every second, a checkpoint of every third."""
+    averaged = dict(warmup_steps=0, keep_last=0, posthoc_ema=LENGTHS, posthoc_ema_every=2)
+    return tiny_run(folder, **averaged | changes)
 
 
 def checkpoint(run: Path, step: int) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
@@ -20,6 +19,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from timm.models import save_for_hf
+from tiny_runs import tiny_run
 
 from sit.checkpoint.load import load_for_sampling
 from sit.data.factory import open_images
@@ -32,7 +32,6 @@ from sit.training.config import TrainConfig
 from sit.training.data import open_training_data
 from sit.training.loader import training_batches
 from sit.training.objective import TransportObjective
-from sit.training.recipes import load_recipe
 from sit.training.repa import Encoder, align, aligned_block, attach_projector, cosine_similarity, load_encoder
 from sit.training.run_folder import read_metrics
 from sit.training.trainer import train
@@ -61,12 +60,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def small(output: Path, encoder: Path | None, **changes) -> TrainConfig:
-    settings = dict(
-        model="SiT-XS/2", mixer="attention,atconv", steps=4, batch_size=8, log_every=1, preview_every=0,
-        checkpoint_every=4, trackers=(), cpu_threads=1, output_dir=str(output), repa_block=4,
-        repa=None if encoder is None else str(encoder),
-    )  # fmt: skip
-    return dataclasses.replace(load_recipe("digits"), **settings | changes)
+    aligned = dict(model="SiT-XS/2", mixer="attention,atconv", steps=4, checkpoint_every=4, repa_block=4)
+    return tiny_run(output, **aligned | dict(repa=None if encoder is None else str(encoder)) | changes)
 
 
 def losses(run: Path, name: str = "loss") -> list[float]:

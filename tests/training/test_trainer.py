@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
@@ -20,6 +19,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from processes import Connected
 from safetensors.torch import load_file
+from tiny_runs import tiny_run
 
 from sit.checkpoint.integrity import INDEX, write_json
 from sit.checkpoint.load import load_for_sampling
@@ -27,7 +27,6 @@ from sit.training.checkpoints import prune_checkpoints
 from sit.training.config import TrainConfig
 from sit.training.data import Opened
 from sit.training.loader import EpochPermutation
-from sit.training.recipes import load_recipe
 from sit.training.run_folder import read_metrics
 from sit.training.schedule import learning_rate_at
 from sit.training.stop_signal import REQUEUE_EXIT
@@ -37,23 +36,6 @@ from sit.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
-def small(folder: Path, **changes) -> TrainConfig:
-    """A few steps of the digits recipe with a tiny network."""
-    settings = dict(
-        model="SiT-XS/4",
-        mixer="attention",
-        steps=6,
-        batch_size=8,
-        log_every=1,
-        preview_every=0,
-        checkpoint_every=3,
-        trackers=(),
-        cpu_threads=1,
-        output_dir=str(folder),
-    )
-    return dataclasses.replace(load_recipe("digits"), **settings | changes)
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -69,7 +51,7 @@ def finished(tmp_path_factory) -> Path:
     """A run of six steps with a preview."""
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = tmp_path_factory.mktemp("run") / "a"
-    train(small(folder, preview_every=6, preview_steps=2, trackers=("tensorboard",)))
+    train(tiny_run(folder, preview_every=6, preview_steps=2, trackers=("tensorboard",)))
     return folder
 
 
@@ -85,17 +67,17 @@ def test_a_run_folder_has_what_it_should(finished):
 
 
 def test_same_seed_same_weights_other_seed_others(finished, tmp_path):
-    train(small(tmp_path / "b"))
+    train(tiny_run(tmp_path / "b"))
     assert same(weights(finished, 6), weights(tmp_path / "b", 6))
     AcceleratorState._reset_state(reset_partial_state=True)
-    train(small(tmp_path / "c", seed=1, steps=3))
+    train(tiny_run(tmp_path / "c", seed=1, steps=3))
     assert not same(weights(finished, 3), weights(tmp_path / "c", 3))
 
 
 def test_resuming_is_exact(finished, tmp_path, monkeypatch):
-    train_until(4, small(tmp_path / "b", checkpoint_every=2), monkeypatch)
+    train_until(4, tiny_run(tmp_path / "b", checkpoint_every=2), monkeypatch)
     AcceleratorState._reset_state(reset_partial_state=True)
-    train(small(tmp_path / "b", checkpoint_every=2, resume="auto"))
+    train(tiny_run(tmp_path / "b", checkpoint_every=2, resume="auto"))
     assert same(weights(finished, 6), weights(tmp_path / "b", 6))
     last = "checkpoints/step-0000006/transformer/diffusion_pytorch_model.safetensors"
     assert same(load_file(finished / last), load_file(tmp_path / "b" / last))
@@ -137,7 +119,7 @@ def test_an_older_checkpoint_goes_on_without_the_later_ones(finished, tmp_path, 
     run = tmp_path / "a"
     shutil.copytree(finished, run)
     older = str(run / "checkpoints" / "step-0000003")
-    train_until(1, small(run, resume=older, steps=9, keep_last=1, learning_rate=2e-3), monkeypatch)
+    train_until(1, tiny_run(run, resume=older, steps=9, keep_last=1, learning_rate=2e-3), monkeypatch)
     aside = run / "checkpoints-abandoned-1"
     assert f"the checkpoints beyond {older} are set aside in {aside}" in capsys.readouterr().out
     assert names(run / "checkpoints") == ["step-0000004"]
@@ -148,7 +130,7 @@ def test_an_older_checkpoint_goes_on_without_the_later_ones(finished, tmp_path, 
 
     # back to the abandoned trajectory, a checkpoint of which is one like any other
     AcceleratorState._reset_state(reset_partial_state=True)
-    train(small(run, resume=str(aside / "step-0000006"), steps=7))
+    train(tiny_run(run, resume=str(aside / "step-0000006"), steps=7))
     assert names(run / "checkpoints") == ["step-0000004", "step-0000007"]
 
 
@@ -156,7 +138,7 @@ def test_a_damaged_newest_checkpoint_does_not_outlive_the_whole_ones(finished, t
     run = tmp_path / "a"
     shutil.copytree(finished, run)
     (run / "checkpoints" / "step-0000006" / "sit.json").unlink()
-    train_until(1, small(run, resume="auto", steps=9, keep_last=1), monkeypatch)
+    train_until(1, tiny_run(run, resume="auto", steps=9, keep_last=1), monkeypatch)
     assert load_for_sampling(run).info.step == 4
     assert names(run / "checkpoints-abandoned-1") == ["metrics.jsonl", "step-0000006"]
 
@@ -165,7 +147,7 @@ def test_the_moving_average(finished):
     """The saved EMA weights are the average of the raw weights of all steps, with diffusers' warm-up of the decay."""
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = finished.parent / "every"
-    train(small(folder, checkpoint_every=1, keep_last=0))
+    train(tiny_run(folder, checkpoint_every=1, keep_last=0))
     name = "blocks.0.mlp.fc1.weight"
     average = None
     for step in range(1, 7):
@@ -177,7 +159,7 @@ def test_the_moving_average(finished):
 
 
 def test_accumulated_micro_batches_are_one_batch(finished, tmp_path):
-    train(small(tmp_path / "b", gradient_accumulation=4))
+    train(tiny_run(tmp_path / "b", gradient_accumulation=4))
     losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (finished, tmp_path / "b")]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
@@ -210,7 +192,7 @@ def test_a_step_that_is_not_finite_is_named_skipped_and_in_the_end_fatal(tmp_pat
 
     with monkeypatch.context() as patch:
         before_each_loss(patch, poison)
-        train(small(tmp_path / "a", steps=5, non_finite_limit=3))
+        train(tiny_run(tmp_path / "a", steps=5, non_finite_limit=3))
     out = capsys.readouterr()
     third_of_second_step = EpochPermutation(1797, seed=0)(np.array([8 + 2])).item()
     assert f"step 2: loss nan at images [{third_of_second_step}]; the step is skipped (1 in a row)" in out.out + out.err
@@ -220,7 +202,7 @@ def test_a_step_that_is_not_finite_is_named_skipped_and_in_the_end_fatal(tmp_pat
     AcceleratorState._reset_state(reset_partial_state=True)
     before_each_loss(monkeypatch, lambda step, x1: x1.mul_(float("inf")))
     with pytest.raises(UserError, match="step 2: loss nan .* `non_finite_limit` is 2"):
-        train(small(tmp_path / "b", steps=5, non_finite_limit=2))
+        train(tiny_run(tmp_path / "b", steps=5, non_finite_limit=2))
 
 
 @pytest.fixture
@@ -248,7 +230,7 @@ def saved(run: Path, step: int) -> dict[str, Any]:
 def test_float16_overflows_until_the_loss_scale_fits(tmp_path, capsys, in_float16):
     """The scale falls by itself; neither the weights nor their average move until it fits, and no limit is reached."""
     in_float16(init_scale=2.0**60, backoff_factor=2.0**-25)
-    train(small(tmp_path / "a", steps=5, checkpoint_every=1, keep_last=0, non_finite_limit=1))
+    train(tiny_run(tmp_path / "a", steps=5, checkpoint_every=1, keep_last=0, non_finite_limit=1))
     assert "step 2: gradient overflow at the loss scale 3.43597e+10; the step is skipped" in capsys.readouterr().out
     assert saved(tmp_path / "a", 5)["scaler"]["scale"] == 2.0**10
     assert saved(tmp_path / "a", 5)["ema_updates"] == 3
@@ -261,7 +243,7 @@ def test_float16_does_not_hide_a_loss_that_is_not_finite(tmp_path, monkeypatch, 
     in_float16()
     before_each_loss(monkeypatch, lambda step, x1: x1.mul_(float("nan")))
     with pytest.raises(UserError, match="step 2: loss nan .* `non_finite_limit` is 2"):
-        train(small(tmp_path / "a", non_finite_limit=2))
+        train(tiny_run(tmp_path / "a", non_finite_limit=2))
 
 
 def test_float16_ends_when_no_loss_scale_fits(tmp_path, monkeypatch, in_float16):
@@ -276,18 +258,18 @@ def test_float16_ends_when_no_loss_scale_fits(tmp_path, monkeypatch, in_float16)
     in_float16(init_scale=2.0)
     monkeypatch.setattr(Transport, "training_loss", overflowing)
     with pytest.raises(UserError, match="step 4: gradient norm (inf|nan) .* `non_finite_limit` is 2"):
-        train(small(tmp_path / "a", non_finite_limit=2))
+        train(tiny_run(tmp_path / "a", non_finite_limit=2))
 
 
 @pytest.mark.slow
 def test_float16_resumes_exactly(tmp_path, monkeypatch, in_float16):
     scaling = dict(init_scale=2.0**10, growth_interval=3)
     in_float16(**scaling)
-    train(small(tmp_path / "a"))
+    train(tiny_run(tmp_path / "a"))
     in_float16(**scaling)
-    train_until(4, small(tmp_path / "b"), monkeypatch)
+    train_until(4, tiny_run(tmp_path / "b"), monkeypatch)
     in_float16(**scaling)
-    train(small(tmp_path / "b", resume="auto"))
+    train(tiny_run(tmp_path / "b", resume="auto"))
     assert saved(tmp_path / "b", 6)["scaler"]["scale"] == 2.0**12
     assert same(weights(tmp_path / "a", 6), weights(tmp_path / "b", 6))
 
@@ -295,14 +277,14 @@ def test_float16_resumes_exactly(tmp_path, monkeypatch, in_float16):
 def test_float16_goes_on_from_a_checkpoint_without_loss_scale(finished, tmp_path, in_float16):
     shutil.copytree(finished, tmp_path / "a")
     in_float16(init_scale=2.0**9)
-    train(small(tmp_path / "a", steps=7, resume="auto"))
+    train(tiny_run(tmp_path / "a", steps=7, resume="auto"))
     assert saved(tmp_path / "a", 7)["scaler"]["scale"] == 2.0**9
 
 
 def test_the_objective_is_stored_in_the_checkpoint(tmp_path):
     objective = dict(interpolant="gvp", prediction="noise", loss_weight="velocity", train_eps=0.01, sample_eps=0.02)
     objective["time_distribution"] = "logit-normal"
-    train(small(tmp_path / "a", steps=1, **objective))
+    train(tiny_run(tmp_path / "a", steps=1, **objective))
     config = load_for_sampling(tmp_path / "a").transport.config
     assert {name: config[name] for name in objective} == objective
 
@@ -313,7 +295,7 @@ def test_training_on_a_folder_of_images(tmp_path):
         (tmp_path / "data" / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, size=(40, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / f"class{number % 2}" / f"{number}.png")
-    train(small(tmp_path / "a", data=str(tmp_path / "data"), flip=True, steps=2, workers=1))
+    train(tiny_run(tmp_path / "a", data=str(tmp_path / "data"), flip=True, steps=2, workers=1))
     info = load_for_sampling(tmp_path / "a").info
     assert info.label_names == ["class0", "class1"] and info.images_seen == 16
 
@@ -364,7 +346,7 @@ def test_mistakes_leave_no_run_folder(tmp_path, monkeypatch, changes, words):
     monkeypatch.setattr("sit.training.trackers.get_available_trackers", lambda: ["tensorboard"])
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(UserError, match=words):
-        train(small(tmp_path / "a", **changes))
+        train(tiny_run(tmp_path / "a", **changes))
     assert not list(tmp_path.iterdir())
 
 
@@ -379,20 +361,20 @@ def test_a_run_killed_while_its_folder_is_made_begins_again(tmp_path, monkeypatc
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(Opened, "save_vae", save_and_die)
-        train(small(tmp_path / "a", steps=1))
+        train(tiny_run(tmp_path / "a", steps=1))
     (tmp_path / "a" / ".vae.1.tmp").mkdir()
     AcceleratorState._reset_state(reset_partial_state=True)
-    train(small(tmp_path / "a", steps=1, resume="auto"))
+    train(tiny_run(tmp_path / "a", steps=1, resume="auto"))
     assert names(tmp_path / "a") == ["checkpoints", "config.yaml", "identity.json", "metrics.jsonl", "vae"]
     assert load_for_sampling(tmp_path / "a").vae is not None
 
 
 def test_a_config_that_was_cut_off_is_not_in_the_way(tmp_path):
     (tmp_path / ".config.yaml.1.tmp").write_text("data: di")
-    train(small(tmp_path, steps=1, resume="auto"))
+    train(tiny_run(tmp_path, steps=1, resume="auto"))
     assert not list(tmp_path.glob(".*"))
 
 
 def test_a_folder_with_another_run_is_refused(finished):
     with pytest.raises(UserError, match="exists and is not empty"):
-        train(small(finished))
+        train(tiny_run(finished))
