@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from atconv.functional import ACTIVATIONS, BACKENDS, depthwise_conv, inhibit, load_triton, make_kernels, mix_taps
 from atconv.scopes import SCOPES, around, convolve_tokens, pad, pool_windows, smallest_window, window_kernels
@@ -197,16 +198,18 @@ class ATConv(nn.Module):
 
     def _token_kernels(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """The kernel of each token of x (B, N, C): (B, N, k², C), float32 or float64; autocast is disabled in it."""
-        kind, side, project = x.device.type, self.kernel_size, self.kernel_proj
+        kind, side = x.device.type, self.kernel_size
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-            x = x.to(project.weight.dtype)
+            weight, bias = self.kernel_proj()
+            x = x.to(weight.dtype)
             if self.scope == "window":
-                logits = project(pool_windows(x, grid, self.window, side**2))
+                logits = F.linear(pool_windows(x, grid, self.window, side**2), weight, bias)
             else:
-                logits = around(project(pad(x.unflatten(1, grid), side)), side)
+                logits = around(F.linear(pad(x.unflatten(1, grid), side), weight, bias), side)
             wide = torch.promote_types(logits.dtype, torch.float32)
-            mixing = self.kernel_gen.weight.to(wide), self.kernel_gen.bias.to(wide)
-            kernels = mix_taps(logits.to(wide).flatten(0, 1), *mixing, self.activation).unflatten(0, logits.shape[:2])
+            weight, bias = (part.to(wide) for part in self.kernel_gen())
+            kernels = mix_taps(logits.to(wide).flatten(0, 1), weight, bias, self.activation)
+            kernels = kernels.unflatten(0, logits.shape[:2])
             if self.inhibition:
                 kernels = inhibit(kernels, self.difference_control.to(wide))
         return window_kernels(kernels, grid, self.window) if self.scope == "window" else kernels

@@ -283,7 +283,10 @@ def their_step(published: Published, network: nn.Module, inputs: Inputs) -> Call
 
 
 def our_step(network: SiT, inputs: Inputs, config: TrainConfig) -> Callable[[], float]:
-    """The body of the trainer's loop, batches from latents in memory and all."""
+    """The body of the trainer's loop on a CPU, batches from latents in memory and all.
+
+    On a GPU the trainer does not wait for each step's norm (:mod:`sit.training.step_checks`), and this does.
+    """
     network.train()
     network.forward = inputs.autocast()(network.forward)  # as Accelerate has it
     shape = (IMAGES, *inputs.x.shape[1:])
@@ -300,7 +303,7 @@ def our_step(network: SiT, inputs: Inputs, config: TrainConfig) -> Callable[[], 
         batch = {name: tensor.to(inputs.x.device, non_blocking=True) for name, tensor in next(batches).items()}
         loss, _ = objective(network, batch)
         loss.mean().backward()
-        norm = gradient_norm(parameters, config.max_grad_norm)
+        norm = gradient_norm(parameters, config.max_grad_norm).item()
         if math.isfinite(norm):
             optimizer.step()
             ema.step(averaged)

@@ -22,8 +22,7 @@ from sit.latents.pixels import PixelCodec
 from sit.latents.vae import check_channels, decode, downsampling, load_vae
 from sit.model import SiT
 from sit.sampling.config import SamplerConfig
-from sit.sampling.guidance import GuidedModel
-from sit.sampling.sampler import SAMPLERS
+from sit.sampling.sampler import SAMPLERS, guided_model
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 from sit.utils.reading import read_json
@@ -43,7 +42,7 @@ Callback = Callable[["SiTPipeline", int, float | None, dict[str, Any]], dict[str
 
 
 def _flattened(labels: Labels) -> Iterator[int | str]:
-    if isinstance(labels, torch.Tensor | np.ndarray):
+    if isinstance(labels, torch.Tensor | np.ndarray | np.generic):
         labels = labels.tolist()
     if isinstance(labels, int | float | str):
         yield labels
@@ -253,7 +252,7 @@ class SiTPipeline(DiffusionPipeline):
 
         latents = latents.to(device, torch.float32, copy=True)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
-        guided = GuidedModel(self.transformer, labels.to(device), config)
+        guided = guided_model(self.transformer, labels.to(device), config, latents)
         bar = self.progress_bar(count()) if config.adaptive else self.progress_bar(total=num_inference_steps)
         with bar:
 

@@ -26,9 +26,7 @@ def evaluation_of_run(config: TrainConfig, device: torch.device) -> FewSamples:
     from sit.metrics.few_samples import FewSamples
     from sit.sampling.config import SamplerConfig
 
-    sampler = SamplerConfig(
-        steps=config.preview_steps, cfg_scale=config.preview_cfg_scale if config.class_dropout else 1.0
-    )
+    sampler = SamplerConfig(steps=config.preview_steps, cfg_scale=config.preview_guidance).resolve(config.averages)
     reference = config.eval_reference or "digits"
     options = dict(seed=config.seed, image_size=config.image_size, device=device)
     return FewSamples(reference, config.eval_samples, sampler, **options)

@@ -453,7 +453,9 @@ def test_diffusers_words_give_the_same_prediction():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mixer", known_mixers())
+@pytest.mark.parametrize(
+    "mixer", [*known_mixers(), "atconv:scope=window", "atconv:scope=token", "linear_attention:qk_norm=true"]
+)
 def test_offloaded_and_narrowly_stored_weights(mixer):
     """Accelerate's offloading of each layer, and diffusers' storage in eight bits, which is the weights rounded so."""
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 5])

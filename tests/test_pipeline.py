@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from sit import SiTPipeline
+from sit.checkpoint.hub import model_card
 from sit.checkpoint.info import CheckpointInfo
 from sit.checkpoint.load import load_for_sampling
 from sit.checkpoint.save import save_checkpoint
@@ -151,6 +152,29 @@ def test_the_model_card_says_what_it_is_and_runs(folder, pipe, tmp_path, monkeyp
     code = code.replace("PATH OR NAME OF THIS FOLDER", str(folder)).replace("steps=250", "steps=2")
     exec(compile(code, "card", "exec"), {})
     assert Image.open(tmp_path / "sample.png").size == (32, 32)
+
+
+def test_labels_of_numpy(pipe):
+    assert pipe._label_tensor([np.int64(0), [np.arange(2)], np.int32(1)]).tolist() == [0, 0, 1, 1]
+
+
+def test_the_card_of_a_network_of_average_velocities_takes_one_step(tmp_path):
+    network = SiT(8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=2, average_velocity=True)
+    transport = Transport(prediction="average-velocity")
+    card = model_card(network, transport, CheckpointInfo(1, 1, (32, 32), 2), metrics={})
+    assert "pipe([0], num_inference_steps=1).images" in card
+
+
+def test_guidance_that_is_inside_is_not_changed_on_the_way(folder):
+    network = SiT(8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=2, average_velocity=True)
+    pipe = SiTPipeline(network, Transport(prediction="average-velocity"), None)
+    pipe.set_progress_bar_config(disable=True)
+
+    def change(pipe, *_):
+        pipe._guidance_scale = 2.0
+
+    with pytest.raises(UserError, match="guidance is part of what MeanFlow trains"):
+        pipe([0], num_inference_steps=2, output_type="latent", callback_on_step_end=change)
 
 
 def test_a_run_is_taken_for_its_newest_complete_checkpoint(folder, tmp_path):

@@ -34,6 +34,11 @@ def to_layout(
         raise UserError(
             f"`layout={layout}` knows no average velocity, which this network predicts; keep it in our layout"
         )
+    if config.get("positional_grid") is not None:
+        raise UserError(
+            f"`layout={layout}` lays the positional table over the network's own grid, and this one's is over "
+            f"{' x '.join(map(str, config['positional_grid']))}; keep it in our layout"
+        )
     _refuse_other_mixers(config["mixer"], layout)
     with torch.device("meta"):
         order = list(SiT.from_config(dict(config)).state_dict())

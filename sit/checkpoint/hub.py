@@ -47,7 +47,9 @@ def model_card(
     size = f"{height} x {width} pixels" if height else f"latents of {' x '.join(map(str, config['input_size']))}"
     names = ", ".join(info.label_names[:20]) + (", …" if len(info.label_names) > 20 else "")
     seen = f" after {info.step:,} steps ({info.images_seen:,} images seen)" if info.step else ""
-    guidance = "guidance_scale=1.5, " if config["null_class"] else "guidance_scale=1, "
+    options = f"guidance_scale={1.5 if config['null_class'] else 1}, num_inference_steps=250"
+    if transport.averages:  # has its guidance inside
+        options = "num_inference_steps=1"
     path = ", ".join(
         f"{name.replace('_', ' ')} {transport.config[name]}" for name in ("interpolant", "prediction", "loss_weight")
     )
@@ -65,7 +67,7 @@ def model_card(
         "## Use",
         "```python\nfrom sit import SiTPipeline  # the package sit-atconv\n\n"
         'pipe = SiTPipeline.from_pretrained("PATH OR NAME OF THIS FOLDER")\n'
-        f"images = pipe([0], {guidance}num_inference_steps=250).images\n"
+        f"images = pipe([0], {options}).images\n"
         'images[0].save("sample.png")\n```',
         "## Data",
         (f"Trained on `{info.data}`, " if info.data else "Trained on data that is not noted here, ")

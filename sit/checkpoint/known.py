@@ -26,6 +26,9 @@ from sit.utils.sizes import size_text
 HUB = "hf-hub:"
 """What begins the name of a repository on the Hub, as in timm: ``hf-hub:owner/name`` or ``hf-hub:owner/name/net.pt``"""
 
+TAKEN = ("*.json", "*.safetensors", "*.py")
+"""what is downloaded of a repository that is a checkpoint's folder; ``training/`` in it is not"""
+
 logger = logging.getLogger(__name__)
 
 
@@ -126,7 +129,7 @@ def _from_hub(name: str) -> Path:
         with quiet_hub():
             if inside:
                 return Path(hf_hub_download(repository, inside))
-            return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
+            return Path(snapshot_download(repository, allow_patterns=TAKEN, ignore_patterns=["training/*"]))
     except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(
             f"{name} can't be had from the Hub ({first_line(error)}): where there is a network, download it, and give "

@@ -100,8 +100,9 @@ def load_for_sampling(
         The network in evaluation mode, without gradients; its transport; the VAE on request; and the information.
 
     Raises:
-        UserError: nothing usable at ``path`` or ``guide``, a guide of other latents, or a file that is cut off, unsafe
-            to open or of another architecture; an average that can't be reconstructed.
+        UserError: nothing usable at ``path`` or ``guide``, a guide of other classes or of latents with other channels,
+            or a file that is cut off, unsafe to open or of another architecture; an average that can't be
+            reconstructed.
     """
     place = resolve(path)
     average = None if ema is None else find_reconstruction(place, ema)
@@ -123,7 +124,8 @@ def load_for_sampling(
     source = str(vae) if vae is not None else vae_source
     loaded = Loaded(model, transport, info, source, torch.device(device), place, average)
     if guide is not None:
-        loaded.guide = load_for_sampling(guide, vae=vae, device=device, dtype=dtype)
+        hints = overrides if resolve(guide).is_file() else {}  # what one file leaves open, its like does too
+        loaded.guide = load_for_sampling(guide, vae=vae, device=device, dtype=dtype, **hints)
         _check_guide(loaded, loaded.guide)
     return loaded
 

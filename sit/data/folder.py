@@ -65,8 +65,8 @@ class FolderSource:
         if (self.root / "manifest.json").is_file():
             raise UserError(f"`data={self.name}` is a latent cache; images are needed here")
         try:
-            self.classes, files = _classes_and_files(self.root)
-            if flat or not self.classes:
+            self.classes, files = ([], []) if flat else _classes_and_files(self.root)
+            if not self.classes:
                 self.classes, files = [ONE_CLASS], [image_files(self.root)]
             elif prefix := wrapping_folders((path for inside in files for path in inside), self.name):
                 self.root /= os.fsdecode(prefix)

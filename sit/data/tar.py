@@ -49,7 +49,7 @@ class TarSource:
         for number, file in enumerate(self.files):
             try:
                 with tarfile.open(file, "r:") as archive:
-                    if any(member.name.endswith(".cls") for member in files_in(archive)):
+                    if _has_labels_beside(archive):
                         raise UserError(f"`data={path}` holds WebDataset shards ({file}): give webdataset:{path}")
                     images = _images(archive) if one else _images_of_class(archive, file.stem)
                     found += [(*image[:2], number, *image[2:]) for image in images]
@@ -102,6 +102,13 @@ class TarSource:
 
     def contents(self) -> str:
         return hash_contents(self, self.places[:, 2], self._bytes)
+
+
+def _has_labels_beside(archive: tarfile.TarFile) -> bool:
+    """Whether labels lie beside the images, under their names, as in WebDataset's shards."""
+    names = [member.name.lower() for member in files_in(archive)]
+    images = {name.rpartition(".")[0] for name in names if name.endswith(EXTENSIONS)}
+    return any(name.endswith(".cls") or (name.endswith(".json") and name[:-5] in images) for name in names)
 
 
 def _images(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes, int, int]]:

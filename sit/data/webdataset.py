@@ -108,11 +108,12 @@ class WebDatasetSource(TarSource):
                 sample.class_name = class_name or sample.class_name
             elif ending == ".json":  # the label is known by .cls, the name of its class is here
                 content = archive.extractfile(member).read()
-                sample.class_name = self._label(content, ending, f"{member.name} in {file}")[1]
+                name = self._label(content, ending, f"{member.name} in {file}", wanted=False)[1]
+                sample.class_name = name or sample.class_name
         return iter(samples.values())
 
-    def _label(self, content: bytes, ending: str, where: str) -> tuple[int | None, str | None]:
-        """(label, name of its class) that a member tells."""
+    def _label(self, content: bytes, ending: str, where: str, *, wanted: bool = True) -> tuple[int | None, str | None]:
+        """(label, name of its class) that a member tells; the name alone if no label is ``wanted`` of it."""
         try:
             said: Any = json.loads(content)
         except ValueError as error:
@@ -120,13 +121,13 @@ class WebDatasetSource(TarSource):
         class_name = None
         if ending == ".json" and type(said) is not int:  # a caption or other notes have no label
             said = said if isinstance(said, dict) else {}
-            class_name = said.get("class_name")
+            class_name = said["class_name"] if isinstance(said.get("class_name"), str) else None
             said = said.get("label")
-            if said is None:
-                return None, None
+            if said is None or not wanted:
+                return None, class_name
         if type(said) is not int or not 0 <= said < MOST_CLASSES:
             raise UserError(f"`data={self.name}`: {where} has the label {str(said)[:40]!r}, which is no class's number")
-        return said, class_name if isinstance(class_name, str) else None
+        return said, class_name
 
     def _labels(self, samples: list[_Sample]) -> tuple[np.ndarray, list[str]]:
         """(labels (count,) int64, names of the classes); classes up to the largest label are there, seen or not."""

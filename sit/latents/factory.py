@@ -49,9 +49,11 @@ def open_latents(
         cache = CacheWithImages(spec, flip, beside) if keep_images else CachedLatents(spec, flip)
         cache.check(vae, vae_name, image_size)
         announce(spec, len(cache), len(cache.classes))
-        some = evenly_spaced(len(cache))
-        moments = torch.from_numpy(cache.moments(some, np.zeros(len(some), dtype=bool)))
-        note_spread(spec, spread(moments, cache.scaling))
+        measured = cache.manifest.spread
+        if not measured:  # encoded by version 0.1.0
+            some = evenly_spaced(len(cache))
+            measured = spread(torch.from_numpy(cache.moments(some, np.zeros(len(some), dtype=bool))), cache.scaling)
+        note_spread(spec, measured)
         return cache
     if beside is not None:
         raise UserError(f"`repa_images={beside}` belongs to a latent cache, and `data` has images itself: leave it out")

@@ -6,9 +6,12 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
 
 from sit.checkpoint.load import Loaded
+from sit.latents.vae import NotFinite, downsampling
 from sit.metrics.arguments import FeatureWeights
 from sit.metrics.evaluate import Against, measure
 from sit.metrics.features import default_features, get_extractors
@@ -48,18 +51,41 @@ class FewSamples:
     def __call__(self, loaded: Loaded, work: Path) -> dict[str, float]:
         """The metrics by name, such as ``fid`` and ``precision``; every process must call it, the main one gets them.
 
+        Raises:
+            NotFinite: a sample is NaN or infinite; in every process.
+
         Args:
             loaded: the network in evaluation mode, with its VAE.
             work: a folder that keeps the reference's features for the next time.
         """
-        samples = GeneratedImages(loaded, self.count, seed=self.seed, config=self.config)
+        samples = _BlackIfNotFinite(loaded, self.count, seed=self.seed, config=self.config)
         with WorkDirectory(str(work)) as place:
             measured = measure(samples, self.against, place)
-            if measured is None:
-                return {}
-            numbers = measured.report().numbers
-            shutil.rmtree(measured.place)
+            failed = any(gather_object([samples.failed]))
+            numbers = [] if measured is None or failed else measured.report().numbers
+            if measured is not None:
+                shutil.rmtree(measured.place)
+        if failed:
+            raise NotFinite("the samples are not finite")
         return {plain_name(number.name): number.value for number in numbers}
+
+
+class _BlackIfNotFinite(GeneratedImages):
+    """Samples that are black where they are not finite, so that no process leaves the others waiting.
+
+    Attributes:
+        failed: whether some are.
+    """
+
+    failed = False
+
+    def batch(self, numbers: np.ndarray) -> torch.Tensor:
+        try:
+            return super().batch(numbers)
+        except NotFinite:
+            self.failed = True
+            side = downsampling(self.loaded.vae)
+            return torch.zeros(len(numbers), 3, *(side * length for length in self.shape[1:]), dtype=torch.uint8)
 
 
 def plain_name(name: str) -> str:

@@ -101,8 +101,9 @@ class GeneratedImages(Images):
 
 def _told(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without diffusers' own entries, nor what networks of before were without and are now."""
+    later = {"average_velocity": False, "positional_grid": None}
     return {
         name: value
         for name, value in config.items()
-        if not name.startswith("_") and (name, value) != ("average_velocity", False)
+        if not name.startswith("_") and (name not in later or value != later[name])
     }

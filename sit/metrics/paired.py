@@ -57,7 +57,7 @@ def _paired(differences: np.ndarray, over: Unit) -> Difference:
 def over_samples(first: Estimate, second: Estimate) -> Difference:
     """The second metric less the first, of samples that share their groups: labels, noise and reference.
 
-    The paired delete-a-group jackknife: what both runs' groups have in common drops out of the error.
+    What both runs' groups have in common drops out of the error.
 
     Raises:
         ValueError: one has no replicates, or another number of them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 def check_kernel_size(kernel_size: int, option: str = "kernel_size") -> None:
@@ -40,11 +41,20 @@ def join_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def head_norms(dim: int, num_heads: int, wanted: bool) -> tuple[nn.Module, nn.Module]:
+class LayerNormOfAnyDtype(nn.LayerNorm):
+    """A LayerNorm that computes in the dtype of its input, whatever that of its weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def head_norms(
+    dim: int, num_heads: int, wanted: bool, kind: type[nn.LayerNorm] = nn.LayerNorm
+) -> tuple[nn.Module, nn.Module]:
     """LayerNorms over each head's queries, and keys (ViT-22B, arXiv 2302.05442, section 2); or two that do nothing."""
     if not wanted:
         return nn.Identity(), nn.Identity()
-    return nn.LayerNorm(dim // num_heads), nn.LayerNorm(dim // num_heads)
+    return kind(dim // num_heads), kind(dim // num_heads)
 
 
 def xavier_(mixer: nn.Module) -> None:

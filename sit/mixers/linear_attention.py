@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sit.mixers.layers import (
+    LayerNormOfAnyDtype,
     check_choice,
     check_heads,
     check_kernel_size,
@@ -68,7 +69,7 @@ class LinearAttention(nn.Module):
         check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))
         self.num_heads, self.feature_map = num_heads, feature_map
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm, self.k_norm = head_norms(dim, num_heads, qk_norm)
+        self.q_norm, self.k_norm = head_norms(dim, num_heads, qk_norm, LayerNormOfAnyDtype)
         self.conv: nn.Conv2d | None = None
         if conv:
             check_kernel_size(conv, "conv")
@@ -81,7 +82,7 @@ class LinearAttention(nn.Module):
         qkv, kind = self.qkv(x), x.device.type
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             q, k, v = split_heads(qkv.to(torch.promote_types(qkv.dtype, torch.float32)), self.num_heads)
-            q, k = _in_its_dtype(self.q_norm, q), _in_its_dtype(self.k_norm, k)
+            q, k = self.q_norm(q), self.k_norm(k)
             q, k = FEATURE_MAPS[self.feature_map](q), FEATURE_MAPS[self.feature_map](k)
             sums = k.transpose(-2, -1) @ F.pad(v, (0, 1), value=1.0)  # the column of ones adds up the keys
             mixed = q @ sums
@@ -90,10 +91,3 @@ class LinearAttention(nn.Module):
         if self.conv is not None:
             mixed = mixed + on_grid(self.conv, qkv.chunk(3, dim=-1)[2], grid)
         return self.proj(mixed)
-
-
-def _in_its_dtype(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``norm`` of x in x's dtype, whatever that of its weights."""
-    if not isinstance(norm, nn.LayerNorm):
-        return x
-    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -42,16 +43,19 @@ class GuidedModel:
         self.guide = guide
         self.evaluations = 0
         self.both: torch.Tensor | None = None
-        self.set_scale(config.cfg_scale)
+        self._look_for_null_label()
 
     def set_scale(self, scale: float) -> None:
         """Guide the evaluations to come by this scale; 1 is none.
 
         Raises:
-            UserError: guidance of a network that has no null label, without a guide.
+            UserError: guidance of a network that has no null label, without a guide, or that has it inside.
         """
-        self.scale = scale
-        if scale == 1 or self.labels is None or self.guide is not None:
+        self.config = dataclasses.replace(self.config, cfg_scale=scale)
+        self._look_for_null_label()
+
+    def _look_for_null_label(self) -> None:
+        if self.config.cfg_scale == 1 or self.labels is None or self.guide is not None:
             self.both = None
         elif self.both is None:
             self.both = torch.cat([self.labels, torch.full_like(self.labels, null_label_of(self.model))])
@@ -64,14 +68,14 @@ class GuidedModel:
         self.evaluations += 1
         if end is not None:
             return self._run(x, t, self.labels, end=times(end, x))
-        alone = self.both is None and (self.guide is None or self.scale == 1)
+        alone = self.both is None and (self.guide is None or self.config.cfg_scale == 1)
         if alone or not self._guided(t):
             return self._run(x, t, self.labels)
         if self.guide is not None:
             with_label, without = self._run(x, t, self.labels), self._run(x, t, self.labels, model=self.guide)
         else:
             with_label, without = self._run(torch.cat([x, x]), t, self.both).chunk(2)
-        guided = without + self.scale * (with_label - without)
+        guided = without + self.config.cfg_scale * (with_label - without)
         channels = self.config.cfg_channels or x.shape[1]
         return torch.cat([guided[:, :channels], with_label[:, channels:]], dim=1)
 

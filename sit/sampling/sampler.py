@@ -76,35 +76,61 @@ def sample(
     config = config.resolve(transport.averages)
     if noise.dtype not in (torch.float32, torch.float64):
         noise = noise.float()
-    guided: Callable[..., torch.Tensor] = GuidedModel(model, labels, config, guide)
-    if isinstance(model, SiT):
-        tokens = tokens_of(model, noise.shape)
-        if computes_apart(model, rows := group_of(tokens), tokens, noise.device):
-            guided = _in_groups(model, labels, config, rows=rows, guide=guide)
+    guided = guided_model(model, labels, config, noise, guide)
     sampler = SAMPLERS[config.sampler]
     return sampler(guided, transport, noise, config, step_noise=step_noise, on_step=on_step, reverse=reverse)
 
 
-def _in_groups(
-    model: SiT,
+def guided_model(
+    model: Callable[..., torch.Tensor],
     labels: torch.Tensor | None,
     config: SamplerConfig,
-    *,
-    rows: int,
-    guide: Callable[..., torch.Tensor] | None,
-) -> Callable[..., torch.Tensor]:
-    """A :class:`GuidedModel` that computes ``rows`` samples at a time, each group on a thread of its own."""
+    noise: torch.Tensor,
+    guide: Callable[..., torch.Tensor] | None = None,
+) -> GuidedModel | GuidedInGroups:
+    """The network as samplers call it on states like ``noise`` (B, C, h, w): a small one on a CPU in groups of rows.
 
-    def of_group(some: torch.Tensor | None, x: torch.Tensor, times: tuple[Any, ...], _tell: Tell) -> torch.Tensor:
-        return GuidedModel(model, some, config, guide)(x, *times)
+    Raises:
+        UserError: guidance of a network that has no null label.
+    """
+    if isinstance(model, SiT):
+        tokens = tokens_of(model, noise.shape)
+        if computes_apart(model, rows := group_of(tokens), tokens, noise.device):
+            return GuidedInGroups(model, labels, config, guide, rows=rows)
+    return GuidedModel(model, labels, config, guide)
 
-    def evaluate(x: torch.Tensor, *times: Any) -> torch.Tensor:
-        parts = x.split(rows)
-        given = [None] * len(parts) if labels is None else labels.split(rows)
-        jobs = [partial(of_group, some, part, times) for some, part in zip(given, parts, strict=True)]
+
+class GuidedInGroups:
+    """A :class:`GuidedModel`, whose arguments it has, that computes ``rows`` samples at a time, each group on a thread
+    of its own."""
+
+    def __init__(
+        self,
+        model: SiT,
+        labels: torch.Tensor | None,
+        config: SamplerConfig,
+        guide: Callable[..., torch.Tensor] | None,
+        *,
+        rows: int,
+    ) -> None:
+        self.labels, self.rows = labels, rows
+        self.whole = GuidedModel(model, labels, config, guide)
+
+    def set_scale(self, scale: float) -> None:
+        """As :meth:`GuidedModel.set_scale`."""
+        self.whole.set_scale(scale)
+
+    def __call__(self, x: torch.Tensor, *times: Any) -> torch.Tensor:
+        parts = x.split(self.rows)
+        given = [None] * len(parts) if self.labels is None else self.labels.split(self.rows)
+        jobs = [partial(self._of_group, some, part, times) for some, part in zip(given, parts, strict=True)]
         return torch.cat(run_apart(jobs))
 
-    return evaluate
+    def _of_group(
+        self, labels: torch.Tensor | None, x: torch.Tensor, times: tuple[Any, ...], _tell: Tell
+    ) -> torch.Tensor:
+        whole = self.whole
+        return GuidedModel(whole.model, labels, whole.config, whole.guide)(x, *times)
 
 
 def tokens_of(model: SiT, latent_shape: Sequence[int]) -> int:

@@ -124,7 +124,7 @@ class Study:
         return from_mapping(self.select.choices[choice], f"{source}: select", base)
 
 
-USUAL = {"trackers": (), "preview_every": 0, "keep_last": 1, "cpu_threads": 1}
+USUAL = {"trackers": (), "preview_every": 0, "eval_every": 0, "keep_last": 1, "cpu_threads": 1}
 """What a run of a study has unless the study says otherwise: one checkpoint, nothing to look at, and as many threads
 whatever else computes beside it, because a matrix product rounds by their number."""
 
@@ -246,6 +246,7 @@ def _check(study: Study) -> None:
 
 
 OWN = {
+    "eval_every": "; give evaluate: every",
     "output_dir": "; give `out`",
     "resume": "",
     "seed": "; give seeds",

@@ -32,6 +32,7 @@ from sit.utils.errors import UserError
 from sit.utils.image_grid import save_png, tile
 from sit.utils.precision import for_sampling
 from sit.utils.random import key
+from sit.utils.threads import use_threads
 
 GRID_ROWS = 2
 """samples of each class in a run's grid"""
@@ -65,7 +66,7 @@ def evaluate_run(run: Run, study: Study, steps: list[int], device: torch.device)
             f"where it was trained, or remove {run.json(study)} to train it again"
         )
     if device.type == "cpu":
-        torch.set_num_threads(run.config.cpu_threads or torch.get_num_threads())
+        use_threads(run.config.cpu_threads)
     dtype = for_sampling(settings.precision, device)
     against = _against(run, settings, checkpoints[steps[-1]], device)
     numbers: dict[str, Any] = {}

@@ -27,7 +27,7 @@ HOW_IT_RUNS = {
     "output_dir", "resume", "trackers", "log_every", "preview_every", "preview_steps", "preview_cfg_scale",
     "checkpoint_every", "keep_last", "keep_every", "cpu_threads", "workers", "tf32", "compile",
     "gradient_checkpointing", "gradient_accumulation", "non_finite_limit", "sample_eps", "heldout_every",
-    "project", "eval_every", "eval_samples", "eval_reference",
+    "project", "eval_every", "eval_samples", "eval_reference", "repa_images",
 }  # fmt: skip
 """Fields of TrainConfig in which runs of one study may differ: where, how and how closely watched they were made."""
 HOW_IT_IS_EVALUATED = {"every", "batch_size"}

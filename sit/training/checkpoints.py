@@ -61,7 +61,9 @@ def write_checkpoint(
                 mixer=config.mixer,
             ),
             training_state=save_training,
-            recipe=dataclasses.replace(config, output_dir=None, resume=None).to_yaml(),  # places are not published
+            recipe=dataclasses.replace(
+                config, output_dir=None, resume=None
+            ).to_yaml(),  # where the run lies is not published
             metrics=last_metrics(run / "metrics.jsonl", step),
         )
         prune_checkpoints(find_checkpoints(run), config.keep_last, config.keep_every)

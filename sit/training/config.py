@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -231,6 +232,11 @@ class TrainConfig:
             )
 
     @property
+    def preview_guidance(self) -> float:
+        """The guidance of previews and evaluations: none without a null label, or where training has it inside."""
+        return self.preview_cfg_scale if self.class_dropout and not self.averages else 1.0
+
+    @property
     def averages(self) -> bool:
         """Whether the network predicts average velocities, which MeanFlow trains."""
         return self.prediction == "average-velocity"
@@ -321,9 +327,10 @@ CHECKS = (
 """(fields, what must hold of their values, in words); None, where a field takes it, is always right."""
 
 
-def unsaid_before(name: str, now: Any, then: Any, repa: str | None) -> bool:
-    """Whether a setting differs by its default alone, which was another before: ``repa_block`` without ``repa``."""
-    return name == "repa_block" and repa is None and (now, then) == (None, 8)
+def as_said_today(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings, all of them, with today's default of what serves nothing: a block without ``repa``."""
+    is_unsaid = "repa" in settings and settings["repa"] is None and settings.get("repa_block") == 8
+    return {**settings, "repa_block": None} if is_unsaid else dict(settings)
 
 
 def fixed_fields() -> list[str]:

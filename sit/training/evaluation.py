@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from tqdm import tqdm
 
 from sit.checkpoint.info import CheckpointInfo
 from sit.checkpoint.load import Loaded
+from sit.latents.vae import NotFinite
 from sit.model import SiT
 from sit.training.config import TrainConfig
 from sit.training.data import Opened
@@ -20,7 +20,9 @@ from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 
 Evaluation = Callable[[Loaded, Path], dict[str, float]]
-"""Called by every process with the network and a work folder, it gives the metrics by name; on the main process."""
+"""Called by every process with the network and a work folder, it gives the metrics by name, on the main process.
+
+It raises NotFinite in every process where samples are not finite."""
 
 MakeEvaluation = Callable[[TrainConfig, torch.device], Evaluation]
 """Makes it of a run's settings, and raises UserError where that can't be."""
@@ -65,7 +67,7 @@ def log_evaluation(
 ) -> None:
     """Evaluate the averaged weights, and log the metrics as ``eval_…``; every process must call it.
 
-    Weights that are not finite cost a line, not the run.
+    Weights or samples that are not finite cost a line, not the run.
 
     Args:
         evaluation: what makes the metrics.
@@ -85,8 +87,11 @@ def log_evaluation(
             info = CheckpointInfo(step=step, classes=len(names), label_names=names, mixer=config.mixer)
             loaded = Loaded(network, transport, info, opened.vae_name, accelerator.device, folder)
             loaded.vae = opened.vae
-            metrics = evaluation(loaded, folder / WORK)
-            accelerator.log({f"eval_{name}": value for name, value in metrics.items()}, step=step)
-        elif accelerator.is_main_process:
-            tqdm.write(f"warning: no evaluation of step {step}: weights are not finite")
+            try:
+                metrics = evaluation(loaded, folder / WORK)
+                accelerator.log({f"eval_{name}": value for name, value in metrics.items()}, step=step)
+            except NotFinite as error:
+                accelerator.print(f"warning: no evaluation of step {step}: {error}")
+        else:
+            accelerator.print(f"warning: no evaluation of step {step}: weights are not finite")
     network.train()

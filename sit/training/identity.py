@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sit.checkpoint.donor import Donor
 from sit.latents.vae import vae_fingerprint
-from sit.training.config import TrainConfig, fixed_fields, unsaid_before
+from sit.training.config import TrainConfig, as_said_today, fixed_fields
 from sit.training.data import Opened
 from sit.training.distill import Distillation
 from sit.training.objective import Objective, layers
@@ -18,7 +17,7 @@ from sit.training.repa import Alignment
 from sit.utils.checksums import sealed, unsealed
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_write
-from sit.utils.fingerprint import state_fingerprint, weights_fingerprint
+from sit.utils.fingerprint import weights_fingerprint
 
 FILE = "identity.json"
 
@@ -49,8 +48,11 @@ class Identity:
     teacher: str | None = None
 
     @classmethod
-    def of(cls, config: TrainConfig, opened: Opened, objective: Objective, donor: Donor | None = None) -> Identity:
-        """That of a run about to be trained. Its cost: see :meth:`sit.data.dataset.Source.contents`."""
+    def of(cls, config: TrainConfig, opened: Opened, objective: Objective, donor: str | None = None) -> Identity:
+        """That of a run about to be trained. Its cost: see :meth:`sit.data.dataset.Source.contents`.
+
+        ``donor`` is :func:`~sit.utils.fingerprint.state_fingerprint` of what it began with, in its first start.
+        """
         settings = json.loads(json.dumps({name: getattr(config, name) for name in fixed_fields()}))
         parts, data = layers(objective), opened.data
         encoders = [part.encoder.network for part in parts if isinstance(part, Alignment)]
@@ -61,7 +63,7 @@ class Identity:
             list(data.classes),
             vae_fingerprint(opened.vae),
             encoder=weights_fingerprint(encoders[0]) if encoders else None,
-            donor=None if donor is None else state_fingerprint(donor.state),
+            donor=donor,
             teacher=weights_fingerprint(teachers[0]) if teachers else None,
         )
 
@@ -69,7 +71,7 @@ class Identity:
         """Raise UserError unless this is what the run was ``begun`` with; it names what differs."""
         for name, then in begun.settings.items():
             now = self.settings.get(name, then)
-            if now != then and not unsaid_before(name, now, then, begun.settings.get("repa")):
+            if now != then:
                 raise UserError(f"`{name}={now}` can't continue the run {run}, which was begun with {then}")
         if self.classes != begun.classes:
             raise UserError(
@@ -128,12 +130,13 @@ def read_identity(run: Path) -> Identity | None:
         if not has_checksum:
             raise ValueError
         content = {name: content.get(name) for name in SINCE_BEGINNINGS} | content
+        content["settings"] = as_said_today(content["settings"])
         return Identity(**{field.name: content[field.name] for field in dataclasses.fields(Identity)})
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror})") from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is damaged, so that nothing tells whether the data are the run's; remove it if you know they are"
         ) from error

@@ -54,8 +54,9 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
     shape, classes, images, assumed = describe_data(config)
     with naming(assumed), torch.device("meta"):
         network = create_model(config.model, **config.network_options(shape, classes))
-        patterns = [name for name in config.freeze if not name.startswith(SiT.PROJECTOR)]  # which is not here
-        frozen = set(freeze(network, patterns, config.train_only))
+        word = SiT.PROJECTOR.rstrip(".")  # a part that is not here
+        patterns = ([one for one in some if word not in one] for some in (config.freeze, config.train_only))
+        frozen = set(freeze(network, *patterns))
     parameters = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for name, p in network.named_parameters() if name not in frozen)
     forward = multiply_accumulates(network, shape)

@@ -62,7 +62,6 @@ def save_preview(
     columns = min(len(classes), COLUMNS)
     shown = [round(i * (len(classes) - 1) / max(1, columns - 1)) for i in range(columns)]
     labels = torch.tensor(shown * ROWS)
-    scale = config.preview_cfg_scale if config.class_dropout and not config.averages else 1.0
 
     def end_if_stopped(*_step: object) -> None:
         if stop.received_anywhere(accelerator):
@@ -77,7 +76,7 @@ def save_preview(
             torch.arange(len(labels)),
             labels,
             seed=config.seed,
-            config=SamplerConfig(steps=config.preview_steps, cfg_scale=scale),
+            config=SamplerConfig(steps=config.preview_steps, cfg_scale=config.preview_guidance),
             latent_shape=opened.data.latent_shape,
             device=accelerator.device,
             batch_size=len(labels),

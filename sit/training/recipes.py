@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from sit.training.config import TrainConfig, fixed_fields, unsaid_before
+from sit.training.config import TrainConfig, as_said_today, fixed_fields
 from sit.utils.choices import choices, understood
 from sit.utils.errors import UserError
 from sit.utils.reading import read_yaml, typed
@@ -39,7 +39,7 @@ def from_mapping(values: dict[str, Any], source: str, base: TrainConfig | None =
     Raises:
         UserError: an unknown field, or a value of the wrong type or that can't be; the message begins with ``source``.
     """
-    checked = typed(_as_fields(values, source), get_type_hints(TrainConfig), source)
+    checked = typed(as_said_today(_as_fields(values, source)), get_type_hints(TrainConfig), source)
     try:
         return dataclasses.replace(base or TrainConfig(), **checked)
     except UserError as error:
@@ -116,7 +116,7 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
     begun = load_run_settings(folder)
     for name in fixed_fields():
         now, then = getattr(config, name), getattr(begun, name)
-        if now != then and not unsaid_before(name, now, then, begun.repa):
+        if now != then:
             raise UserError(f"`{name}={now}` can't continue the run {folder}, which was begun with {then}")
 
 

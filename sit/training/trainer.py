@@ -47,6 +47,7 @@ from sit.training.trackers import start_trackers
 from sit.transport.transport import Transport
 from sit.utils.compile import should_compile
 from sit.utils.errors import UserError
+from sit.utils.fingerprint import state_fingerprint
 
 
 def train(config: TrainConfig, make_evaluation: MakeEvaluation | None = None) -> tuple[Path, bool]:
@@ -83,6 +84,8 @@ def run(
     network = make_network(config, data, donor, start)
     if donor is not None:
         accelerator.print(f"begun with {donor.place}: {take(network, donor, data.classes, config.transport_options())}")
+    begun_with = None if donor is None else state_fingerprint(donor.state)
+    del donor  # as large as the network
     objective = make_objective(config, data, transport, network, accelerator, first_step=start.step + 1)
     freeze(network, config.freeze, config.train_only)
     heldout = make_heldout_loss(opened.heldout, transport, accelerator)
@@ -96,7 +99,7 @@ def run(
     state = TrainingState(network, optimizer.optimizer, ema, accelerator.scaler, averages)
 
     # The run's folder, and what a checkpoint in it holds.
-    folder = open_folder(config, start, opened, accelerator, lambda: Identity.of(config, opened, objective, donor))
+    folder = open_folder(config, start, opened, accelerator, lambda: Identity.of(config, opened, objective, begun_with))
     if start.checkpoint is not None:
         state.load(start.checkpoint)
         accelerator.print(f"continuing from {start.checkpoint} after {start.step} steps")
@@ -134,8 +137,9 @@ def run(
                 group["lr"] = rate
 
             # Accumulate gradients.
+            objective = at_step(objective, step)  # what has come to its end goes, a teacher with it
             micro_batches = itertools.islice(batches, config.gradient_accumulation)
-            values, indices = accumulate_gradients(model, at_step(objective, step), micro_batches, accelerator)
+            values, indices = accumulate_gradients(model, objective, micro_batches, accelerator)
             accelerator.unscale_gradients(optimizer)
             norm = gradient_norm(parameters, config.max_grad_norm)
 

@@ -113,8 +113,9 @@ def ended_by_signals(statuses: Mapping[int, int], message: str, grace: float = G
         for number in statuses:
             before[number] = signal.signal(number, listener.handle)  # from here on it may raise
         yield
-    except BaseException:
-        if listener.first is None:
+    except BaseException as error:
+        saved = isinstance(error, SystemExit) and not isinstance(error, Signalled)  # told by whoever deferred it
+        if listener.first is None or saved:
             raise
         # whatever it is: a library that was interrupted, as in its import, may have made another error of it
         print(f"ended by {signal.Signals(listener.first).name}: {message}", file=sys.stderr, flush=True)

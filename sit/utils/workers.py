@@ -22,6 +22,9 @@ from sit.utils.compile import is_compiled
 SMALL = 4e9
 """multiply-accumulates of one evaluation below which a network is small: some 0.1 s of one core"""
 
+HOOKS = ("_hf_hook", "_diffusers_hook")
+"""attributes of a layer that Accelerate or diffusers does something around"""
+
 Result = TypeVar("Result")
 Tell: TypeAlias = Callable[..., None]
 """What a job calls with whatever its caller is to be told."""
@@ -34,7 +37,8 @@ class _Cancelled(BaseException):
 def computes_apart(network: nn.Module, rows: int, places: int, device: torch.device | str = "cpu") -> bool:
     """Whether a network's work is to be shared in groups: on a CPU, if it is small.
 
-    Compiled networks and sharded ones, which wait for other processes, are left as they are.
+    Compiled networks are left as they are, and sharded ones, which wait for other processes, and those whose weights
+    are put in place for each call of a layer, as offloading and casting layer by layer do.
 
     Args:
         network: the network.
@@ -43,7 +47,9 @@ def computes_apart(network: nn.Module, rows: int, places: int, device: torch.dev
         device: where it computes.
     """
     parameters = list(network.parameters())
-    if torch.device(device).type != "cpu" or is_compiled(network) or any(hasattr(p, "full_tensor") for p in parameters):
+    if torch.device(device).type != "cpu" or any(hasattr(parameter, "full_tensor") for parameter in parameters):
+        return False
+    if any(is_compiled(part) or any(hasattr(part, hook) for hook in HOOKS) for part in network.modules()):
         return False
     return rows * places * sum(parameter.numel() for parameter in parameters) < SMALL
 

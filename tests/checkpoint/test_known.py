@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from sit.checkpoint import known
 from sit.checkpoint.find import resolve
+from sit.checkpoint.info import CheckpointInfo
 from sit.checkpoint.known import KNOWN, KnownFile
-from sit.model import create_model
+from sit.checkpoint.load import load_for_sampling
+from sit.checkpoint.save import save_checkpoint
+from sit.model import SiT, create_model
+from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 
 CONTENT = bytes(range(256)) * 8
@@ -100,10 +106,32 @@ def test_the_sizes_are_those_of_the_networks():
     assert [KNOWN[name].least for name in ("SiT-XL-2-256x256", "REPA-SiT-XL-2-256x256")] == [4 * n for n in sizes]
 
 
+def test_a_checkpoint_that_was_uploaded_as_it_lies_is_read(tmp_path, monkeypatch):
+    """By huggingface_hub's own choice of files; what is only there to go on with stays there."""
+    network = SiT(8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=10)
+    whole, here = tmp_path / "step-0000001", tmp_path / "here"
+    save_checkpoint(
+        whole, model=network, transport=Transport(), vae_source=None, info=CheckpointInfo(1, 1, (32, 32), 10),
+        training_state=lambda folder: (folder / "optimizer.pt").write_bytes(b"moments"),
+    )  # fmt: skip
+
+    def download(repository: str, *, allow_patterns, ignore_patterns) -> str:
+        names = [path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()]
+        assert "training/optimizer.pt" in names
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (here / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(whole / name, here / name)
+        return str(here)
+
+    monkeypatch.setattr(known, "snapshot_download", download)
+    assert load_for_sampling("hf-hub:someone/net", device="cpu").model.config.depth == 1
+    assert not (here / "training").exists()
+
+
 def test_repositories_of_the_hub(tmp_path, monkeypatch):
     asked = []
 
-    def note(*args, **options) -> str:
+    def note(*args, **_options) -> str:
         asked.append(args)
         (tmp_path / "config.json").write_text("{}")
         return str(tmp_path)

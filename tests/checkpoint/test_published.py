@@ -505,6 +505,13 @@ def test_mixers_that_a_layout_lacks_are_refused(layout, mixer, tmp_path):
     assert "\n" not in str(caught.value) and not (tmp_path / "x.pt").exists()
 
 
+def test_a_table_that_is_laid_over_another_grid_is_not_exported(tmp_path):
+    network = SiT(8, patch_size=2, hidden_size=48, depth=2, num_heads=3, num_classes=7, positional_grid=(2, 2))
+    network.save_pretrained(tmp_path / "ours")
+    with pytest.raises(UserError, match="`layout=published` lays the positional table .* over 2 x 2"):
+        convert(Convert(tmp_path / "ours", tmp_path / "x.pt", layout="published"))
+
+
 def test_every_mixer_is_either_exported_or_refused():
     for layout in EXPORTED:
         tried = {spec.name for mixer in EXPORTED[layout] + REFUSED[layout] for spec in parse_mixers(mixer)}

@@ -112,6 +112,15 @@ def test_shards_with_labels_as_text_and_as_json(tmp_path):
     assert in_both(open_images(f"webdataset:{bare}", 8), data, np.arange(2)) == [0, 1]
 
 
+@pytest.mark.parametrize("note", [{"class_name": "cat"}, {"class_name": "cat", "label": "a word"}])
+def test_a_class_is_named_beside_a_label_whatever_else_is_there(tmp_path, note):
+    members = {"1.png": png(1), "1.cls": b"0", "1.json": json.dumps(note).encode()}
+    for number, order in enumerate((members, dict(reversed(members.items())))):
+        tar(tmp_path / f"{number}.tar", order)
+        if note.get("label") is None or not number:
+            assert open_images(f"webdataset:{tmp_path}/{number}.tar", 8).classes == ["cat"]
+
+
 @pytest.mark.parametrize(
     "members, words",
     [
@@ -133,11 +142,12 @@ def test_shards_that_do_not_serve(tmp_path, members, words):
 
 
 def test_shards_are_not_taken_for_one_tar_a_class(tmp_path):
-    for number in range(2):
-        tar(tmp_path / f"s-{number}.tar", {"in/1.png": png(1), "in/1.cls": b"0"})
-    for spec in (tmp_path, tmp_path / "s-0.tar"):
-        with pytest.raises(UserError, match=f"holds WebDataset shards .*: give webdataset:{spec}"):
-            open_images(str(spec))
+    for ending in ("json", "CLS", "cls"):
+        for number in range(2):
+            tar(tmp_path / f"s-{number}.tar", {"in/1.png": png(1), f"in/1.{ending}": b"0"})
+        for spec in (tmp_path, tmp_path / "s-0.tar"):
+            with pytest.raises(UserError, match=f"holds WebDataset shards .*: give webdataset:{spec}"):
+                open_images(str(spec))
     with pytest.raises(UserError, match="s-2.tar can't be read: No such file"):
         open_images(f"{tmp_path}/s-{{0..2}}.tar")
     (tmp_path / "s-1.tar").write_bytes((tmp_path / "s-1.tar").read_bytes()[:1500])

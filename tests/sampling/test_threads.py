@@ -6,13 +6,17 @@ import threading
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
+from sit import SiTPipeline
 from sit.checkpoint.load import load_for_sampling
+from sit.model import SiT
 from sit.sampling import sampler
 from sit.sampling.config import SamplerConfig
 from sit.sampling.images import balanced_labels, sample_images
 from sit.sampling.sampler import generate, sample
 from sit.utils.errors import UserError
+from sit.utils.workers import computes_apart
 
 CONFIGS = {
     "sde": SamplerConfig(steps=4, cfg_scale=1.5),
@@ -51,7 +55,7 @@ def test_the_same_images_with_any_number_of_threads(loaded, with_threads, monkey
 
 
 def test_the_same_latents_of_one_batch_of_noise(loaded, with_threads):
-    """What the pipeline calls, with guidance, in groups of 16 rows; and near to what the whole batch at once gives."""
+    """What --reverse calls too, with guidance, in groups of 16 rows; and near to what the whole batch at once gives."""
     noise, labels = torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(20) % 10
     config, found = SamplerConfig("ode", 3, "euler", cfg_scale=2.0), []
     for threads in (1, 2):
@@ -67,6 +71,28 @@ def test_the_same_latents_of_one_batch_of_noise(loaded, with_threads):
         rtol=0,
         atol=1e-5,
     )
+
+
+def test_the_pipeline_computes_in_the_same_groups(loaded, checkpoint, with_threads):
+    pipe = SiTPipeline.from_pretrained(checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    noise, labels = torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(20) % 10
+    options = dict(latents=noise, output_type="latent", sampler="ode", method="euler")
+    found = [sample(loaded.model, loaded.transport, noise, labels, SamplerConfig("ode", 3, "euler", cfg_scale=2.0))]
+    for threads in (1, 2):
+        with_threads(threads)
+        found.append(pipe(labels.numpy(), guidance_scale=2.0, num_inference_steps=3, **options).images)
+    assert torch.equal(found[1], found[2]) and torch.equal(found[0], found[1])
+
+
+def test_layers_whose_weights_come_as_they_are_called_are_no_work_for_threads():
+    network = SiT(8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=10)
+    assert computes_apart(network, 4, 16)
+    network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert not computes_apart(network, 4, 16)
+    network = SiT(8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=10)
+    cpu_offload(network, torch.device("cpu"))
+    assert not computes_apart(network, 4, 16)
 
 
 def test_the_first_sample_is_told_apart(loaded, with_threads):

@@ -107,6 +107,7 @@ def test_checkpoints_are_where_they_are_evaluated(study):
         (BASE + "variants: [{name: A, model: SiT-M/2}]", "A: .*SiT-M/2"),
         (BASE + "variants: [{name: A, seeds: 3}]", "A: seeds must be a list of integers, not 3"),
         (BASE + "variants: [{name: A, seed: 3}]", "A: seed is the study's own to set; give seeds"),
+        (BASE + "variants: [{name: A, eval_every: 3}]", "eval_every is the study's own to set; give evaluate"),
         (BASE + "variants: [{name: a b}, {name: a/b}]", "two are called 'a-b'"),
         (BASE.replace("[3, 4]", "[3, 3]") + VARIANTS, "seeds must name at least one seed, and each once"),
         (BASE + VARIANTS + "vary: luck", "vary: 'luck'"),

@@ -15,8 +15,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sit.checkpoint.load import load_for_sampling
+from sit.latents.vae import NotFinite
 from sit.metrics.evaluate import evaluate
 from sit.metrics.features import get_extractor
+from sit.metrics.few_samples import FewSamples
 from sit.metrics.generated import GeneratedImages
 from sit.metrics.image_sets import open_samples
 from sit.sampling.config import SamplerConfig
@@ -142,6 +144,23 @@ def test_what_can_not_be_evaluated_is_told(tmp_path):
         TrainConfig(eval_samples=1)
     with pytest.raises(UserError, match="nowhere: no such folder"):
         evaluation_of_run(TrainConfig(eval_every=1, eval_reference=str(tmp_path / "nowhere")), torch.device("cpu"))
+
+
+def test_a_network_of_average_velocities_is_evaluated_without_guidance():
+    config = dataclasses.replace(load_recipe("digits-meanflow"), eval_every=1)
+    sampler = evaluation_of_run(config, torch.device("cpu")).config
+    assert config.preview_cfg_scale > 1 and (sampler.sampler, sampler.cfg_scale) == ("meanflow", 1.0)
+
+
+def test_samples_that_are_not_finite_cost_a_line(checkpoint, tmp_path):
+    """In every process: the evaluation itself says so, after all have made their part."""
+    loaded = load_for_sampling(checkpoint, device="cpu")
+    few = FewSamples("digits:heldout", 12, SamplerConfig(steps=2), seed=0, image_size=32, device=torch.device("cpu"))
+    assert few(loaded, tmp_path)["fid"] > 0
+    loaded.model.final_layer.linear.bias.data.fill_(torch.inf)
+    with pytest.raises(NotFinite, match="not finite"):
+        few(loaded, tmp_path)
+    assert [place.name.split("-")[0] for place in tmp_path.iterdir()] == ["reference"], "nothing of it is kept"
 
 
 def test_a_tracker_of_ones_own_is_taken(monkeypatch):

@@ -152,6 +152,23 @@ def test_what_was_swallowed_before_is_among_the_deferred():
     assert found[:2] == (0, "True\n")
 
 
+def test_whoever_deferred_a_signal_tells_the_end_alone():
+    found = end_of(
+        """
+        with ended_by_signals(TRAINING, "nothing was saved"):
+            try:
+                wait()
+            except BaseException:
+                pass
+            with deferred_signals(TRAINING) as came:
+                print("saved", flush=True)
+                raise SystemExit(TRAINING[came[0]])
+        """,
+        signal.SIGTERM,
+    )
+    assert found[:2] == (85, "saved\n")
+
+
 def test_a_childs_signals_are_its_own_and_the_end_is_undisturbed():
     found = end_of(
         """
