@@ -71,7 +71,7 @@ def test_a_disk_without_room_is_told_before_sampling(evaluate, tmp_path, monkeyp
     with pytest.raises(SystemExit):
         evaluate.run(*words)
     flag = words[0] if words else "--work-dir"
-    assert f"GB: make room, or choose another disk by {flag}" in capsys.readouterr().err
+    assert f" KB: make room, or choose another disk by {flag}" in capsys.readouterr().err
     assert not evaluate.made and not list(tmp_path.glob("*.npz"))
 
 
