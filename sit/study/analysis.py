@@ -91,8 +91,13 @@ def groups(study: Study, records: Mapping[str, Mapping[str, Any]], cause: str) -
     return found
 
 
-def analyze(study: Study, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """All numbers of the report but those of the selection, from the JSONs of the runs that are compared."""
+def analyze(
+    study: Study, records: Mapping[str, Mapping[str, Any]], paces: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """All numbers of the report but those of the selection, from the JSONs of the runs that are compared.
+
+    ``paces`` are seconds of a step by variant; None takes the runs' own.
+    """
     found = [group for group in groups(study, records, study.vary[0]) if group.records]
     fid = fid_name(records.values())
     primary = [LOSS, *([fid] if fid else [])]
@@ -107,7 +112,7 @@ def analyze(study: Study, records: Mapping[str, Mapping[str, Any]]) -> dict[str,
             "over seeds": {name: pairing(found, name) for name in primary},
             "over images": {LOSS: pairing_of_images(found)},
         },
-        "seconds": at_equal_seconds(found, fid),
+        "seconds": at_equal_seconds(found, fid, paces),
     }
 
 
@@ -243,13 +248,14 @@ def _ratios(paired: Mapping[str, float], unpaired: Mapping[str, float]) -> dict[
     return {"by_variant": ratios, "all": sum(paired.values()) / total if total else None}
 
 
-def at_equal_seconds(found: list[Found], fid: str | None) -> dict[str, Any]:
+def at_equal_seconds(found: list[Found], fid: str | None, paces: Mapping[str, float] | None = None) -> dict[str, Any]:
     """Differences to the first variant after as many seconds as the fastest variant's training takes.
 
     Between measurements the held-out loss and the logarithm of FID are interpolated linearly in time; a run counts at
-    the seconds a step of its variant. Every run is then at another part of its schedule of learning rates.
+    the seconds a step of its variant, ``paces``'s or the runs' own. Every run is then at another part of its schedule
+    of learning rates.
     """
-    paces = {group.name: group.seconds_per_step for group in found}
+    paces = {group.name: (paces or {}).get(group.name, group.seconds_per_step) for group in found}
     ends = [paces[group.name] * one["config"]["steps"] for group in found for one in group.records.values()
             if paces[group.name]]  # fmt: skip
     if not ends:

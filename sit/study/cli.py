@@ -38,6 +38,8 @@ class Arguments:
     """print the command of each run that can be started now, for a cluster's array job, and start nothing"""
     report_only: bool = False
     """write the report of what is there, and start nothing"""
+    measure_speed: bool = False
+    """time a training step of each variant, in turn and with nothing beside it, for the report; train nothing"""
     run: str | None = None
     """do this run alone, in this process and those launched with it; what the lines of --print-commands do"""
 
@@ -48,7 +50,7 @@ class Arguments:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"`{name}` must be positive, not {value}")
-        modes = [name for name in ("dry_run", "print_commands", "report_only") if getattr(self, name)]
+        modes = [name for name in ("dry_run", "print_commands", "report_only", "measure_speed") if getattr(self, name)]
         modes += ["run"] if self.run is not None else []
         if len(modes) > 1:
             raise UserError(f"`{modes[0]}` and `{modes[1]}` exclude each other")
@@ -64,6 +66,11 @@ def run_study(arguments: Arguments) -> bool:
     from sit.study.report import write_report  # torch comes once the file is read
     from sit.study.schedule import Known, carry_out, carry_out_here, command_lines
 
+    if arguments.measure_speed:
+        from sit.study.speed import measure
+
+        print(f"speeds: {measure(study)}")
+        return True
     known = Known(study)
     state = known.state()
     names = {name for run in state.runs for name in (run.name, run.variant)}

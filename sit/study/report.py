@@ -12,6 +12,7 @@ from sit.study.analysis import LOSS, analyze, groups
 from sit.study.config import Study
 from sit.study.relations import agreement, causes, points
 from sit.study.schedule import State
+from sit.study.speed import measured
 from sit.utils.errors import UserError
 from sit.utils.files import replaced_folder
 
@@ -32,7 +33,10 @@ def numbers(study: Study, state: State) -> dict[str, Any]:
         "selection": selection(study, state),
     }
     if compared:
-        found |= analyze(study, compared)
+        speeds = measured(study)
+        if speeds is not None:
+            found["speeds"] = speeds
+        found |= analyze(study, compared, speeds and speeds["seconds_per_step"])
         if found["fid"]:
             found["points"] = points(compared, found["fid"])
             found["agreement"] = agreement(found["points"])

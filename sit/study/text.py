@@ -178,6 +178,16 @@ def _pairing(found: Mapping[str, Any], first: str) -> list[str]:
     ]
 
 
+def _speeds(found: Mapping[str, Any]) -> str:
+    apart = found.get("speeds")
+    if apart is None:
+        return "Speeds are medians over the rows of the runs' metrics: work beside a run is in them."
+    return (
+        f"Speeds were measured apart, steps of all variants in turn in one process: `{apart['command']}`, on "
+        f"{apart['machine']}, {apart['date']}; medians of {apart['repeats']}."
+    )
+
+
 def _seconds(found: Mapping[str, Any], first: str, images: Mapping[str, str]) -> list[str]:
     seconds = found["seconds"]
     if not seconds:
@@ -186,9 +196,9 @@ def _seconds(found: Mapping[str, Any], first: str, images: Mapping[str, str]) ->
     lines = [
         "## At equal seconds",
         "",
-        f"After {seconds['seconds']:.4g} seconds of training, what the fastest variant takes for all its steps; speeds "
-        "are medians over the rows of the runs' metrics. Slower variants are then in the middle of their schedule of "
-        "learning rates: variants with `steps` of their own compare finished trainings.",
+        f"After {seconds['seconds']:.4g} seconds of training, what the fastest variant takes for all its steps. "
+        f"{_speeds(found)} Slower variants are then in the middle of their schedule of learning rates: variants with "
+        "`steps` of their own compare finished trainings.",
         "",
     ]
     metrics = list(dict.fromkeys(name for one in seconds["metrics"].values() for name in one))

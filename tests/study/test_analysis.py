@@ -108,6 +108,9 @@ def test_equal_seconds(records):
         first, last = (math.log(one["evaluation"]["steps"][step][0]["value"]) for step in ("10", "20"))
         assert told[FID]["by_seed"][seed] == pytest.approx(math.exp(first + (last - first) / 3))
         assert found["metrics"]["b"][LOSS]["by_seed"][seed] == records[f"b-seed{seed}"]["heldout"]["loss"][1]
+    apart = at_equal_seconds(groups, FID, {"a": 1.0, "b": 2.0})  # measured apart, it is the other way round
+    assert apart["seconds"] == 20
+    assert apart["metrics"]["b"][LOSS]["by_seed"][0] == records["b-seed0"]["heldout"]["loss"][0]
     for one in groups[0].records.values():  # 40 s are 8 steps: before the first measurement
         one["speed"] = {"seconds_per_step": 5.0}
     assert at_equal_seconds(groups, FID)["metrics"]["a"] == {}

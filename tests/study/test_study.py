@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from scipy import stats
@@ -17,6 +18,8 @@ from sit.study.analysis import LOSS
 from sit.study.cli import Arguments, run_study
 from sit.study.config import read_study
 from sit.study.schedule import Known
+from sit.study.speed import training_step
+from sit.training.recipes import from_mapping
 from sit.training.run_folder import read_metrics
 from sit.utils.errors import UserError
 
@@ -66,6 +69,44 @@ def done(tmp_path_factory) -> Path:
 
 def study_of(out: Path):
     return read_study(out.parent / "digits.yaml", str(out))
+
+
+def test_speeds_measured_apart(done, tmp_path, monkeypatch, capsys):
+    """The report takes them, says where they are from, and is refused what is no speed; others' it leaves."""
+    out = tmp_path / "out"
+    shutil.copytree(done / "runs", out / "runs")
+    file = str(done.parent / "digits.yaml")
+    seconds = iter(range(1000))
+    monkeypatch.setattr("sit.utils.timing.time.perf_counter", lambda: float(next(seconds)))
+    assert run_study(Arguments(file, out=str(out), measure_speed=True))
+    told = json.loads((out / "speed.json").read_text())
+    assert told["seconds_per_step"] == {"attention": 1.0, "depthwise & table": 1.0} and told["repeats"] == 9
+    told["seconds_per_step"]["attention"] = 2.0
+    (out / "speed.json").write_text(json.dumps(told))
+    assert run_study(Arguments(file, out=str(out), report_only=True))
+    found = json.loads((out / "report" / "numbers.json").read_text())
+    assert found["seconds"]["seconds"] == 4.0 and found["seconds"]["seconds_per_step"] == told["seconds_per_step"]
+    assert "measured apart" in (out / "report" / "README.md").read_text()
+    told["seconds_per_step"] = {"another": 1.0}
+    (out / "speed.json").write_text(json.dumps(told))
+    run_study(Arguments(file, out=str(out), report_only=True))
+    assert "speeds" not in json.loads((out / "report" / "numbers.json").read_text())
+    (out / "speed.json").write_text("[]")
+    with pytest.raises(UserError, match=r"speed.json holds no speeds .* --measure-speed again"):
+        run_study(Arguments(file, out=str(out), report_only=True))
+
+
+def test_a_step_whose_speed_is_measured_trains(done):
+    """The weights move; a step of another objective is refused."""
+    study = study_of(done)
+    step = training_step(study.config(study.variants[0], None), torch.device("cpu"), "attention")
+    network = next(cell.cell_contents for cell in step.__closure__ if hasattr(cell.cell_contents, "parameters"))
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    repa = from_mapping({"repa": "dinov2"}, "here", study.config(study.variants[0], None))
+    with pytest.raises(UserError, match="minimizes more than the plain objective"):
+        training_step(repa, torch.device("cpu"), "attention")
 
 
 def test_a_run_leaves_what_the_report_needs(done):
