@@ -21,7 +21,7 @@ from sit.model import create_model
 from sit.utils.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-frechet, loader, mixers, overhead, reference_memory, sampler_order, sampling_cpu, speed, xl_step = map(
+frechet, loader, mixers, overhead, reference_memory, sampler_order, sampling_cpu, shares, speed, xl_step = map(
     importlib.import_module,
     (
         "frechet",
@@ -31,6 +31,7 @@ frechet, loader, mixers, overhead, reference_memory, sampler_order, sampling_cpu
         "reference_memory",
         "sampler_order",
         "sampling_cpu",
+        "shares",
         "speed",
         "xl_step",
     ),
@@ -134,6 +135,22 @@ def test_the_exact_velocity_is_the_derivative_of_the_quantiles():
         before, x, after = (sampler_order.quantiles(velocity.path, t, 9) for t in (0.599, 0.6, 0.601))
         found = velocity(x, torch.full((9,), 0.6, dtype=torch.float64))
         torch.testing.assert_close(found, (after - before) / 0.002, rtol=1e-4, atol=1e-4)
+
+
+def test_shares(run):
+    """They add up to one, and the largest is matrix products; names are put where they belong."""
+    out, found = run(shares, "--model", "SiT-XS/2", "--pixels", 64, "--batch-size", 1, "--repeats", 1)
+    assert list(found["shares"]) == [f"{m}, {p}" for m in ("atconv", "attention") for p in ("forward", "training")]
+    for one in found["shares"].values():
+        assert sum(sum(kind.values()) for kind in one.values()) == pytest.approx(1) and one["matrix products"]
+    assert found["shares"]["attention, forward"]["attention"] and "| matrix products |" in out
+    names = {
+        "aten::addmm": "matrix products", "aten::_to_copy": "casts and copies", "aten::copy_": "casts and copies",
+        "aten::native_layer_norm_backward": "norms", "aten::gelu_backward": "activations", "aten::mul_": "modulation, "
+        "gates, residuals and taps", "aten::mkldnn_convolution": "convolution", "aten::view": "other",
+        "aten::_scaled_dot_product_flash_attention_for_cpu": "attention", "aten::mm": "matrix products",
+    }  # fmt: skip
+    assert {name: shares.kind_of(name) for name in names} == names
 
 
 @pytest.mark.slow
@@ -252,6 +269,7 @@ def test_every_benchmark_says_what_it_is_for(name, monkeypatch, capsys):
         (sampling_cpu, {"threads": 1}, "`threads` must be at least 2, not 1"),
         (sampling_cpu, {"busy": (-1,)}, "`busy=-1` can't be less than 0"),
         (sampler_order, {"methods": ("guess",)}, "`method=guess`"),
+        (shares, {"pixels": 250}, "`pixels=250`: the side must be a multiple of 16"),
         (speed, {"models": ("SiT-Q/2",)}, "unknown model 'SiT-Q/2'"),
         (speed, {"pixels": (250,), "models": ("SiT-B/2",)}, "`pixels=250`: the side must be a multiple of 16"),
         (xl_step, {"model": "SiT-Q/2"}, "unknown model 'SiT-Q/2'"),
