@@ -34,7 +34,7 @@ class Config:
     """a new folder, or a digits' classifier made before, which the new one replaces"""
     steps: int = 1000
     batch_size: int = 128
-    lr: float = 3e-3
+    learning_rate: float = 3e-3
     seed: int = 0
 
 
@@ -61,7 +61,7 @@ def main(config: Config) -> None:
     source = generator(config.seed, "classifier")
     network = DigitsClassifier()
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps)
     for _ in trange(config.steps, desc="classifier"):
         chosen = fitted[torch.randint(len(fitted), (config.batch_size,), generator=source)]
         _, logits = network(warp(images[chosen], source))
