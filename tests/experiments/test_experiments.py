@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
+from sit.eval import main as evaluate_command
 from sit.model import create_model
 from sit.sampling.config import SamplerConfig
 from sit.study.config import read_study
@@ -24,8 +26,8 @@ from sit.utils.errors import UserError
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
 OTHER_FOLDERS = {"benchmarks", "scripts", "tests"}
-attnet_fashion, digits_table, transplant = map(
-    importlib.import_module, ("attnet_fashion", "digits_table", "transplant")
+attnet_fashion, digits_settings, digits_table, transplant = map(
+    importlib.import_module, ("attnet_fashion", "digits_settings", "digits_table", "transplant")
 )
 
 
@@ -128,7 +130,7 @@ def test_the_share_that_a_transplant_needs():
     assert [transplant.share_needed(losses, target) for target in (0.5, 0.45, 0.3)] == [0.2, 0.5, None]
 
 
-@pytest.mark.parametrize("name", ["attnet_fashion", "digits_table", "transplant"])
+@pytest.mark.parametrize("name", ["attnet_fashion", "digits_settings", "digits_table", "transplant"])
 def test_every_experiment_runs_by_its_path(name, monkeypatch, capsys):
     """With its own folder alone beside the packages, as ``python experiments/NAME.py`` has it."""
     monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).name not in OTHER_FOLDERS])
@@ -171,3 +173,29 @@ def test_digits_table(checkpoint, tmp_path, capsys):
     found = json.loads(path.read_text())
     assert len(found["reports"]) == 3 and {"machine", "date", "command"} <= set(found)
     assert capsys.readouterr().out.count("| atconv, ") == 2
+
+
+def test_digits_settings(checkpoint, tmp_path, capsys, monkeypatch):
+    """Each setting's samples are those of eval_fid.py with its flags; differences are to the row's own base."""
+    some = [digits_settings.PLAIN, "labels at random", digits_settings.GUIDED, "guidance of 1.5, all channels"]
+    monkeypatch.setattr(digits_settings, "SETTINGS", {name: digits_settings.SETTINGS[name] for name in some})
+    path, report = tmp_path / "settings.json", tmp_path / "report.json"
+    digits_settings.run(digits_settings.Arguments(str(checkpoint), num_samples=40, steps=5, json=path))
+    found = json.loads(path.read_text())["found"]
+    flags = ["--label-order", "uniform", "--steps", "5", "--num-samples", "40", "--json", str(report)]
+    monkeypatch.setattr(sys, "argv", ["eval_fid.py", "--ckpt", str(checkpoint), "--reference", "digits", *flags])
+    evaluate_command()
+    fid = json.loads(report.read_text())["numbers"][0]
+    assert found["labels at random"]["fid"]["value"] == pytest.approx(fid["value"])
+    for name, base in (("labels at random", some[0]), (some[2], some[0]), (some[3], some[2])):
+        values = [found[one]["fid"]["value"] for one in (base, name)]
+        pairs = np.subtract(*(found[one]["fid"]["replicates"] for one in (name, base)))
+        told = found[name]["difference"]
+        assert told["value"] == pytest.approx(values[1] - values[0])
+        low, high = stats.ttest_1samp(pairs, 0).confidence_interval()
+        assert told["error"] == pytest.approx((high - low) / 2)
+    assert f"(to {digits_settings.GUIDED})" in capsys.readouterr().out
+    for name, setting in digits_settings.SETTINGS.items():
+        assert digits_settings.config_of(setting, 250).steps == 250, name
+    with pytest.raises(UserError, match="fewer than 40"):
+        digits_settings.Arguments(str(checkpoint), num_samples=39)
