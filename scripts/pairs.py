@@ -92,10 +92,16 @@ def make_checkpoint(folder: Path) -> Path:
     return folder
 
 
+def start(words: list[str]) -> subprocess.Popen:
+    """Begin a program, of its words after ``python``; what it says on standard error is kept."""
+    return subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
 def flaw(program: Program, folder: Path, checkpoint: Path) -> str | None:
     """Run a pair; what is wrong with how it ended, None if nothing is."""
-    words = [sys.executable, *program.words(folder, checkpoint)]
-    pair = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "12"]
+    pair = [start(program.words(folder, checkpoint)) for _ in "12"]
     ends = [(process.communicate()[1], process.returncode, process.pid) for process in pair]
     (_, good, first), (told, bad, _) = sorted(ends, key=lambda end: end[1])
     lines = [line for line in told.splitlines() if line.startswith("error: ")]

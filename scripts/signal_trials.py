@@ -33,7 +33,6 @@ from sit.utils.errors import UserError, entry_point
 from sit.utils.record import write_record
 from sit.utils.signals import PLAIN, TRAINING
 
-ROOT = Path(__file__).parent.parent
 LIMIT = 10.0
 """seconds from the signal to the end"""
 LATE = 2 / 3
@@ -72,9 +71,7 @@ def words_of(name: str, folder: Path, checkpoint: Path) -> list[str]:
 
 def start(words: list[str]) -> subprocess.Popen:
     """Begin a program, and return when it listens to signals."""
-    process = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = pairs.start(words)
     while process.poll() is None and not _listens(process.pid):
         time.sleep(0.001)
     return process

@@ -43,6 +43,14 @@ def digits_are_encoded_once():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk():
+    """Files are to outlast a loss of power, which no test can cause; those of ``os.fsync`` look at its calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture
 def fresh_accelerate():
     """Accelerate keeps its state in the process; each training run of a test starts without it."""

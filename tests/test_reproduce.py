@@ -20,12 +20,12 @@ import torch
 import torch_fidelity.utils
 import yaml
 from diffusers import AutoencoderKL
+from few_directions import use_few_directions
 from PIL import Image
-from scipy import linalg
 from test_commands_in_docs import ROOT, commands_of, launches, merged
 
-from sit.metrics import distances, generated
-from sit.metrics.distances import RootedMoments, frechet_distance
+from sit.metrics import generated
+from sit.metrics.distances import frechet_distance
 from sit.metrics.features import INCEPTION_FILE
 from sit.metrics.moments import Moments
 
@@ -95,40 +95,8 @@ def stand_in(tmp_path, monkeypatch, fresh_accelerate, inception_weights) -> Path
         return made[feature_extractor_weights_path]
 
     monkeypatch.setattr(torch_fidelity.utils, "create_feature_extractor", once)
-    monkeypatch.setattr(distances, "linalg", FewDirections)
-    monkeypatch.setattr(RootedMoments, "product", lambda self, sigma: FewDirections.product(self, sigma))
+    use_few_directions(monkeypatch)
     return tmp_path
-
-
-class FewDirections:
-    """scipy's solvers, for covariances of few images: a matrix of low rank has few eigenvectors, found in no time."""
-
-    RANK = 16
-
-    @classmethod
-    def basis(cls, matrix: np.ndarray) -> np.ndarray:
-        """Orthonormal columns (D, RANK) that a symmetric matrix (D, D) maps into."""
-        return np.linalg.qr(matrix @ np.random.default_rng(0).standard_normal((len(matrix), cls.RANK)))[0]
-
-    @classmethod
-    def eigh(cls, matrix: np.ndarray, **_options: object) -> tuple[np.ndarray, np.ndarray]:
-        basis = cls.basis(matrix)
-        values, vectors = linalg.eigh(basis.T @ matrix @ basis)
-        found = basis @ vectors
-        np.testing.assert_allclose((found * values) @ found.T, matrix, atol=1e-6 * np.abs(matrix).max())
-        return values, found
-
-    @classmethod
-    def eigvalsh(cls, matrix: np.ndarray, **_options: object) -> np.ndarray:
-        return cls.eigh(matrix)[0]
-
-    @classmethod
-    def product(cls, reference: RootedMoments, sigma: np.ndarray) -> np.ndarray:
-        """:meth:`RootedMoments.product`."""
-        basis = cls.basis(reference.root)
-        root = basis.T @ reference.root @ basis
-        inner = root @ (basis.T @ sigma @ basis) @ root
-        return basis @ (inner + inner.T) @ (basis.T / 2)
 
 
 def test_few_directions_are_all_that_few_images_have():
@@ -137,8 +105,7 @@ def test_few_directions_are_all_that_few_images_have():
     first, second = (Moments.of(rng.standard_normal((6, 40))) for _ in range(2))
     expected = frechet_distance(first, second)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distances, "linalg", FewDirections)
-        patch.setattr(RootedMoments, "product", lambda self, sigma: FewDirections.product(self, sigma))
+        use_few_directions(patch)
         assert frechet_distance(first, second) == pytest.approx(expected)
 
 

@@ -26,6 +26,7 @@ from sit.compare.speed import measure_speed
 from sit.latents.encode import Encode, encode
 from sit.latents.vae import DIGITS_VAE
 from sit.metrics import cli as eval_fid
+from sit.metrics import extraction
 from sit.metrics.arguments import FeatureWeights
 from sit.metrics.generated import GeneratedImages
 from sit.metrics.report import Number, Report
@@ -62,10 +63,17 @@ def runs(tmp_path_factory) -> tuple[str, str]:
     return str(make_run(place / "a", "attention", (2, 4))), str(make_run(place / "b", "atconv", (4,)))
 
 
+@pytest.fixture
+def without_plots(monkeypatch) -> None:
+    """Drawing takes longer than all else; :func:`test_the_report` has the files."""
+    monkeypatch.setattr("sit.compare.compare.plot_losses", lambda *_: None)
+    monkeypatch.setattr("sit.compare.compare.plot_metrics", lambda *_: [])
+
+
 @pytest.mark.slow
 def test_the_report(runs, tmp_path):
     out = tmp_path / "report"
-    options = dict(num_samples=100, batch_size=50, speed_repeats=1, sampler=SamplerConfig(steps=2))
+    options = dict(num_samples=40, batch_size=20, speed_repeats=1, sampler=SamplerConfig(steps=2))
     compare(Arguments(runs, str(out), **options))
     numbers = json.loads((out / "numbers.json").read_text())["groups"]
     attention, atconv = numbers["SiT-XS/2 attention"], numbers["SiT-XS/2 atconv"]
@@ -150,7 +158,7 @@ def test_what_is_refused(runs, classifier_of_three, tmp_path):
     assert names == ["SiT-XS/2 attention (a)", "SiT-XS/2 attention (wider)"]  # other settings: no repetition
 
 
-def test_seeds_are_repetitions(tmp_path, monkeypatch):
+def test_seeds_are_repetitions(tmp_path, without_plots, monkeypatch):
     """Means, Student's intervals and paired differences against SciPy, from evaluations that are made up."""
     paths, values = [], {"attention": [5.0, 7.0, 6.0], "atconv": [4.0, 6.5, 4.5]}
     for mixer in values:
@@ -186,7 +194,7 @@ def test_seeds_are_repetitions(tmp_path, monkeypatch):
     assert {seed for *_, seed in seeds[6:]} == {7}
 
 
-def test_what_eval_fid_left_is_read_and_one_seed_is_paired_by_samples(runs, tmp_path, monkeypatch):
+def test_what_eval_fid_left_is_read_and_one_seed_is_paired_by_samples(runs, tmp_path, without_plots, monkeypatch):
     """Nothing is sampled again; the difference's interval is that of the paired groups, and holds for these weights."""
     made, batch = [], GeneratedImages.batch
     monkeypatch.setattr(
@@ -235,7 +243,7 @@ def test_a_folder_and_a_latent_cache_of_it_are_the_same_data(runs, tmp_path):
         open_runs((runs[0], str(gone)), ())
 
 
-def test_runs_are_compared_with_the_average_that_is_asked_for(tmp_path, monkeypatch):
+def test_runs_are_compared_with_the_average_that_is_asked_for(tmp_path, without_plots, monkeypatch):
     """Here the only one that is kept: weights of one value."""
     run = make_run(tmp_path / "a", "atconv", (2, 4))
     network = load_for_sampling(run).model
@@ -273,12 +281,14 @@ def test_the_command_that_is_printed_makes_the_same_arguments():
 
 
 @pytest.mark.distributed
-def test_on_two_processes_as_on_one(runs, tmp_path):
-    """520 samples, so that either has a chunk."""
-    options = dict(num_samples=520, at_steps=(4,), speed_repeats=0, sampler=SamplerConfig(steps=2), batch_size=100)
-    compare(Arguments(runs, str(tmp_path / "one"), **options))
-    words = ["--out", tmp_path / "two", "--num-samples", 520, "--at-steps", 4, "--speed-repeats", 0, "--steps", 2]
-    said = Connected(2, "-m", "sit.compare", *runs, *words, "--batch-size", 100).output()
+def test_on_two_processes_as_on_one(runs, tmp_path, without_plots, monkeypatch):
+    """In chunks of 16 images, so that either has some."""
+    monkeypatch.setattr(extraction, "CHUNK", 16)
+    options = dict(num_samples=40, at_steps=(4,), speed_repeats=0, sampler=SamplerConfig(steps=2), batch_size=10)
+    compare(Arguments(runs, str(tmp_path / "one"), reference="digits:heldout", **options))
+    words = ["--num-samples", 40, "--at-steps", 4, "--speed-repeats", 0, "--steps", 2, "--batch-size", 10]
+    words += ["--reference", "digits:heldout", "--out", tmp_path / "two"]
+    said = Connected(2, "-m", "sit.compare", *runs, *words).output()
     assert said.count("report: ") == 1
     one, two = (json.loads((tmp_path / name / "numbers.json").read_text()) for name in ("one", "two"))
     for group in one["groups"]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from few_directions import use_few_directions
 from PIL import Image
 from processes import Connected
 from safetensors.torch import load_file, save_file
@@ -123,7 +124,8 @@ def run_command(argv: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_inception_path_from_end_to_end(inception_weights, tmp_path):
+def test_the_inception_path_from_end_to_end(inception_weights, tmp_path, monkeypatch):
+    use_few_directions(monkeypatch)
     extractor = get_extractor("inception", CPU, str(inception_weights))
     stats = tmp_path / "stats.npz"
     write_npz(tmp_path / "real.npz", 6, seed=1)
@@ -384,14 +386,15 @@ def test_the_same_command_reads_what_it_made_and_replaced_weights_are_sampled_an
 
 
 @pytest.mark.distributed
-def test_from_a_checkpoint_on_one_process_and_on_two(checkpoint, tmp_path):
+def test_from_a_checkpoint_on_one_process_and_on_two(checkpoint, tmp_path, monkeypatch):
     """Sampled on the fly: the same numbers however many processes share the work."""
+    monkeypatch.setattr("sit.metrics.extraction.CHUNK", 32)
     values = []
     for processes in (1, 2):
         out = tmp_path / f"{processes}.json"
-        words = ["--ckpt", checkpoint, "--num-samples", 1040, "--reference", "digits:heldout", "--steps", 2]
+        words = ["--ckpt", checkpoint, "--num-samples", 80, "--reference", "digits:heldout", "--steps", 2]
         said = Connected(processes, "eval_fid.py", *words, "--json", out).output()
-        assert said.count("1040 samples of") == 1
+        assert said.count("80 samples of") == 1
         values.append([number["value"] for number in json.loads(out.read_text())["numbers"]])
     np.testing.assert_allclose(values[0], values[1], rtol=1e-6)
 

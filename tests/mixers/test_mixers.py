@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Forked
 
 from sit.mixers import (
     MixerSpec,
@@ -138,8 +137,10 @@ def test_a_package_brings_a_mixer_by_its_entry_point(tmp_path):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[sit.mixers]\nshift = stranger:Shift\nbroken = stranger:Missing\n")
-    program = (
-        "import torch\n"
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
         "from sit.utils.errors import UserError\n"
         "from sit.model import SiT\n"
         "m = SiT(input_size=4, patch_size=1, hidden_size=8, depth=2, num_heads=2, num_classes=2, mixer='shift:by=2')\n"
@@ -149,10 +150,10 @@ def test_a_package_brings_a_mixer_by_its_entry_point(tmp_path):
         "except UserError as error:\n"
         "    print(error)\n"
     )
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{program}"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert out[0] == "[2, 2] False"
-    assert out[1].startswith("mixer 'broken' of stranger:Missing can't be loaded")
+    said, errors = Forked(program, tmp_path).communicate()
+    first, second = said.splitlines() or [errors]
+    assert first == "[2, 2] False"
+    assert second.startswith("mixer 'broken' of stranger:Missing can't be loaded")
 
 
 def heads_of(mixer, x, heads):
@@ -504,15 +505,14 @@ def test_the_documents_numbers(pattern):
     with torch.device("meta"):
         two, four = (create_model("SiT-XL/2", mixer=pattern, depth=depth) for depth in (2, 4))
 
-    def at_28(count):
-        return count(two) + 13 * (count(four) - count(two))
-
-    assert f"{at_28(lambda network: sum(p.numel() for p in network.parameters())):,}" == parameters
+    of_two, of_four = (sum(p.numel() for p in network.parameters()) for network in (two, four))
+    assert f"{of_two + 13 * (of_four - of_two):,}" == parameters
     for side, told in zip((32, 64, 128), counts, strict=True):
-        assert f"{at_28(lambda network, side=side: multiply_accumulates(network, (4, side, side))) / 1e9:.2f}" == told
+        of_two, of_four = (multiply_accumulates(network, (4, side, side)) for network in (two, four))
+        assert f"{(of_two + 13 * (of_four - of_two)) / 1e9:.2f}" == told
         if layer:
             n, c = (side // 2) ** 2, 1152
-            per_block = (multiply_accumulates(four, (4, side, side)) - multiply_accumulates(two, (4, side, side))) / 2
             taps = parse_mixers(pattern)[0].options.get("kernel_size", 3)
+            per_block = (of_four - of_two) / 2
             assert per_block - 8 * n * c**2 - 6 * c**2 == evaluate(layer, N=n, C=c, k=taps, d=c // 16)
     assert positional == ("yes" if two.config.positional_embedding else "no")

@@ -70,7 +70,7 @@ def test_several_processes_make_the_same_images_each_once(checkpoint, tmp_path):
 def test_images_go_back_to_the_noise_that_makes_them(checkpoint, tmp_path, capsys):
     """Sampled again, the noise gives samples of the images' posteriors; the density is that by other probes."""
     words = ["--ckpt", checkpoint, "--data", "digits", "--num-samples", 3, "--batch-size", 2, "--sampler", "ODE",
-             "--method", "rk4", "--steps", 12, "--device", "cpu"]  # fmt: skip
+             "--method", "rk4", "--steps", 6, "--device", "cpu"]  # fmt: skip
     run(*words, "--reverse", "--out", tmp_path / "reverse")
     run(*words, "--likelihood", "--probes", 64, "--out", tmp_path / "likelihood")
     said = capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_images_go_back_to_the_noise_that_makes_them(checkpoint, tmp_path, capsy
 
     loaded, data = load_for_sampling(checkpoint, device=torch.device("cpu")), open_images("digits", 32)
     assert back["label"].tolist() == [data[number][1] for number in numbers]
-    config = SamplerConfig(sampler="ode", method="rk4", steps=12)
+    config = SamplerConfig(sampler="ode", method="rk4", steps=6)
     noise, labels = torch.from_numpy(back["noise"]), torch.from_numpy(back["label"])
     with torch.no_grad():
         latents = sample_latents(loaded.model, loaded.transport, noise, labels, config)

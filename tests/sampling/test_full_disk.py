@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Forked
 
 from sit.sampling.images import ImageBatch
 from sit.sampling.writer import writing_samples
@@ -55,10 +54,9 @@ SIZES = [0, 100, 2000, 10_000, 18_000, 22_000, 30_000, 10**6]
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("limited")
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(place), *map(str, SIZES)], check=True, capture_output=True, text=True
-    )
-    assert set(json.loads(done.stdout).values()) == {0}, "no process may die of a signal"
+    (place / "program.py").write_text(LIMITED)
+    said, errors = Forked(place / "program.py", place, *SIZES).communicate()
+    assert said and set(json.loads(said).values()) == {0}, f"no process may die of a signal: {errors}"
     return place
 
 

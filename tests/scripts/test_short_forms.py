@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import full_disk
 import fuzz
@@ -18,12 +16,17 @@ import peers_timm
 import pytest
 import signal_trials
 import torch
+from processes import Forked
 from small_programs import PROGRAMS, contents
 
 from sit.latents.vae import load_vae
 from sit.utils.errors import UserError
 
-ROOT = Path(__file__).parents[2]
+
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """The programs of the trials are forks of this process, which has all imports done."""
+    monkeypatch.setattr(pairs, "start", lambda words: Forked(*words))
 
 
 def test_the_vae_is_made(tmp_path, monkeypatch, capsys):
@@ -105,14 +108,14 @@ def test_another_end_on_a_full_disk_is_told():
     assert full_disk.unlike_names({"a": b"1", "b": b"2"}, {"a": b"3", "c": None, "out-unfinished/d": b""}) == [*"abc"]
 
 
-@pytest.mark.slow
-def test_signals_are_answered_at_the_start(tmp_path):
-    """In the middle too: ``tests/training/test_ends.py``."""
+def test_signals_are_answered_at_the_start(tmp_path, forked, monkeypatch):
+    """In the middle too, and in the imports: ``tests/training/test_ends.py``."""
+    monkeypatch.setattr(signal_trials, "STEPS", 3)
     words = ["--moments", "1", "--signals", "SIGUSR1", "--programs", "train", "--json", str(tmp_path / "signals.json")]
-    done = subprocess.run(
-        [sys.executable, "scripts/signal_trials.py", *words], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(sys, "argv", ["scripts/signal_trials.py", *words])
+    with pytest.raises(SystemExit) as end:
+        signal_trials.main()
+    assert end.value.code == 0
     (first,) = json.loads((tmp_path / "signals.json").read_text())["programs"]["train"]["trials"]
     assert first["status"] == 85 and first["saved_step"] == 0
     assert not first["wrong"]
@@ -191,8 +194,7 @@ def test_a_fuzzed_reader_that_fails_hangs_or_says_nothing_is_told(tmp_path, monk
         assert fuzz.is_clean({"checkpoint": counts}) == (outcome in ("one line", "right"))
 
 
-@pytest.mark.slow
-def test_of_two_programs_on_one_folder_one_works_and_the_other_says_who_holds_it(checkpoint, tmp_path):
+def test_of_two_programs_on_one_folder_one_works_and_the_other_says_who_holds_it(checkpoint, tmp_path, forked):
     """Sampling; the script has the other programs, of which ``tests/training/test_two_programs.py`` asks the same."""
     assert pairs.flaw(pairs.PROGRAMS["sample"], tmp_path / "place", checkpoint) is None
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import Forked
 from scipy import stats
 
 from sit.data.dataset import ImageData
@@ -222,9 +221,11 @@ def test_a_corrupt_image_is_named_through_the_workers(tmp_path):
 
 
 SIGNALLED = """
-import os, signal, itertools
+import os, signal, sys, itertools
+sys.path.insert(0, sys.argv[1])
 from test_loader import latent_data
 from sit.training.loader import training_batches
+os.setsid()
 signal.signal(signal.SIGTERM, lambda *_: print("main saw it", flush=True))
 batches = training_batches(latent_data(), 0, 12, workers=2)
 next(batches)
@@ -233,11 +234,9 @@ print(sum(len(batch["labels"]) for batch in itertools.islice(batches, 50)), flus
 """
 
 
-def test_workers_outlive_a_signal_to_the_whole_group_and_end_with_the_process():
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=60, start_new_session=True,
-        env=environment, cwd=os.path.dirname(os.path.abspath(__file__)),
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.split() == ["main", "saw", "it", "600"], ended.stderr
+def test_workers_outlive_a_signal_to_the_whole_group_and_end_with_the_process(tmp_path):
+    (tmp_path / "program.py").write_text(SIGNALLED)
+    process = Forked(tmp_path / "program.py", Path(__file__).parent)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert said.split() == ["main", "saw", "it", "600"], errors

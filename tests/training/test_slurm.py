@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import noted
+from processes import Forked, noted
 
 from sit.checkpoint.find import newest_checkpoint
 from sit.checkpoint.info import read_info
@@ -19,15 +20,31 @@ from sit.training.stop_signal import REQUEUE_EXIT
 
 ROOT = Path(__file__).parents[2]
 
+PYTHON = """
+import json, os, sys
+with open("task-" + os.environ["SLURM_PROCID"], "w") as task:
+    json.dump([os.getpid(), dict(os.environ), sys.argv[1:]], task)
+"""
+
 SRUN = """
-import os, subprocess, sys
+import json, os, subprocess, sys, time
 command = [word for word in sys.argv[1:] if not word.startswith("--")]
 assert len(sys.argv) - 1 - len(command) == 2, "srun's own options"
-tasks = [subprocess.Popen(command, env=os.environ | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)})
+begun = [subprocess.Popen(command, env=os.environ | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)})
          for task in range(int(os.environ["SLURM_NTASKS"]))]
-open("tasks", "w").write(" ".join(str(task.pid) for task in tasks) + "\\n")
-sys.exit(max(task.wait() for task in tasks))  # as srun does it, https://slurm.schedmd.com/srun.html
+status = max(task.wait() for task in begun)  # as srun does it, https://slurm.schedmd.com/srun.html
+if status or not os.path.exists("task-0"):
+    sys.exit(status)
+tasks = [json.load(open(f"task-{number}")) for number in range(len(begun))]
+assert [task[0] for task in tasks] == [task.pid for task in begun], "a signal to the task has to reach the program"
+with open("tasks.tmp", "w") as file:
+    json.dump([task[1:] for task in tasks], file)
+os.rename("tasks.tmp", "tasks")
+while not os.path.exists("status"):
+    time.sleep(0.01)
+sys.exit(int(open("status").read()))
 """
+"""writes down what its tasks are to run, and ends as the test says that they did, which runs them in forks"""
 
 SCONTROL = """
 import sys
@@ -38,7 +55,7 @@ else:
 """
 
 SMALL = (
-    "--data digits --vae digits --image-size 32 --model SiT-XS/4 --mixer attention --batch-size 8 --steps 100000 "
+    "--data digits:heldout --vae digits --image-size 32 --model SiT-XS/8 --mixer attention --batch-size 8 --steps 100000 "
     "--log-every 1 --preview-every 0 --cpu-threads 1 --trackers"
 )
 
@@ -46,7 +63,7 @@ SMALL = (
 def start(folder: Path, program: str) -> subprocess.Popen:
     """The job script with ``program`` in place of ``python``, in ``folder``."""
     (folder / "bin").mkdir()
-    interpreter = f"#!{sys.executable}\n"
+    interpreter = f"#!{sys.executable} -S\n"
     for name, text in (("srun", interpreter + SRUN), ("scontrol", interpreter + SCONTROL), ("python", program)):
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
@@ -61,21 +78,28 @@ def start(folder: Path, program: str) -> subprocess.Popen:
 
 @pytest.mark.distributed
 def test_a_signalled_job_saves_itself_and_goes_back_into_the_queue(tmp_path):
-    train = f"{sys.executable} {ROOT}/tests/processes.py {tmp_path}/notes {ROOT}/train.py"
-    program = f'#!/bin/bash\n[ "$1" = train.py ] || exit 3\nshift\nexec {train} "$@" {SMALL}\n'
-    job, run = start(tmp_path, program), tmp_path / "runs" / "xl2-atconv"
-    while not read_metrics(run / "metrics.jsonl"):
+    job, run = start(tmp_path, f"#!{sys.executable} -S\n{PYTHON}"), tmp_path / "runs" / "xl2-atconv"
+    while not (tmp_path / "tasks").exists():
         assert job.poll() is None, job.stdout.read()
-        time.sleep(0.1)
-    for task in (tmp_path / "tasks").read_text().split():
-        os.kill(int(task), signal.SIGUSR1)
-    output, _ = job.communicate(timeout=300)
-    assert job.returncode == REQUEUE_EXIT, output
+        time.sleep(0.01)
+    tasks = []
+    for environment, (file, *words) in json.loads((tmp_path / "tasks").read_text()):
+        noting = ROOT / "tests" / "processes.py", tmp_path / "notes", ROOT / file
+        tasks.append(Forked(*noting, *words, *SMALL.split(), environment=environment, folder=tmp_path))
+    while not read_metrics(run / "metrics.jsonl"):
+        assert all(task.poll() is None for task in tasks), [task.communicate() for task in tasks]
+        time.sleep(0.05)
+    for task in tasks:
+        task.send_signal(signal.SIGUSR1)
+    said = [task.communicate(300)[1] for task in tasks]
+    (tmp_path / "status").write_text(str(max(task.returncode for task in tasks)))
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == REQUEUE_EXIT, (output, said)
     assert noted(tmp_path / "notes") == [(0, 2), (1, 2)]
     assert (tmp_path / "scontrol").read_text() == "requeue 7"
     last = read_metrics(run / "metrics.jsonl")[-1]["step"]
     assert read_info(newest_checkpoint(run, resumable=True)).step == last < 100000
-    assert "Traceback" not in output
+    assert not any("Traceback" in text for text in said)
 
 
 @pytest.mark.distributed
