@@ -55,8 +55,8 @@ else:
 """
 
 SMALL = (
-    "--data digits:heldout --vae digits --image-size 32 --model SiT-XS/8 --mixer attention --batch-size 8 --steps 100000 "
-    "--log-every 1 --preview-every 0 --cpu-threads 1 --trackers"
+    "--data digits:heldout --vae digits --image-size 32 --model SiT-XS/8 --mixer attention --batch-size 8 "
+    "--steps 100000 --log-every 1 --preview-every 0 --cpu-threads 1 --trackers"
 )
 
 

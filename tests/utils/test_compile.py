@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import _inductor as inductor
 
 from sit.model import SiT
 from sit.sampling.config import SamplerConfig
@@ -79,4 +80,7 @@ def test_a_compiled_network_samples_the_same():
     config = SamplerConfig(sampler="ode", method="heun2", steps=3, cfg_scale=1.5)
     plain = sample(model, Transport(), noise, labels, config)
     compile_for_sampling(model)
-    torch.testing.assert_close(sample(model, Transport(), noise, labels, config), plain, rtol=1e-4, atol=1e-4)
+    with inductor.config.patch(
+        {"cpp_wrapper": True, "cpp_cache_precompile_headers": False}
+    ):  # one file for g++, not 20
+        torch.testing.assert_close(sample(model, Transport(), noise, labels, config), plain, rtol=1e-4, atol=1e-4)
