@@ -132,12 +132,13 @@ def load_for_sampling(
 
 def _check_guide(loaded: Loaded, guide: Loaded) -> None:
     """Raise UserError unless both networks answer the same question."""
+    both_have_names = bool(loaded.info.label_names and guide.info.label_names)
     for what, of in (
         ("the interpolant", lambda one: one.transport.config["interpolant"]),
         ("the prediction", lambda one: one.transport.prediction),
         ("latent channels:", lambda one: one.model.config["in_channels"]),
         ("classes:", lambda one: one.model.config["num_classes"]),
-        ("names of the classes", lambda one: one.info.label_names or loaded.info.label_names),
+        ("names of the classes", lambda one: one.info.label_names if both_have_names else None),
     ):
         if of(loaded) != of(guide):
             raise UserError(f"`guide={guide.path}` can't guide {loaded.path}: {what} {of(guide)}, not {of(loaded)}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sit.checkpoint.convert import Convert, convert
 from sit.checkpoint.info import CheckpointInfo
 from sit.checkpoint.load import load_for_sampling
 from sit.checkpoint.save import save_checkpoint
@@ -18,7 +19,7 @@ from sit.model import SiT
 from sit.sampling.arguments import Arguments
 from sit.sampling.config import SamplerConfig
 from sit.sampling.guidance import GuidedModel
-from sit.sampling.sampler import KeyedNoise, generate
+from sit.sampling.sampler import KeyedNoise, generate, guided_model, sample
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 
@@ -52,6 +53,25 @@ def test_the_formula():
     assert len(seen) == 3
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_scale_that_is_changed_on_the_way_guides_from_there_on(checkpoint, whole):
+    """From none, where the null label is not yet looked for; as a whole and in groups."""
+    model, labels, x = load_for_sampling(checkpoint).model, torch.tensor([3, 1]), torch.randn(2, 4, 8, 8)
+
+    def guided(scale):
+        config = SamplerConfig(cfg_scale=scale)
+        return GuidedModel(model, labels, config) if whole else guided_model(model, labels, config, x)
+
+    changed = guided(1.0)
+    assert isinstance(changed, GuidedModel) == whole
+    with torch.no_grad():
+        without = changed(x, 0.5)
+        changed.set_scale(2.5)
+        torch.testing.assert_close(changed(x, 0.5), guided(2.5)(x, 0.5))
+        changed.set_scale(1.0)
+        torch.testing.assert_close(changed(x, 0.5), without)
+
+
 def test_samples_are_guided_by_the_second_checkpoint(checkpoint, tmp_path):
     guide = other(tmp_path / "guide")
     loaded = load_for_sampling(checkpoint, guide=guide)
@@ -66,10 +86,23 @@ def test_samples_are_guided_by_the_second_checkpoint(checkpoint, tmp_path):
             strong_velocity, weak_velocity = (one(x, times, labels) for one in (loaded.model, weak))
             x = x + 0.5 * (weak_velocity + 3 * (strong_velocity - weak_velocity))
     torch.testing.assert_close(made, x, rtol=1e-4, atol=1e-4)
+    noise = KeyedNoise(5, [0, 1, 2], (4, 8, 8), "cpu")()
+    at_once = sample(loaded.model, loaded.transport, noise, labels, config, guide=loaded.guide_network)
+    torch.testing.assert_close(at_once, x, rtol=1e-4, atol=1e-4)
     guided = GeneratedImages(loaded, 4, config=config)
     plain = GeneratedImages(load_for_sampling(checkpoint), 4, config=config)
     assert guided.about != plain.about and str(guide) in guided.name and "guide" not in plain.about
     assert (guided.batch(indices.numpy()) != plain.batch(indices.numpy())).any()
+
+
+def test_what_one_file_leaves_open_its_like_does_too_and_a_folder_does_not(tmp_path):
+    """Here the number of heads, as the width is of no published size."""
+    network = SiT(8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=10)
+    network.save_pretrained(tmp_path / "ours")
+    file = convert(Convert(tmp_path / "ours", tmp_path / "net.pt", layout="published"))
+    for guide, width in ((file, 32), (other(tmp_path / "guide"), 16)):
+        loaded = load_for_sampling(file, guide=guide, num_heads=2)
+        assert loaded.guide is not None and loaded.guide.model.config["hidden_size"] == width
 
 
 def test_mistakes(checkpoint, tmp_path):
