@@ -158,6 +158,12 @@ def test_labels_of_numpy(pipe):
     assert pipe._label_tensor([np.int64(0), [np.arange(2)], np.int32(1)]).tolist() == [0, 0, 1, 1]
 
 
+def test_the_card_of_a_network_without_a_null_class_guides_by_nothing():
+    network = SiT(8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=2, null_class=False)
+    card = model_card(network, Transport(), CheckpointInfo(1, 1, (32, 32), 2), metrics={})
+    assert "pipe([0], guidance_scale=1, num_inference_steps=250).images" in card
+
+
 def test_the_card_of_a_network_of_average_velocities_takes_one_step(tmp_path):
     network = SiT(8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=2, average_velocity=True)
     transport = Transport(prediction="average-velocity")

@@ -110,14 +110,15 @@ def test_a_checkpoint_that_was_uploaded_as_it_lies_is_read(tmp_path, monkeypatch
     """By huggingface_hub's own choice of files; what is only there to go on with stays there."""
     network = SiT(8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=10)
     whole, here = tmp_path / "step-0000001", tmp_path / "here"
+    kept = ("optimizer.pt", "model.safetensors")
     save_checkpoint(
         whole, model=network, transport=Transport(), vae_source=None, info=CheckpointInfo(1, 1, (32, 32), 10),
-        training_state=lambda folder: (folder / "optimizer.pt").write_bytes(b"moments"),
+        training_state=lambda folder: [(folder / name).write_bytes(b"moments") for name in kept],
     )  # fmt: skip
 
     def download(repository: str, *, allow_patterns, ignore_patterns) -> str:
         names = [path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()]
-        assert "training/optimizer.pt" in names
+        assert {f"training/{name}" for name in kept} < set(names)
         for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
             (here / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(whole / name, here / name)

@@ -58,7 +58,7 @@ def test_images_without_subfolders_are_one_class(tmp_path):
     assert data.classes == ["images"] and data.labels.tolist() == [0, 0] and shows(data, [2, 1])
 
 
-def test_flat_takes_images_at_any_depth_as_one_class(tmp_path):
+def test_flat_takes_images_at_any_depth_as_one_class(tmp_path, monkeypatch):
     """As FFHQ lies: 00000/00000.png … 69000/69999.png."""
     for number in (0, 1, 1000):
         (tmp_path / f"{number // 1000 * 1000:05d}").mkdir(exist_ok=True)
@@ -71,6 +71,8 @@ def test_flat_takes_images_at_any_depth_as_one_class(tmp_path):
     assert in_both(open_images(str(tmp_path), 8), data, np.array([2])) == [2]
     with pytest.raises(UserError, match=f"`data=flat:{tmp_path}/no`: no such folder"):
         open_images(f"flat:{tmp_path}/no", 8)
+    monkeypatch.setattr("sit.data.folder._classes_and_files", None)  # a listing more, of maybe a million files
+    assert len(open_images(f"flat:{tmp_path}", 8)) == 3
 
 
 # ---------------------------------------------------------------- WebDataset
@@ -112,13 +114,16 @@ def test_shards_with_labels_as_text_and_as_json(tmp_path):
     assert in_both(open_images(f"webdataset:{bare}", 8), data, np.arange(2)) == [0, 1]
 
 
-@pytest.mark.parametrize("note", [{"class_name": "cat"}, {"class_name": "cat", "label": "a word"}])
-def test_a_class_is_named_beside_a_label_whatever_else_is_there(tmp_path, note):
+@pytest.mark.parametrize(
+    "note, name",
+    [({"class_name": "cat"}, "cat"), ({"class_name": "cat", "label": "a word"}, "cat"), ({"class_name": 7}, "0")],
+)
+def test_a_class_is_named_beside_a_label_whatever_else_is_there(tmp_path, note, name):
     members = {"1.png": png(1), "1.cls": b"0", "1.json": json.dumps(note).encode()}
     for number, order in enumerate((members, dict(reversed(members.items())))):
         tar(tmp_path / f"{number}.tar", order)
         if note.get("label") is None or not number:
-            assert open_images(f"webdataset:{tmp_path}/{number}.tar", 8).classes == ["cat"]
+            assert open_images(f"webdataset:{tmp_path}/{number}.tar", 8).classes == [name]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +153,8 @@ def test_shards_are_not_taken_for_one_tar_a_class(tmp_path):
         for spec in (tmp_path, tmp_path / "s-0.tar"):
             with pytest.raises(UserError, match=f"holds WebDataset shards .*: give webdataset:{spec}"):
                 open_images(str(spec))
+    tar(tmp_path / "notes.tar", {"in/1.png": png(1), "in/about.json": b"{}"})
+    assert open_images(str(tmp_path / "notes.tar"), 8).classes == ["in"], "what lies beside no image is no label"
     with pytest.raises(UserError, match="s-2.tar can't be read: No such file"):
         open_images(f"{tmp_path}/s-{{0..2}}.tar")
     (tmp_path / "s-1.tar").write_bytes((tmp_path / "s-1.tar").read_bytes()[:1500])

@@ -170,7 +170,7 @@ def test_spread_is_that_of_drawn_samples():
     assert spread(torch.stack([mean, std], 1), (shift, scale)) == pytest.approx(float(drawn.double().std()), rel=2e-3)
 
 
-def test_a_spread_far_from_one_is_said(images, tmp_path, caplog):
+def test_a_spread_far_from_one_is_said(images, tmp_path, caplog, monkeypatch):
     vae = load_vae("digits")
     vae.register_to_config(scaling_factor=vae.config.scaling_factor * 20)
     vae.save_pretrained(tmp_path / "vae")
@@ -189,7 +189,16 @@ def test_a_spread_far_from_one_is_said(images, tmp_path, caplog):
     assert said() == 1
     out = encode(Encode(tmp_path / "cache", str(images), str(tmp_path / "vae"), 16, workers=0))
     assert said() == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("sit.latents.factory.spread", None)  # the manifest has it
+        open_latents(str(out), wrong, "wrong")
+    assert said() == 1
+    values = json.loads((out / "manifest.json").read_text())
+    for name in ("spread", "contents", "rows_per_checksum", "checksums", "labels_checksum", "checksum"):
+        del values[name]  # as version 0.1.0 wrote it
+    (out / "manifest.json").write_text(json.dumps(values))
     open_latents(str(out), wrong, "wrong")
+    assert "standard deviation 0," not in caplog.text
     assert said() == 1
     lazy = PixelData(open_images(str(images), 16), wrong)
     for _ in range(2):

@@ -335,6 +335,8 @@ def test_everything_that_samples_depend_on_tells_them_from_others(checkpoint, cl
     def one(place: Path = run, config: SamplerConfig = few, **more) -> str:
         return identity(GeneratedImages(load_for_sampling(place, vae=vae), 20, config=config, **more))
 
+    told = GeneratedImages(load_for_sampling(run, vae=vae), 20, config=few).about["config"]
+    assert not {"average_velocity", "positional_grid"} & set(told), "features that were made before are found again"
     first = one()
     seen = [first, one(image_size=(64, 64)), one(seed=1), one(labels="uniform"), one(config=SamplerConfig(steps=3))]
     seen += [one(config=SamplerConfig(steps=2, cfg_scale=1.5)), one(config=SamplerConfig("ode", 2, "euler"))]

@@ -79,10 +79,13 @@ def test_the_pipeline_computes_in_the_same_groups(loaded, checkpoint, with_threa
     noise, labels = torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(20) % 10
     options = dict(latents=noise, output_type="latent", sampler="ode", method="euler")
     found = [sample(loaded.model, loaded.transport, noise, labels, SamplerConfig("ode", 3, "euler", cfg_scale=2.0))]
+    rows = set()
+    pipe.transformer.register_forward_pre_hook(lambda module, inputs: rows.add(len(inputs[0])))
     for threads in (1, 2):
         with_threads(threads)
         found.append(pipe(labels.numpy(), guidance_scale=2.0, num_inference_steps=3, **options).images)
     assert torch.equal(found[1], found[2]) and torch.equal(found[0], found[1])
+    assert rows == {2 * 16, 2 * 4}, "with and without the label"
 
 
 def test_layers_whose_weights_come_as_they_are_called_are_no_work_for_threads():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sit.study import record
 from sit.study.cli import main
 from sit.study.config import read_study
 from sit.study.plan import plan
@@ -80,6 +81,36 @@ def test_one_cause_varied_alone(study):
         "A-weights4": (3, 4, None),
         "A-seed4": (4, None, None),
     }
+
+
+def test_a_recipes_own_evaluations_are_not_made(study, tmp_path):
+    (tmp_path / "watched.yaml").write_text("data: digits\nsteps: 6\neval_every: 2\n")
+    assert load_recipe(str(tmp_path / "watched.yaml")).eval_every == 2
+    of = study((BASE + VARIANTS).replace("recipe: digits", f"recipe: {tmp_path}/watched.yaml"))
+    assert {run.config.eval_every for run in planned(of, {})} == {0}
+
+
+def test_a_json_says_settings_as_they_were_said_then_and_places_as_they_are_elsewhere(study):
+    """A block without an encoder was 8 where it is nothing now; images of an encoder lie anywhere."""
+    of = study(BASE + VARIANTS)
+    run = planned(of, {})[0]
+    assert run.config.repa_block is None
+    stored = {"format": record.FORMAT, "config": dataclasses.asdict(run.config), "evaluation": None}
+    run.json(of).parent.mkdir(parents=True)
+    record.write(run.json(of), stored | {"config": stored["config"] | {"repa_block": 8}})
+    assert record.read(run, of)["config"]["repa_block"] == 8
+    record.write(run.json(of), stored | {"config": stored["config"] | {"repa_block": 7}})
+    with pytest.raises(UserError, match="repa_block"):
+        record.read(run, of)
+
+    of = study((BASE + VARIANTS).replace("steps: 6,", "steps: 6, data: cache, repa: dinov2-vit-b, repa_images: here,"))
+    run = planned(of, {})[0]
+    config = dataclasses.asdict(run.config)
+    record.write(run.json(of), stored | {"config": config | {"repa_images": "there"}})
+    assert record.read(run, of)["config"]["repa_images"] == "there"
+    record.write(run.json(of), stored | {"config": config | {"repa_block": 4}})
+    with pytest.raises(UserError, match="was made with repa_block 4"):
+        record.read(run, of)
 
 
 def test_checkpoints_are_where_they_are_evaluated(study):

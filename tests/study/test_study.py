@@ -196,7 +196,10 @@ def test_broken_off_and_gone_on_with_it_is_the_same(done, tmp_path, monkeypatch)
     assert [path.name for path in (tmp_path / "work" / NAMES[3] / "run" / "checkpoints").iterdir()] == ["step-0000002"]
     breaking("sit.study.evaluation.measure", 2)
     breaking("sit.study.record.write", 1)
+    threads = []
+    monkeypatch.setattr("sit.study.evaluation.use_threads", threads.append)
     assert run_study(arguments)
+    assert threads == [1], "an evaluation computes with the run's own"
     assert begun == [1, 1], "the training was begun, gone on with, and finished"
     assert without_times(tmp_path / "report" / "numbers.json") == without_times(done / "report" / "numbers.json")
 

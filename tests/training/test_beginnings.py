@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from sit.checkpoint.save import save_checkpoint
 from sit.model import SiT, sincos_table
 from sit.sampling.config import SamplerConfig
 from sit.sampling.sampler import generate
+from sit.training import trainer
 from sit.training.cli import parse_train_arguments
 from sit.training.config import TrainConfig
 from sit.training.distill import distill
@@ -367,10 +370,29 @@ def test_it_ends_after_its_steps(donor):
     assert at_step(outer, 3) is outer and at_step(outer, 4) == type(outer)(objective.base)
 
 
-def test_a_distilled_run(begin, donor):
-    """Metrics for its steps alone; and it goes on after them without its teacher."""
+def test_a_distilled_run(begin, donor, monkeypatch):
+    """Metrics for its steps alone; and it goes on after them without its teacher, whose memory is free then.
+
+    That of the donor's weights is free from the first step on.
+    """
+    accumulate, fingerprint, kept, alive = trainer.accumulate_gradients, trainer.state_fingerprint, [], []
+
+    def reading(state):
+        kept.append(weakref.ref(next(iter(state.values()))))
+        return fingerprint(state)
+
+    def noting(model, objective, *rest):
+        if len(kept) == 1:
+            kept.append(weakref.ref(objective.teacher))
+        gc.collect()
+        alive.append([one() is not None for one in kept])
+        return accumulate(model, objective, *rest)
+
+    monkeypatch.setattr(trainer, "state_fingerprint", reading)
+    monkeypatch.setattr(trainer, "accumulate_gradients", noting)
     options = dict(mixer="atconv", init_from=str(donor), distill_from=str(donor), distill_steps=1, learning_rate=1e-3)
     run = begin(**options, steps=2)
+    assert alive == [[False, True], [False, False]]
     first, second = read_metrics(run / "metrics.jsonl")
     assert first["distillation"] > 0 and first["mixer_distillation"] > 0 and "distillation" not in second
     assert json.loads((run / "identity.json").read_text())["teacher"]

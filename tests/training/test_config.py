@@ -202,6 +202,12 @@ def test_the_help_of_each_setting_is_shown(capsys):
     assert "how training draws t from its interval" in words and "optimizer steps of the whole run" in words
 
 
+def test_what_is_shown_is_guided_where_there_is_a_null_label_alone():
+    config = TrainConfig(preview_cfg_scale=4.0)
+    assert config.preview_guidance == 4
+    assert dataclasses.replace(config, class_dropout=0.0).preview_guidance == 1
+
+
 def test_network_and_objective_get_the_settings():
     """Each is there under its own name, with its value; the network's sizes come from the data."""
     config = TrainConfig(

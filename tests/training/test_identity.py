@@ -27,6 +27,7 @@ from sit.training.identity import FILE, Identity, keep_identity, read_identity
 from sit.training.recipes import ALWAYS_WRITTEN, load_run_settings, run_folder, run_settings
 from sit.training.run_folder import read_metrics
 from sit.training.trainer import train
+from sit.utils.checksums import sealed
 from sit.utils.errors import UserError
 from sit.utils.fingerprint import weights_fingerprint
 
@@ -166,6 +167,25 @@ def test_every_byte_of_the_note_counts_and_so_do_the_settings(tmp_path):
         (tmp_path / FILE).write_bytes(damaged)
         with pytest.raises(UserError, match=f"{FILE} is damaged"):
             read_identity(tmp_path)
+
+
+def test_a_note_of_before_has_another_block_where_there_is_no_encoder(tmp_path):
+    config = TrainConfig()
+    settings = json.loads(json.dumps({name: getattr(config, name) for name in fixed_fields()}))
+    one = Identity(settings, "images", ["a", "b"], "vae", None)
+
+    def write(settings: object) -> None:
+        (tmp_path / FILE).write_text(sealed(dataclasses.asdict(one) | {"settings": settings}))
+
+    write(settings | {"repa_block": 8})
+    keep_identity(tmp_path, one, config)
+    assert read_identity(tmp_path) == one
+    write(settings | {"repa_block": 7})
+    with pytest.raises(UserError, match="`repa_block=None` can't continue the run .* was begun with 7"):
+        keep_identity(tmp_path, one, config)
+    write(3)
+    with pytest.raises(UserError, match=f"{FILE} is damaged"):
+        read_identity(tmp_path)
 
 
 def test_what_the_hash_of_the_contents_reads(tmp_path):

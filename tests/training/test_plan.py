@@ -53,6 +53,19 @@ def test_multiply_accumulates_of_each_mixer(mixer, of_layer, height, width):
     assert multiply_accumulates(network, (4, 2 * height, 2 * width)) == blocks + rest
 
 
+@pytest.mark.parametrize(
+    "named, without",
+    [
+        (dict(freeze=("projector.*",)), {}),
+        (dict(freeze=("projector*", "x_embedder.*")), dict(freeze=("x_embedder.*",))),
+        (dict(train_only=("projector*", "blocks.*")), dict(train_only=("blocks.*",))),
+    ],
+)
+def test_a_projector_is_neither_missed_nor_counted(named, without):
+    config = replace(load_recipe("digits"), repa="dinov2-vit-b")
+    assert plan(replace(config, **named), 1, None) == plan(replace(config, **without), 1, None)
+
+
 def test_saved_bytes_are_those_of_a_real_forward_pass():
     options = dict(input_size=8, patch_size=2, hidden_size=32, depth=3, num_heads=2, num_classes=5)
     network = SiT(**options)

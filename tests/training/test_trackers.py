@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
+from processes import Connected
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sit.checkpoint.load import load_for_sampling
@@ -161,6 +162,39 @@ def test_samples_that_are_not_finite_cost_a_line(checkpoint, tmp_path):
     with pytest.raises(NotFinite, match="not finite"):
         few(loaded, tmp_path)
     assert [place.name.split("-")[0] for place in tmp_path.iterdir()] == ["reference"], "nothing of it is kept"
+
+
+ONE_OF_TWO = """
+import sys
+from pathlib import Path
+import torch
+from sit.checkpoint.load import load_for_sampling
+from sit.latents.vae import NotFinite
+from sit.metrics import extraction
+from sit.metrics.few_samples import FewSamples
+from sit.metrics.generated import GeneratedImages
+from sit.sampling.config import SamplerConfig
+
+extraction.CHUNK, batch = 6, GeneratedImages.batch
+
+def failing(self, numbers):
+    if 7 in numbers:
+        raise NotFinite("no numbers")
+    return batch(self, numbers)
+
+GeneratedImages.batch = failing
+few = FewSamples("digits:heldout", 12, SamplerConfig(steps=2), seed=0, image_size=32, device=torch.device("cpu"))
+try:
+    few(load_for_sampling(sys.argv[1]), Path(sys.argv[2]))
+except NotFinite:
+    print("told")
+"""
+
+
+@pytest.mark.distributed
+def test_samples_that_are_not_finite_in_one_process_are_told_in_both(checkpoint, tmp_path):
+    (tmp_path / "program.py").write_text(ONE_OF_TWO)
+    assert Connected(2, tmp_path / "program.py", checkpoint, tmp_path / "work").output() == "told\n" * 2
 
 
 def test_a_tracker_of_ones_own_is_taken(monkeypatch):

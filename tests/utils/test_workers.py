@@ -97,3 +97,6 @@ def test_small_networks_on_cpus_compute_apart():
     another = nn.Linear(2, 2)
     compile_for_sampling(another)
     assert not computes_apart(another, 1, 1)
+    around = nn.Sequential(nn.Linear(2, 2))
+    around[0].compile()
+    assert not computes_apart(around, 1, 1), "a compiled part of it"
