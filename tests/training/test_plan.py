@@ -63,7 +63,9 @@ def test_multiply_accumulates_of_each_mixer(mixer, of_layer, height, width):
 )
 def test_a_projector_is_neither_missed_nor_counted(named, without):
     config = replace(load_recipe("digits"), repa="dinov2-vit-b")
-    assert plan(replace(config, **named), 1, None) == plan(replace(config, **without), 1, None)
+    plain, told = plan(config, 1, None), plan(replace(config, **without), 1, None)
+    assert plan(replace(config, **named), 1, None) == told
+    assert (plain == told) == (not without)
 
 
 def test_saved_bytes_are_those_of_a_real_forward_pass():
