@@ -25,8 +25,9 @@ from checks import at_least_one
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sit.blocks import SiTBlock
 from sit.mixers import build_mixer, parse_mixers, register_mixer
-from sit.model import MODELS, SiTBlock, check_model_name, create_model
+from sit.model import MODELS, check_model_name, create_model
 from sit.sampling.config import SamplerConfig
 from sit.sampling.sampler import sample
 from sit.transport.transport import Transport

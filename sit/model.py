@@ -16,10 +16,12 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import PatchEmbed
 from torch import nn
 
-from sit.mixers import build_mixer, needs_positional_embedding, parse_mixers
+from sit.blocks import MIXER_OPTIONS, FinalLayer, SiTBlock, check_block
+from sit.mixers import MixerSpec, build_mixer, needs_positional_embedding, parse_mixers
+from sit.mixers.layers import places_along
 from sit.utils.constant_tensors import made_once
 from sit.utils.errors import UserError
 from sit.utils.precision import is_autocast
@@ -53,11 +55,6 @@ NORMAL = (
 """Those that begin with a standard deviation of 0.02; all others begin Xavier-uniform, as matrices (out, in)."""
 
 
-def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """adaLN: x·(1 + scale) + shift, with x (B, N, C) and shift, scale (B, C)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
 def sincos_table(hidden_size: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """The fixed 2-D sine-cosine positional table (DiT): (1, H·W, C) float32, row-major.
 
@@ -85,8 +82,7 @@ def sincos_table(hidden_size: int, rows: torch.Tensor, columns: torch.Tensor) ->
 
 def stretched_table(hidden_size: int, trained: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
     """The table (1, H·W, C) of ``grid`` laid over the ``trained`` one, centers of pixels mapped as resizing does."""
-    places = ((torch.arange(new) + 0.5) * old / new - 0.5 for old, new in zip(trained, grid, strict=True))
-    return sincos_table(hidden_size, *places)
+    return sincos_table(hidden_size, *map(places_along, trained, grid))
 
 
 @made_once
@@ -125,39 +121,6 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
-class SiTBlock(nn.Module):
-    """A transformer block with adaLN-Zero conditioning, around a token mixer (:mod:`sit.mixers`)."""
-
-    def __init__(self, hidden_size: int, mlp_ratio: float, mixer: nn.Module) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = mixer
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, x: torch.Tensor, c: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Tokens x (B, N, C) and condition c (B, C) to tokens (B, N, C)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), grid)
-        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
-
-
-class FinalLayer(nn.Module):
-    """adaLN and the linear map from tokens to patches."""
-
-    def __init__(self, hidden_size: int, patch_channels: int) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """Tokens x (B, N, C) and condition c (B, C) to flattened patches (B, N, p·p·channels)."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
-
-
 class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A Scalable Interpolant Transformer over latents of shape (in_channels, h, w).
 
@@ -180,15 +143,17 @@ class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         positional_embedding: whether the sine-cosine table is added; None asks the mixers.
         time_reversed: the network was trained with time s = 1 − t from data (0) to noise (1) to predict the velocity
             dx/ds (REPA's convention); ``forward`` still takes t and gives dx/dt, so that all else is unaware of it.
-        positional_grid: the (H, W) that the positional table is laid over; None is the network's own. A network that
-            goes on from one of another size keeps that one's, and its coordinates with it.
+        positional_grid: the (H, W) that the positional table and rotary positions are laid over; None is the network's
+            own. A network that goes on from one of another size keeps that one's, and its coordinates with it.
         average_velocity: the network also embeds how long a step from t is, and predicts the average velocity over it
             (:mod:`sit.transport.meanflow`); a step of no length has the velocity at t.
+        block: ``published``, or ``modern``: RMSNorm, SwiGLU, and the mixers' options that belong to it
+            (:mod:`sit.blocks`).
         seed: of the initial values, no part of the configuration. None draws it from torch's global generator, and
             that one draw is all that the generator is used for.
 
     Raises:
-        UserError: sizes that do not fit together, or an unknown mixer.
+        UserError: sizes that do not fit together, or an unknown mixer or block.
     """
 
     PROJECTOR = "projector."
@@ -218,6 +183,7 @@ class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         time_reversed: bool = False,
         positional_grid: tuple[int, int] | None = None,
         average_velocity: bool = False,
+        block: str = "published",
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -228,9 +194,9 @@ class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             check_sizes(positional_grid=min(positional_grid))
         if not 1 <= hidden_size * mlp_ratio < math.inf:
             raise UserError(f"`mlp_ratio={mlp_ratio}` must be positive and finite")
-        specs = parse_mixers(mixer)
+        check_block(block)
         if positional_embedding is None:
-            positional_embedding = needs_positional_embedding(specs)
+            positional_embedding = needs_positional_embedding(parse_mixers(mixer))
         self.register_to_config(input_size=(height, width), positional_embedding=positional_embedding)
         self.grid = self._grid(height, width)
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -247,20 +213,19 @@ class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class)
             if positional_embedding:
                 self.register_buffer("pos_embed", stretched_table(hidden_size, self.laid_over, self.grid))
-            self.blocks = nn.ModuleList(SiTBlock(hidden_size, mlp_ratio, mixer) for mixer in mixers)
-            self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * self.out_channels)
+            self.blocks = nn.ModuleList(SiTBlock(hidden_size, mlp_ratio, mixer, block) for mixer in mixers)
+            self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * self.out_channels, block)
         self._initialize_around_mixers(seed)
         if (device := torch.get_default_device()).type not in ("cpu", "meta"):
             nn.Module.to(self, device)
 
     def _make_mixers(self, seed: int) -> Iterator[nn.Module]:
         """The mixers of the blocks, each made while torch's global generator is at a state of its own."""
-        specs = parse_mixers(self.config.mixer)
-        for number in range(self.config.depth):
+        config, specs = self.config, mixer_specs(self.config)
+        for number in range(config.depth):
+            spec = specs[number % len(specs)]
             with global_generator(key(seed, "initial weights", f"blocks.{number}.attn")):
-                mixer = build_mixer(
-                    specs[number % len(specs)], self.config.hidden_size, self.config.num_heads, grid=self.grid
-                )
+                mixer = build_mixer(spec, config.hidden_size, config.num_heads, self.grid, laid_over=self.laid_over)
             yield mixer
 
     def initialize_weights(self, seed: int) -> None:
@@ -314,7 +279,7 @@ class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @property
     def laid_over(self) -> tuple[int, int]:
-        """The grid whose coordinates the positional table has."""
+        """The grid whose coordinates the positional table and rotary positions have."""
         return tuple(self.config.positional_grid or self.grid)
 
     def positional_table(self, grid: tuple[int, int]) -> torch.Tensor:
@@ -401,6 +366,11 @@ class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x = x.reshape(-1, *grid, patch, patch, self.out_channels)
         x = x.permute(0, 5, 1, 3, 2, 4)
         return x.reshape(-1, self.out_channels, grid[0] * patch, grid[1] * patch)
+
+
+def mixer_specs(config: Mapping[str, Any]) -> list[MixerSpec]:
+    """The mixers of a network's configuration, repeated over the depth, with the options that its block sets."""
+    return parse_mixers(config["mixer"], MIXER_OPTIONS[config.get("block", "published")])
 
 
 def check_sizes(**sizes: int) -> None:

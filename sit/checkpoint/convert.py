@@ -174,6 +174,7 @@ def _table(
         "model": f"{model_name(config)}: {config['depth']} blocks of {config['hidden_size']} channels, "
         f"{config['num_heads']} heads, patch {config['patch_size']}",
         "parameters": f"{parameters:,} ({', '.join(dtypes)})",
+        "block": config.get("block", "published"),
         "mixer": config["mixer"],
         "positional table": "yes" if config["positional_embedding"] else "no",
         "latent": f"{config['in_channels']} x {latent}" + (", learn_sigma" if config["learn_sigma"] else ""),

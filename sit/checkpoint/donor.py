@@ -20,8 +20,7 @@ from sit.checkpoint.find import resolve
 from sit.checkpoint.info import read_info
 from sit.checkpoint.load import network_config, read_network, transport_options
 from sit.checkpoint.published import read_published
-from sit.mixers import parse_mixers
-from sit.model import SiT
+from sit.model import SiT, mixer_specs
 
 INHERITED = ("time_reversed", "positional_grid")
 """Arguments of :class:`~sit.model.SiT` that a network has from its donor, as they belong to the weights."""
@@ -58,7 +57,8 @@ class Donor:
 
     def inherited(self, grid: tuple[int, int]) -> dict[str, Any]:
         """The :data:`INHERITED` arguments of a network of ``grid`` that begins with it."""
-        over = self.config.get("positional_grid") or (self.grid if TABLE in self.state else None)
+        has_positions = TABLE in self.state or any(spec.options.get("rope") for spec in mixer_specs(self.config))
+        over = self.config.get("positional_grid") or (self.grid if has_positions else None)
         return {
             "time_reversed": bool(self.config.get("time_reversed", False)),
             "positional_grid": None if over is None or tuple(over) == grid else tuple(over),
@@ -192,8 +192,11 @@ def _notes(network: SiT, donor: Donor, transport: Mapping[str, Any]) -> Iterable
         then, now = donor.transport.get(name, default), transport.get(name, default)
         if then != now:
             yield f"it was trained with {name} {then}, not {now}"
+    block = donor.config.get("block", "published")
+    if block != network.config.block:
+        yield f"its block is {block}, not {network.config.block}"
     heads = donor.config.get("num_heads", network.config.num_heads)
-    specs, given = parse_mixers(network.config.mixer), parse_mixers(donor.config["mixer"])
+    specs, given = mixer_specs(network.config), mixer_specs(donor.config)
     pairs = [
         (given[number % len(given)], specs[number % len(specs)])
         for number in range(min(len(network.blocks), donor.config["depth"]))

@@ -24,12 +24,15 @@ def to_layout(
         layout: ``published`` for SiT, and ATConv's SiT variant and hybrid; ``repa`` for its REPA variant.
 
     Raises:
-        UserError: the network's time or a mixer is not of the layout, whose code would misread or refuse the weights.
+        UserError: the network's time, block or a mixer is not of the layout, whose code would misread or refuse the
+            weights.
     """
     reverse = bool(config.get("time_reversed", False))
     if reverse != (layout == "repa"):
         other = "repa" if reverse else "published"
         raise UserError(f"this network has the time direction of `layout={other}`; {layout} code would misread it")
+    if (block := config.get("block", "published")) != "published":
+        raise UserError(f"`layout={layout}` has the published block alone, not a {block} one; keep it in our layout")
     if config.get("average_velocity", False):
         raise UserError(
             f"`layout={layout}` knows no average velocity, which this network predicts; keep it in our layout"
@@ -62,10 +65,11 @@ def _refuse_other_mixers(pattern: str, layout: Literal["published", "repa"]) -> 
     """
     activation = ACTIVATIONS[layout]
     for spec in parse_mixers(pattern):
-        options = {"activation": "gelu_tanh", "scope": "image"} | spec.options  # the defaults of ATConv
+        options = {"activation": "gelu_tanh", "scope": "image", "rope": False} | spec.options  # the defaults
         made = (spec.name, options["activation"], options["scope"])
-        if spec.name != "attention" and made != ("atconv", activation, "image"):
+        known = not options["rope"] if spec.name == "attention" else made == ("atconv", activation, "image")
+        if not known:
             raise UserError(
-                f"`layout={layout}` has only attention, and atconv with activation {activation} and a kernel an image; "
-                f"its code would misread this network's mixer {spec}; keep it in our layout"
+                f"`layout={layout}` has only attention without rope, and atconv with activation {activation} and a "
+                f"kernel an image; its code would misread this network's mixer {spec}; keep it in our layout"
             )

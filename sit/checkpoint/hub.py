@@ -60,7 +60,7 @@ def model_card(
         "pipeline_tag: unconditional-image-generation",
         "tags: [sit, class-conditional-image-generation]",
         "---",
-        "# SiT with the mixer " + config["mixer"],
+        f"# SiT with the mixer {config['mixer']}" + (", modern block" if config["block"] == "modern" else ""),
         f"A Scalable Interpolant Transformer ([SiT](https://arxiv.org/abs/2401.08740)) that makes images of {size} by "
         f"class{seen}: {config['depth']} blocks of width {config['hidden_size']}, patches of {config['patch_size']}, "
         f"{millions:.4g} M parameters. Objective: {path}. Written by sit-atconv {__version__}.",

@@ -31,6 +31,11 @@ def on_grid(convolution: nn.Module, x: torch.Tensor, grid: tuple[int, int]) -> t
     return convolution(image).permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def places_along(trained: int, side: int) -> torch.Tensor:
+    """Coordinates (side,) float32 of a side's tokens laid over ``trained`` ones, centers mapped as resizing does."""
+    return (torch.arange(side) + 0.5) * trained / side - 0.5
+
+
 def split_heads(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, ...]:
     """Split (B, N, 3·C), queries, keys and values side by side, into three tensors (B, heads, N, C/heads)."""
     return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

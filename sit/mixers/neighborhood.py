@@ -20,6 +20,7 @@ from sit.mixers.layers import (
     xavier_,
 )
 from sit.mixers.registry import register_mixer
+from sit.mixers.rope import Rope
 from sit.utils.constant_tensors import made_once
 from sit.utils.errors import UserError
 
@@ -53,15 +54,24 @@ class Neighborhood(nn.Module):
         kernel_size: k, odd; NAT has 7.
         backend: ``auto``, ``sdpa`` or ``flex``.
         qk_norm: a LayerNorm over each head's queries and keys.
+        rope: rotary positions, of the normalized queries and keys (:class:`sit.mixers.rope.Rope`).
 
     Raises:
-        ValueError: an even kernel size, heads that don't divide the channels, an unknown backend.
+        ValueError: an even kernel size, heads that don't divide the channels, an unknown backend, ``rope`` with heads
+            whose channels are no multiple of 4.
     """
 
     positional_embedding = True
 
     def __init__(
-        self, dim: int, num_heads: int, kernel_size: int = 3, *, backend: str = "auto", qk_norm: bool = False
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int = 3,
+        *,
+        backend: str = "auto",
+        qk_norm: bool = False,
+        rope: bool = False,
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
@@ -70,8 +80,14 @@ class Neighborhood(nn.Module):
         self.num_heads, self.kernel_size, self.backend = num_heads, kernel_size, backend
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_norm, self.k_norm = head_norms(dim, num_heads, qk_norm)
+        self.rope = Rope(dim // num_heads) if rope else None
         self.proj = nn.Linear(dim, dim)
         xavier_(self)
+
+    def lay_over(self, grid: tuple[int, int]) -> None:
+        """Let rotary positions be those of ``grid``, whatever grid it is called on."""
+        if self.rope is not None:
+            self.rope.laid_over = grid
 
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Raise ValueError unless a neighborhood fits into ``grid`` = (H, W)."""
@@ -100,7 +116,10 @@ class Neighborhood(nn.Module):
         """
         self.check_grid(grid)
         q, k, v = split_heads(self.qkv(x), self.num_heads)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves norms in float32
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            q, k = self.rope(q, k, grid)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # norms under autocast and positions are float32
         if self._flex(q, grid):
             mixed = _flex_attention()(q, k, v, block_mask=block_mask(grid, self.kernel_size, x.device))
         else:

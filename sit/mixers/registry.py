@@ -15,8 +15,13 @@ names it in the entry-point group ``sit.mixers``.
 - **Derivatives**: a mixer of plain PyTorch operations has forward-mode derivatives (``torch.func.jvp``) too. Fused
   kernels have none; :func:`sit.mixers.forward_mode.plain_operations` sets them aside.
 
+Options that a network's block may set (:data:`sit.blocks.MIXER_OPTIONS`), where the factory has them by name and the
+pattern does not say: ``qk_norm`` and ``rope``, both bools.
+
 Optional methods:
 
+- ``lay_over(grid)``: from now on tokens have the coordinates of ``grid``, whatever grid the mixer is called on; for
+  those with positions of their own. :func:`build_mixer` calls it.
 - ``masked_multiply_accumulates(grid)``: how many of the multiply-accumulates that it computes for one image a mask
   hides; :func:`sit.training.plan.multiply_accumulates` leaves them out.
 - ``plain_backend(device)``: the name of a backend whose operations have forward-mode derivatives; it becomes the
@@ -30,6 +35,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from inspect import signature
 from typing import Any
 
 import yaml
@@ -98,11 +104,15 @@ class MixerSpec:
         return ":".join([self.name, *(f"{k}={yaml.safe_dump(v).split()[0]}" for k, v in self.options.items())])
 
 
-def parse_mixers(pattern: str) -> list[MixerSpec]:
+def parse_mixers(pattern: str, wanted: Sequence[str] = ()) -> list[MixerSpec]:
     """Read ``name[:option=value…]`` entries separated by commas; the list is repeated over the depth.
 
     Values are YAML scalars: ``atconv:kernel_size=5:inhibition=false`` gives an int and a bool. A former name
     (:data:`FORMER_NAMES`) is read as today's.
+
+    Args:
+        pattern: the entries.
+        wanted: options that are true for those mixers that have them, unless the entry says otherwise.
 
     Raises:
         UserError: an unknown name, an option that is not ``key=value``, that the mixer does not have, or whose value is
@@ -113,12 +123,27 @@ def parse_mixers(pattern: str) -> list[MixerSpec]:
         name, options = parse_entry(entry, f"mixer {entry.strip()!r}")
         name = FORMER_NAMES.get(name, name)
         check_options(options, _factory(name), f"mixer {name!r}", reserved=("dim", "num_heads"))
-        specs.append(MixerSpec(name, options))
+        has = signature(_factory(name)).parameters
+        specs.append(MixerSpec(name, options | {option: True for option in wanted if option in has.keys() - options}))
     return specs
 
 
-def build_mixer(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int] | None = None) -> nn.Module:
-    """Make one mixer for tokens of ``dim`` channels, on ``grid`` if that is known.
+def build_mixer(
+    spec: MixerSpec,
+    dim: int,
+    num_heads: int,
+    grid: tuple[int, int] | None = None,
+    *,
+    laid_over: tuple[int, int] | None = None,
+) -> nn.Module:
+    """Make one mixer for tokens of ``dim`` channels.
+
+    Args:
+        spec: which, with its options.
+        dim: C.
+        num_heads: attention heads.
+        grid: (H, W) of the tokens, if that is known.
+        laid_over: the grid whose coordinates they have; None is ``grid``.
 
     Raises:
         UserError: the mixer refuses the values of its options, or the grid.
@@ -128,6 +153,9 @@ def build_mixer(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int]
         check_grid: Callable[[tuple[int, int]], None] | None = getattr(mixer, "check_grid", None)
         if grid is not None and check_grid is not None:
             check_grid(grid)
+        lay_over: Callable[[tuple[int, int]], None] | None = getattr(mixer, "lay_over", None)
+        if lay_over is not None and (coordinates := laid_over or grid) is not None:
+            lay_over(coordinates)
         return mixer
     except (ValueError, TypeError, AssertionError) as error:
         reason = first_line(error).replace("`", "")  # a command would print an option in backquotes as a flag

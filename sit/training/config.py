@@ -50,6 +50,9 @@ class TrainConfig:
     """token mixer, e.g. attention, atconv, atconv:kernel_size=5; a comma-separated pattern repeats over the depth"""
     positional_embedding: Literal["auto", "on", "off"] = fixed("auto")
     """whether the sine-cosine table is added to the tokens; auto: if a mixer of the pattern needs it, as published"""
+    block: Literal["published", "modern"] = fixed("published")
+    """modern: RMSNorm, SwiGLU of as many parameters, and, in mixers that take them, normalized queries and keys and
+    rotary positions"""
     learn_sigma: bool = fixed(False)
     """twice the output channels, the second half unused, as in the published checkpoints"""
     class_dropout: float = fixed(0.1)
@@ -116,8 +119,10 @@ class TrainConfig:
     """images a step, over all processes and accumulated micro-batches together"""
     gradient_accumulation: int = 1
     """micro-batches a step"""
+    optimizer: Literal["adamw", "muon"] = fixed("adamw")
+    """muon: Muon for the matrices in the blocks, AdamW for all else, both with the same learning rate"""
     learning_rate: float = 1e-4
-    """AdamW's learning rate"""
+    """the optimizer's learning rate"""
     warmup_steps: int = 0
     """steps over which the learning rate rises linearly from zero"""
     final_learning_rate: float | None = None
@@ -125,7 +130,7 @@ class TrainConfig:
     betas: tuple[float, float] = fixed((0.9, 0.999))
     """AdamW's betas"""
     weight_decay: float = fixed(0.0)
-    """AdamW's weight decay"""
+    """decoupled weight decay"""
     max_grad_norm: float | None = None
     """clip the gradient to this norm; None or 0 clips nothing"""
     ema_decay: float = fixed(0.9999)
@@ -266,6 +271,7 @@ class TrainConfig:
             learn_sigma=self.learn_sigma,
             positional_embedding={"auto": None, "on": True, "off": False}[self.positional_embedding],
             average_velocity=self.averages,
+            block=self.block,
         )
 
     def transport_options(self) -> dict[str, Any]:

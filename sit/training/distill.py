@@ -17,8 +17,7 @@ from torch import nn
 
 from sit.checkpoint.load import load_for_sampling
 from sit.latents.datasets import Batch
-from sit.mixers import parse_mixers
-from sit.model import SiT
+from sit.model import SiT, mixer_specs
 from sit.training.config import TrainConfig
 from sit.training.objective import Objective
 from sit.transport.transport import Field, Transport
@@ -94,7 +93,7 @@ def outputs_of(network: SiT, blocks: Sequence[int]) -> Iterator[list[torch.Tenso
 
 def new_blocks(network: SiT, teacher: SiT) -> tuple[int, ...]:
     """The numbers of the blocks, from 0, whose mixer is another than the teacher's in the same place."""
-    own, given = parse_mixers(network.config.mixer), parse_mixers(teacher.config.mixer)
+    own, given = mixer_specs(network.config), mixer_specs(teacher.config)
     count = min(len(network.blocks), len(teacher.blocks))
     return tuple(n for n in range(count) if own[n % len(own)] != given[n % len(given)])
 

@@ -33,6 +33,11 @@ def set_up_processes(config: TrainConfig) -> Accelerator:
         step_scheduler_with_optimizer=False,
     )
     check_settings(accelerator)
+    if config.optimizer == "muon" and accelerator.is_fsdp2:
+        raise UserError(
+            "`optimizer=muon` is not for sharded weights (FSDP2), where its products are rounded otherwise than on one "
+            "process: use adamw, or DDP"
+        )
     allow_tf32(accelerator.device, config.tf32)
     if accelerator.device.type == "cpu":
         use_threads(config.cpu_threads)

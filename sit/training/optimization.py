@@ -9,16 +9,31 @@ from torch import nn
 
 from sit.training.config import TrainConfig
 from sit.training.ema import trained_parameters
+from sit.training.muon import MuonWithAdamW, hidden_matrices
+from sit.utils.errors import UserError
 
 
-def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW on all parameters that are not frozen, as published, with the config's settings."""
-    return torch.optim.AdamW(
-        trained_parameters(network),
+def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The config's optimizer, with its settings, of all parameters that are not frozen: AdamW, as published, or Muon.
+
+    Raises:
+        UserError: Muon, where all that it is for is frozen.
+    """
+    trained = trained_parameters(network)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+    matrices = list(hidden_matrices(network))
+    if not matrices:
+        raise UserError("`optimizer=muon`: all matrices that Muon is for, those in the blocks, are frozen; use adamw")
+    ours = set(matrices)
+    return MuonWithAdamW(
+        matrices,
+        [parameter for parameter in trained if parameter not in ours],
         lr=config.learning_rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
-        fused=True,
     )
 
 

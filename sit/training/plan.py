@@ -18,6 +18,7 @@ from sit.training.config import TrainConfig
 from sit.training.frozen import freeze
 from sit.training.heldout import EIGHTHS, heldout_is_due
 from sit.training.meanflow import check_meanflow
+from sit.training.muon import hidden_matrices
 from sit.training.posthoc_ema import snapshot_count
 from sit.transport.meanflow import MeanFlow
 from sit.transport.transport import Transport
@@ -65,8 +66,9 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
         check_meanflow(config)
         passes += MeanFlow(Transport(**config.transport_options()), **config.meanflow_options()).evaluations
     averages = len(config.posthoc_ema)
-    # weights; of what is trained, gradients, two moments and the averages; float32
-    state = 4 * parameters + (16 + 4 * averages) * trained
+    # weights; of what is trained, gradients, two moments (of Muon's matrices one) and the averages; float32
+    with_one = sum(p.numel() for p in hidden_matrices(network)) if config.optimizer == "muon" else 0
+    state = 4 * parameters + (16 + 4 * averages) * trained - 4 * with_one
     half = config.mixed_precision in ("bf16", "fp16")
     activations = saved_bytes(
         network, shape, micro_batch, half=half, gradient_checkpointing=config.gradient_checkpointing
@@ -74,7 +76,7 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
     tokens = network.grid[0] * network.grid[1]
     shown = config.steps * config.batch_size
     rows = [
-        ("network", f"{config.model}, mixer {config.mixer}"),
+        ("network", f"{config.model}, {config.block} block, mixer {config.mixer}"),
         ("positional table", "yes" if network.config.positional_embedding else "no"),
         ("parameters", f"{parameters:,}" + (f", of which {trained:,} are trained" if frozen else "")),
         ("latent, tokens", f"{'x'.join(map(str, shape))}, {tokens}"),

@@ -103,7 +103,7 @@ TIMM = {
     "amp-dtype": (_is("mixed-precision"), _is("precision")),
     "clip-grad": (_is("max-grad-norm"),),
     "clip-mode": (_is("max-grad-norm", note="by the norm"),),
-    "opt": (Meant((), "the optimizer is AdamW"),),
+    "opt": (_is("optimizer"),),
     "opt-betas": (_is("betas"),),
     "sched": (_is("final-learning-rate", note="given, a cosine goes down to it; not given, it is constant"),),
     "warmup-epochs": (_is("warmup-steps", note="in optimizer steps"),),

@@ -62,6 +62,7 @@ FIXED = dict(
     model="SiT-S/4",
     mixer="atconv",
     positional_embedding="on",
+    block="modern",
     learn_sigma=True,
     class_dropout=0.2,
     interpolant="gvp",
@@ -70,6 +71,7 @@ FIXED = dict(
     time_distribution="logit-normal",
     train_eps=0.01,
     batch_size=128,
+    optimizer="muon",
     betas=(0.8, 0.95),
     weight_decay=0.1,
     ema_decay=0.99,
@@ -181,7 +183,7 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
 
 def test_a_run_of_before_a_setting_was_there_has_its_default(tmp_path):
     written = yaml.safe_load(TrainConfig().to_yaml())
-    for setting in ("time_distribution", "ema_warmup", "posthoc_ema", "posthoc_ema_every"):
+    for setting in ("time_distribution", "ema_warmup", "posthoc_ema", "posthoc_ema_every", "block", "optimizer"):
         del written[setting]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
     check_same_run(TrainConfig(), tmp_path)
@@ -189,6 +191,10 @@ def test_a_run_of_before_a_setting_was_there_has_its_default(tmp_path):
         check_same_run(TrainConfig(time_distribution="logit-normal"), tmp_path)
     with pytest.raises(UserError, match="`ema_warmup=False` .* begun with True"):
         check_same_run(TrainConfig(ema_warmup=False), tmp_path)
+    with pytest.raises(UserError, match="`block=modern` .* begun with published"):
+        check_same_run(TrainConfig(block="modern"), tmp_path)
+    with pytest.raises(UserError, match="`optimizer=muon` .* begun with adamw"):
+        check_same_run(TrainConfig(optimizer="muon"), tmp_path)
 
 
 def test_the_help_of_each_setting_is_shown(capsys):
@@ -214,7 +220,7 @@ def test_network_and_objective_get_the_settings():
         **{k: v for k, v in FIXED.items() if k != "loss_weight"}, sample_eps=0.02, loss_weight="velocity"
     )
     network = create_model(config.model, **config.network_options((3, 16, 12), 7)).config
-    assert (network.mixer, network.learn_sigma, network.patch_size) == ("atconv", True, 4)
+    assert (network.mixer, network.block, network.learn_sigma, network.patch_size) == ("atconv", "modern", True, 4)
     other = TrainConfig(class_dropout=0.0, learn_sigma=False).network_options((4, 8, 8), 10)
     assert (network.positional_embedding, other["positional_embedding"]) == (True, None)
     assert network.null_class and (other["null_class"], other["learn_sigma"]) == (False, False)
