@@ -49,7 +49,7 @@ def gelu_mlp(dim: int, ratio: float) -> nn.Module:
 
 
 def swiglu(dim: int, ratio: float) -> nn.Module:
-    """SwiGLU with the parameters of :func:`gelu_mlp`: three matrices 2/3 as wide, to the next multiple of 8."""
+    """SwiGLU with the parameters of :func:`gelu_mlp`: three matrices 2/3 as wide, to the nearest multiple of 8."""
     return SwiGLU(dim, 8 * max(1, round(dim * ratio / 12)))
 
 

@@ -32,12 +32,7 @@ def set_up_processes(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation,
         step_scheduler_with_optimizer=False,
     )
-    check_settings(accelerator)
-    if config.optimizer == "muon" and accelerator.is_fsdp2:
-        raise UserError(
-            "`optimizer=muon` is not for sharded weights (FSDP2), where its products are rounded otherwise than on one "
-            "process: use adamw, or DDP"
-        )
+    check_settings(accelerator, config.optimizer)
     allow_tf32(accelerator.device, config.tf32)
     if accelerator.device.type == "cpu":
         use_threads(config.cpu_threads)
@@ -58,15 +53,18 @@ def compile_for_training(network: SiT, ddp: bool) -> None:
     network.compile()
 
 
-def check_settings(accelerator: Accelerator) -> None:
+def check_settings(accelerator: Accelerator, optimizer: str = "adamw") -> None:
     """Raise UserError unless Accelerate trains as its settings say and previews can be made.
 
-    It ignores float16 on a CPU; and the root of an FSDP1 network can't be called for previews.
+    It ignores float16 on a CPU; and the root of an FSDP1 network can't be called for previews. Muon of sharded matrices
+    sums them in bfloat16, shard by shard, and what it makes of their small parts is another than on one process.
     """
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("`mixed_precision=fp16` is for GPUs, and this is a CPU: use bf16 or no")
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("FSDP1 is not supported: set fsdp_version: 2, as docs/accelerate/8gpus-fsdp2.yaml does")
+    if optimizer == "muon" and accelerator.is_fsdp2:
+        raise UserError("`optimizer=muon` is not for sharded weights (FSDP2): use adamw, or DDP")
 
 
 def set_up_fsdp2(accelerator: Accelerator, network: nn.Module) -> None:

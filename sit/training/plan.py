@@ -76,7 +76,7 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
     tokens = network.grid[0] * network.grid[1]
     shown = config.steps * config.batch_size
     rows = [
-        ("network", f"{config.model}, {config.block} block, mixer {config.mixer}"),
+        ("network", f"{config.model}, mixer {config.mixer}" + (", modern block" if config.block == "modern" else "")),
         ("positional table", "yes" if network.config.positional_embedding else "no"),
         ("parameters", f"{parameters:,}" + (f", of which {trained:,} are trained" if frozen else "")),
         ("latent, tokens", f"{'x'.join(map(str, shape))}, {tokens}"),

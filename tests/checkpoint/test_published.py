@@ -477,10 +477,11 @@ EXPORTED = {
 REFUSED = {
     "published": ["neighborhood", "neighborhood:kernel_size=7", "linear_attention", "depthwise", "dico",
                   "atconv:activation=gelu", "atconv:activation=silu", "attention,atconv:activation=gelu",
-                  "attention,linear_attention", "deformable", "atconv:scope=window", "atconv:scope=token"],
+                  "attention,linear_attention", "deformable", "atconv:scope=window", "atconv:scope=token",
+                  "attention:rope=true"],
     "repa": ["neighborhood", "linear_attention", "depthwise", "dico", "atconv", "atconv:activation=gelu",
              "attention,atconv", "atconv:activation=silu,neighborhood", "deformable",
-             "atconv:activation=silu:scope=window"],
+             "atconv:activation=silu:scope=window", "attention:rope=true"],
 }  # fmt: skip
 
 
@@ -510,6 +511,17 @@ def test_a_table_that_is_laid_over_another_grid_is_not_exported(tmp_path):
     network.save_pretrained(tmp_path / "ours")
     with pytest.raises(UserError, match="`layout=published` lays the positional table .* over 2 x 2"):
         convert(Convert(tmp_path / "ours", tmp_path / "x.pt", layout="published"))
+
+
+@pytest.mark.parametrize("layout", ["published", "training", "repa"])
+def test_a_modern_block_is_not_exported(layout, tmp_path):
+    network = SiT(8, 2, 4, 48, 2, 3, num_classes=7, block="modern", time_reversed=layout == "repa")
+    network.save_pretrained(tmp_path / "ours")
+    with pytest.raises(UserError, match="has the published block alone, not a modern one; keep it in our layout"):
+        convert(Convert(tmp_path / "ours", tmp_path / "x.pt", layout=layout))
+    torch.save(network.state_dict(), tmp_path / "bare.pt")
+    with pytest.raises(UserError, match="is not a SiT"):
+        load_for_sampling(tmp_path / "bare.pt")
 
 
 def test_every_mixer_is_either_exported_or_refused():

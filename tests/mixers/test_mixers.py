@@ -36,6 +36,8 @@ def test_patterns():
     assert specs == [MixerSpec("attention"), MixerSpec("atconv", {"kernel_size": 5, "inhibition": False})]
     assert ",".join(map(str, specs)) == "attention,atconv:kernel_size=5:inhibition=false"
     assert needs_positional_embedding(specs) and not needs_positional_embedding(specs[1:])
+    wanted = parse_mixers("attention:rope=false,linear_attention,atconv", ("qk_norm", "rope"))
+    assert [spec.options for spec in wanted] == [{"rope": False, "qk_norm": True}, {"qk_norm": True}, {}]
     assert parse_mixers("atconv:backend=eager")[0].options == {"backend": "eager"}  # its default, None, tells no type
 
 
@@ -72,6 +74,7 @@ def test_bad_patterns(pattern, words):
         ("linear_attention", 3, "10 channels can't be divided among 3 heads"),
         ("linear_attention:feature_map=cube", 5, "feature_map must be one of elu, relu, not 'cube'"),
         ("neighborhood:backend=magic", 5, "backend must be one of auto, sdpa, flex, not 'magic'"),
+        ("attention:rope=true", 5, "'attention:rope=true' .*rope needs heads of a multiple of 4 channels, not 2"),
         ("neighborhood:kernel_size=4", 5, "kernel_size must be an odd number, not 4"),
         ("depthwise:kernel_size=2", 3, "kernel_size must be an odd number, not 2"),
     ],
@@ -156,11 +159,25 @@ def test_a_package_brings_a_mixer_by_its_entry_point(tmp_path):
     assert second.startswith("mixer 'broken' of stranger:Missing can't be loaded")
 
 
-def heads_of(mixer, x, heads):
+def heads_of(mixer, x, heads, grid):
     """Queries, keys and values of one image x (N, C), each a list of (N, d) by head."""
     width = x.shape[1] // heads
     q, k, v = [part.split(width, dim=1) for part in (x @ mixer.qkv.weight.T + mixer.qkv.bias).chunk(3, dim=1)]
-    return [[normed(mixer.q_norm, head) for head in q], [normed(mixer.k_norm, head) for head in k], v]
+    q, k = ([normed(norm, head) for head in part] for norm, part in ((mixer.q_norm, q), (mixer.k_norm, k)))
+    if getattr(mixer, "rope", None) is not None:
+        q, k = ([rotated(head, grid) for head in part] for part in (q, k))
+    return [q, k, v]
+
+
+def rotated(x, grid):
+    """x (N, d) as complex numbers, a half of them turned by the column, the other by the row."""
+    token, quarter = torch.arange(len(x)), x.shape[1] // 4
+    omega = torch.tensor([10000.0 ** (-j / quarter) for j in range(quarter)], dtype=torch.float64)
+    parts = []
+    for half, place in zip(x.chunk(2, dim=1), (token % grid[1], token // grid[1]), strict=True):
+        z = torch.complex(*half.chunk(2, dim=1)) * torch.exp(1j * place[:, None] * omega)
+        parts += [z.real, z.imag]
+    return torch.cat(parts, dim=1)
 
 
 def normed(norm, x):
@@ -171,11 +188,11 @@ def normed(norm, x):
     return away / (away.square().mean(1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
 
 
-def attend(mixer, x, heads, weight, epsilon=0.0, beside=0.0):
+def attend(mixer, x, heads, weight, *, grid, epsilon=0.0, beside=0.0):
     """One image x (N, C): each token the mean of the values by weight(query, keys, token), for each head; and what is
     added to it before the last linear layer."""
     mixed = torch.zeros_like(x)
-    for head, (q, k, v) in enumerate(zip(*heads_of(mixer, x, heads), strict=True)):
+    for head, (q, k, v) in enumerate(zip(*heads_of(mixer, x, heads, grid), strict=True)):
         for token in range(len(x)):
             weights = weight(q[token], k, token)
             mean = (weights[:, None] * v).sum(0) / (weights.sum() + epsilon)
@@ -184,7 +201,7 @@ def attend(mixer, x, heads, weight, epsilon=0.0, beside=0.0):
 
 
 def attention(mixer, x, grid, heads):
-    return attend(mixer, x, heads, lambda q, k, token: torch.exp(k @ q / math.sqrt(len(q))))
+    return attend(mixer, x, heads, lambda q, k, token: torch.exp(k @ q / math.sqrt(len(q))), grid=grid)
 
 
 def neighborhood(mixer, x, grid, heads):
@@ -202,7 +219,7 @@ def neighborhood(mixer, x, grid, heads):
         assert seen.sum() == mixer.kernel_size**2
         return seen * torch.exp(k @ q / math.sqrt(len(q)))
 
-    return attend(mixer, x, heads, weight)
+    return attend(mixer, x, heads, weight, grid=grid)
 
 
 def linear_attention(mixer, x, grid, heads):
@@ -216,7 +233,7 @@ def linear_attention(mixer, x, grid, heads):
         channels = x.shape[1]
         beside = convolve(mixer, x @ mixer.qkv.weight[-channels:].T + mixer.qkv.bias[-channels:], grid)
     products = lambda q, k, token: (features(k) * features(q)).sum(1)  # noqa: E731
-    return attend(mixer, x, mixer.num_heads, products, epsilon=1e-6, beside=beside)
+    return attend(mixer, x, mixer.num_heads, products, grid=grid, epsilon=1e-6, beside=beside)
 
 
 def deformable(mixer, x, grid, heads):
@@ -275,6 +292,8 @@ PATTERNS = {
     "linear_attention:qk_norm=true": linear_attention,
     "attention:qk_norm=true": attention,
     "neighborhood:qk_norm=true": neighborhood,
+    "attention:rope=true": attention,
+    "neighborhood:qk_norm=true:rope=true": neighborhood,
     "deformable": deformable,
     "deformable:backend=gather:reach=2.5": deformable,
     "depthwise": depthwise,

@@ -32,6 +32,12 @@ def test_fsdp1_is_refused():
         check_settings(settings)
 
 
+def test_muon_of_sharded_weights_is_refused():
+    with pytest.raises(UserError, match=r"`optimizer=muon` is not for sharded weights \(FSDP2\): use adamw, or DDP"):
+        check_settings(accelerator(kind="FSDP", fsdp2=True), "muon")
+    check_settings(accelerator(), "muon")
+
+
 def test_several_processes_that_do_not_shard_are_ddp():
     kinds = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
     assert [is_ddp(accelerator(kind=kind)) for kind in kinds] == [False, True, True, False]

@@ -155,6 +155,17 @@ def test_a_dry_run_starts_nothing(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_the_options_cost():
+    """Of a matrix that Muon trains one moment is kept, not two: 16 bytes a weight with its average, not 20."""
+    config = replace(load_recipe("digits"), model="SiT-B/4", mixer="depthwise", block="modern", optimizer="muon")
+    table = plan(config, 1, None)
+    with torch.device("meta"):
+        network = create_model(config.model, **config.network_options((4, 8, 8), 10))
+    whole, matrices = sum(p.numel() for p in network.parameters()), 12 * (2 * 768**2 + 3 * 768 * 2048)
+    assert "SiT-B/4, mixer depthwise, modern block" in table and f"{whole:,}" in table
+    assert f"{(20 * whole - 4 * matrices) / 2**30:.2f} GiB, not sharded" in table
+
+
 def test_frozen_parameters_need_no_gradients_moments_or_averages():
     """4 bytes of a frozen float32 weight; 20 of one that is trained, and 4 more for each average kept besides."""
     config = replace(load_recipe("digits"), model="SiT-B/4")

@@ -179,8 +179,9 @@ class Waits(TorchDispatchMode):
         return silent
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("kind", [AtOnce, OnDevice])
-def test_between_rows_the_host_never_waits_for_the_device(kind, tmp_path, monkeypatch):
+def test_between_rows_the_host_never_waits_for_the_device(kind, optimizer, tmp_path, monkeypatch):
     """Of the loop all is counted but what the rows, the checkpoints and the loader do."""
     waits = Waits()
     for name in ("tolist", "cpu", "numpy"):  # on a CPU these dispatch nothing
@@ -211,6 +212,7 @@ def test_between_rows_the_host_never_waits_for_the_device(kind, tmp_path, monkey
     config = dataclasses.replace(
         load_recipe("digits"), model="SiT-XS/2", mixer="atconv", steps=5, batch_size=4, log_every=2, preview_every=0,
         max_grad_norm=1.0, posthoc_ema=(0.1,), trackers=(), cpu_threads=1, output_dir=str(tmp_path / "a"),
+        optimizer=optimizer,
     )  # fmt: skip
     with waits:
         trainer.train(config)

@@ -83,7 +83,7 @@ def test_what_is_understood(words, wanted):
         ("--epochs 5", "there is no --epochs here: use --steps (in optimizer steps: epochs × images / batch size)"),
         ("--amp", "there is no --amp here: use --mixed-precision bf16"),
         ("--results-dir=x", "there is no --results-dir here: use --output-dir (the run's own folder)"),
-        ("--opt sgd", "there is no --opt here: did you mean --optimizer?"),
+        ("--channels-last", "there is no --channels-last here: tokens have no channel layout to choose"),
         ("--zebra stripes", "there is no --zebra; --help lists the flags"),
         ("--zebra 1 --batchsize 2", "there is no --zebra; --help lists the flags; there is no --batchsize; did"),
         ("--no-steps 3", "there is no --no-steps; did you mean --steps?"),
