@@ -6,6 +6,7 @@
 One process; every round runs each variant once, in turn; medians, and ratios of medians. The roofline of a row is the
 time that its multiply-accumulates take at the machine's measured matrix-product rate, plus the time to read its inputs
 and weights and to write its outputs once at the measured copy rate; the share is that time by the measured one.
+Attention has the fastest backend of PyTorch's scaled-dot-product attention for the case, found by trying each.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ import tyro
 from baselines import PublishedATConv
 from checks import at_least_one
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from sit.blocks import SiTBlock
@@ -41,6 +45,12 @@ from sit.utils.timing import interleaved
 
 register_mixer("published-atconv")(PublishedATConv)
 VARIANTS = {"attention": "attention", "as published": "published-atconv", "ours": "atconv"}
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH,
+}  # fmt: skip
+MOST_SCORES = 4 * 2**30
+"""bytes of float32 scores above which the backend that keeps them is not tried: it never wins there"""
 Scope = Literal["mixer", "block", "network", "training", "sampling"]
 
 
@@ -94,7 +104,8 @@ class Case:
 class Row(Case):
     """One variant's result; seconds are medians, None where the device has too little memory.
 
-    Peak memory is CUDA's, in bytes: the most that the variant took, its weights and optimizer included.
+    Peak memory is CUDA's, in bytes: the most that the variant took, its weights and optimizer included. Of attention,
+    ``sdpa`` is the backend that it ran with.
     """
 
     what: str
@@ -104,6 +115,7 @@ class Row(Case):
     bytes: int
     share: float | None
     peak_memory: int | None
+    sdpa: str | None = None
 
 
 @dataclass(frozen=True)
@@ -218,8 +230,61 @@ def runs(case: Case, module: nn.Module, arguments: Arguments) -> dict[str, Calla
     return {next(iter(passes(case, arguments))): lambda: sample(module, transport, x, labels, config)}
 
 
-def prepare(case: Case, variant: str, arguments: Arguments) -> tuple[dict[str, Callable[[], object]], int | None]:
-    """A variant's runs, each made three times, so that all is compiled and recorded; and the peak memory of that.
+def attention_seconds(case: Case, what: str, arguments: Arguments) -> dict[str, float]:
+    """Seconds of the attention of one layer alone, in a pass of :func:`passes`, by each backend that can do it."""
+    device, shape = torch.device(arguments.device), MODELS[case.model]
+    tokens, heads = (case.pixels // 8 // shape["patch_size"]) ** 2, shape["num_heads"]
+    images = case.batch * (2 if case.scope == "sampling" and arguments.guidance != 1 else 1)
+    size = (images, heads, tokens, shape["hidden_size"] // heads)
+    backward = what == "forward+backward"
+    parts = [torch.randn(size, device=device, dtype=getattr(torch, case.dtype), requires_grad=backward)
+             for _ in range(3)]  # fmt: skip
+
+    def attend(backend: SDPBackend) -> None:
+        with sdpa_kernel(backend):
+            out = scaled_dot_product_attention(*parts)
+            if backward:
+                torch.autograd.grad(out, parts, out.detach())
+
+    able: dict[str, Callable[[], object]] = {}
+    for name, backend in SDPA.items():
+        if name == "math" and 4 * images * heads * tokens**2 > MOST_SCORES:
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they say at length why a backend can't
+                attend(backend)
+        except RuntimeError:  # it can't, or memory is too little for it
+            continue
+        able[name] = functools.partial(attend, backend)
+    return interleaved(able, device, arguments.repeats)
+
+
+def with_best_attention(
+    case: Case, timed: dict[str, Callable[[], object]], arguments: Arguments
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """The runs of the variant with attention, each with the backend that is the fastest for it; and which that is."""
+    best: dict[str, str] = {}
+    for what in timed:
+        seconds = attention_seconds(case, what, arguments)
+        if seconds:
+            best[what] = min(seconds, key=seconds.__getitem__)
+
+    def chosen(what: str, run: Callable[[], object]) -> Callable[[], object]:
+        def inside() -> None:
+            with sdpa_kernel(SDPA[best[what]]):
+                run()
+
+        return inside if what in best else run
+
+    return {what: chosen(what, run) for what, run in timed.items()}, best
+
+
+def prepare(
+    case: Case, variant: str, arguments: Arguments
+) -> tuple[dict[str, Callable[[], object]], int | None, dict[str, str]]:
+    """A variant's runs, each made three times, so that all is compiled and recorded; the peak memory of that; and the
+    backends of attention, by run.
 
     Raises:
         torch.OutOfMemoryError: the device has too little.
@@ -227,13 +292,15 @@ def prepare(case: Case, variant: str, arguments: Arguments) -> tuple[dict[str, C
     device = torch.device(arguments.device)
     on_cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_cuda else 0
+    timed, sdpa = runs(case, build(case, variant, device), arguments), {}
+    if variant == "attention":
+        timed, sdpa = with_best_attention(case, timed, arguments)
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    timed = runs(case, build(case, variant, device), arguments)
     for run in timed.values():
         for _ in range(3 if on_cuda or case.compile else 1):
             run()
-    return timed, torch.cuda.max_memory_allocated() - before if on_cuda else None
+    return timed, torch.cuda.max_memory_allocated() - before if on_cuda else None, sdpa
 
 
 def measure(case: Case, arguments: Arguments, machine: Machine) -> list[Row]:
@@ -241,9 +308,10 @@ def measure(case: Case, arguments: Arguments, machine: Machine) -> list[Row]:
     device = torch.device(arguments.device)
     ready: dict[str, dict[str, Callable[[], object]]] = {}
     peaks: dict[str, int | None] = dict.fromkeys(VARIANTS)
+    sdpa: dict[str, dict[str, str]] = {}
     for variant in VARIANTS:
         try:
-            ready[variant], peaks[variant] = prepare(case, variant, arguments)
+            ready[variant], peaks[variant], sdpa[variant] = prepare(case, variant, arguments)
         except torch.OutOfMemoryError:
             release(device)
     seconds: dict[str, dict[str, float]] = {}
@@ -258,7 +326,8 @@ def measure(case: Case, arguments: Arguments, machine: Machine) -> list[Row]:
         macs, moved = work(case, what, variant, arguments)
         bound, took = macs / machine.macs[case.dtype] + moved / machine.copy, seconds.get(what, {}).get(variant)
         rows.append(Row(**asdict(case), what=what, variant=variant, seconds=took, macs=macs, bytes=moved,
-                        share=bound / took if took else None, peak_memory=peaks[variant]))  # fmt: skip
+                        share=bound / took if took else None, peak_memory=peaks[variant],
+                        sdpa=sdpa.get(variant, {}).get(what)))  # fmt: skip
     return rows
 
 
@@ -299,7 +368,7 @@ def main() -> None:
 
 
 HEADER = ("", "model", "pixels", "batch", "dtype", "compiled", "variant", "ms", "images/s", "x attention",
-          "x published", "share of roofline", "peak memory")  # fmt: skip
+          "x published", "share of roofline", "peak memory", "attention by")  # fmt: skip
 
 
 def table_rows(made: list[Row]) -> list[list[object]]:
@@ -317,7 +386,7 @@ def table_rows(made: list[Row]) -> list[list[object]]:
                 f"{others[name] / row.seconds:.2f}" if others[name] else "" for name in VARIANTS if name != "ours"
             ]
             cells.append(f"{row.share:.0%}")
-        lines.append([*cells, f"{row.peak_memory / 2**30:.2f} GiB" if row.peak_memory else ""])
+        lines.append([*cells, f"{row.peak_memory / 2**30:.2f} GiB" if row.peak_memory else "", row.sdpa or ""])
     return lines
 
 

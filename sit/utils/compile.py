@@ -52,13 +52,15 @@ def should_compile(
     return False
 
 
-def compile_for_sampling(model: nn.Module) -> None:
+def compile_for_sampling(model: nn.Module, backend: str = "inductor") -> None:
     """Compile the network in place, for static shapes, on GPUs as CUDA graphs.
 
     A graph writes each result to the same memory, where samplers still need the one before; so it is copied.
+    ``backend`` is torch.compile's.
     """
     graphs = next(model.parameters()).device.type == "cuda"
-    compiled = torch.compile(model.forward, mode="reduce-overhead" if graphs else None, dynamic=False)
+    mode = "reduce-overhead" if graphs else None
+    compiled = torch.compile(model.forward, backend=backend, mode=mode, dynamic=False)
 
     def forward(*args, **kwargs) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
