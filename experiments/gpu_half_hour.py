@@ -66,7 +66,7 @@ def run(arguments: Arguments) -> bool:
         print(f"page: {report.write(arguments.out)}")
         return True
     device = gpu(arguments.tiny)
-    chosen = [part for part in parts(device, arguments.tiny, arguments.out) if part.name in arguments.parts]
+    chosen = parts(arguments.parts, device, arguments.tiny, arguments.out)
     try:
         return carry_out(chosen, arguments.out, device, Clock(STARTED, 60 * arguments.minutes))
     finally:

@@ -131,9 +131,12 @@ class Kept:
         return sorted(left, key=lambda piece: self.begun.get(piece.name, 0))
 
     def expected(self, piece: Piece) -> float:
-        """The seconds that a piece will take, by its own estimate and by how those of the part's others were wrong."""
+        """The seconds that a piece will take, by its own estimate and by how those of the part's others were wrong.
+
+        At least half of its own: that others were fast tells little of one that does something else.
+        """
         took = [done["seconds"] / done["expected"] for done in self.pieces.values() if done.get("expected")]
-        return piece.seconds * (statistics.median(took) if took else 1.0)
+        return piece.seconds * max(0.5, statistics.median(took) if took else 1.0)
 
     def do(self, piece: Piece, left: float) -> None:
         """Do a piece and keep its figures, or the error that it ended with."""

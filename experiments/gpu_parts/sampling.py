@@ -64,7 +64,7 @@ def compare(mixer: str, dtype: torch.dtype, device: torch.device, tiny: bool) ->
     counters.clear()
     compile_for_sampling(compiled, backend="eager" if tiny else "inductor")
     worst, images = Worst(), 2 if tiny else 8
-    with full_float32():
+    with full_float32(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # else it would go on uncompiled
         for name, config in SAMPLERS.items():
             for first, count in ((0, images), (images, images), (0, 1)):
                 truth = sampled(exact, config, first, count, torch.float64)
@@ -74,6 +74,8 @@ def compare(mixer: str, dtype: torch.dtype, device: torch.device, tiny: bool) ->
                 errors = [((one - truth).norm() / size).item() for one in (plain, fast)]
                 worst.add("eager by float64", where, errors[0], BOUNDS[dtype])
                 worst.add("compiled by float64", where, errors[1], NO_WORSE * errors[0] + 1e-6)
+    if not counters["stats"]["unique_graphs"]:
+        raise RuntimeError("nothing was compiled")
     skips = counters["inductor"]["cudagraph_skips"]
     worst.add("graph breaks", "all", float(sum(counters["graph_break"].values())), 0.0)
     worst.add("CUDA graphs that were not recorded", "all", float(skips), 0.0)

@@ -170,11 +170,34 @@ def test_speed(run):
 
 def test_speed_of_one_layer(run):
     words = ("--scopes", "mixer", "--models", "SiT-XS/8", "--pixels", 256, "--repeats", 1, "--rate-repeats", 1)
-    out, _ = run(speed, *words)
+    out, found = run(speed, *words)
     table = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| mixer")]
+    for row, cells in zip(found["rows"], table, strict=True):
+        assert (row["sdpa"] in ("flash", "math")) == (row["variant"] == "attention")
+        assert cells[-1].strip() == (row["sdpa"] or "")
     assert [(row[0].strip(), row[6].strip()) for row in table] == [
         (f"mixer, {what}", variant) for what in ("forward", "forward+backward") for variant in speed.VARIANTS
     ]
+
+
+def test_attention_has_the_fastest_backend_that_can_do_it(monkeypatch):
+    """By the times that each backend is said to have taken; the run is then that backend's, and others can't be told."""
+    arguments = speed.Arguments(models=("SiT-XS/8",), pixels=(256,), repeats=1, device="cpu")
+    case = speed.Case("mixer", "SiT-XS/8", 256, 2, "float32", False)
+    assert set(speed.attention_seconds(case, "forward", arguments)) == {"flash", "math"}, "what a CPU has"
+    monkeypatch.setattr(speed, "MOST_SCORES", 4 * 2 * 4 * 16**2 - 1)
+    assert set(speed.attention_seconds(case, "forward+backward", arguments)) == {"flash"}, "the scores are too large"
+    said = {"forward": {"flash": 2.0, "math": 1.0}, "forward+backward": {"flash": 1.0, "math": 2.0}}
+    monkeypatch.setattr(speed, "attention_seconds", lambda case, what, arguments: said[what])
+    enabled = torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.math_sdp_enabled
+    seen = {}
+    timed = {what: lambda what=what: seen.update({what: [ask() for ask in enabled]}) for what in said}
+    runs, best = speed.with_best_attention(case, timed, arguments)
+    assert best == {"forward": "math", "forward+backward": "flash"}
+    for run in runs.values():
+        run()
+    assert seen == {"forward": [False, True], "forward+backward": [True, False]}
+    assert all(ask() for ask in enabled)
 
 
 def test_multiply_accumulates_of_a_layer():
