@@ -16,7 +16,7 @@ from sit.utils.precision import full_float32
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_SIZES = (3, 5, 7)
-GRIDS = ((16, 16), (32, 32), (64, 64), (7, 9), (1, 5))
+GRIDS = ((16, 16), (7, 9), (32, 32), (64, 64), (1, 5))
 TOKENS = 32768
 """of the batch that is large enough for the largest tiles"""
 MODULES: tuple[dict, ...] = ({}, {"inhibition": False}, {"routing": False}, {"kernel_size": 5})
@@ -72,9 +72,13 @@ def convolution(
     return worst.figures()
 
 
-def cases(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """(images, channels): one image; channels that fill no tile; few; and so many images that tiles are large."""
-    return ((1, 1152), (2, 130), (1, 9), (min(128, TOKENS // (grid[0] * grid[1])), 256))
+def cases(k: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """(images, channels): one image; channels that fill no tile; few; and so many images that tiles are large.
+
+    Larger kernels, which take long to compile, have two of them.
+    """
+    many = (min(128, TOKENS // (grid[0] * grid[1])), 256)
+    return ((1, 1152), (2, 130), (1, 9), many) if k == 3 else ((1, 130), many)
 
 
 # --- the branch that makes kernels -----------------------------------------------------------------------------------
@@ -190,10 +194,10 @@ def part(device: torch.device, tiny: bool) -> Part:
         pieces.append(Piece(name, seconds, do))
 
     grids = ((2, 3),) if tiny else GRIDS
-    for dtype, k, grid in itertools.product(DTYPES, KERNEL_SIZES, grids):
+    for grid, k, dtype in itertools.product(grids, KERNEL_SIZES, DTYPES):
         named = f"convolution, {k}x{k}, {grid[0]}x{grid[1]}, {name_of(dtype)}"
-        some = ((1, 5), (1, 3))[-1 if k > 3 else 0 :] if tiny else cases(grid)
-        add(named, 0.5 if tiny else 5 * k, convolution, k, dtype, grid, some)
+        some = ((1, 5), (1, 3))[-1 if k > 3 else 0 :] if tiny else cases(k, grid)
+        add(named, 0.5 if tiny else 12 if k < 7 else 30, convolution, k, dtype, grid, some)
     pooled = ((1, 12, 5),) if tiny else ((1, 9, 40), (2, 31, 130), (2, 256, 1152), (1, 1024, 384), (1, 4096, 384))
     routed = (KERNEL_SIZES[:1], (1, 5)) if tiny else (KERNEL_SIZES, (3, 1152))
     layers = (MODULES[:2], (1, 2, 5, 4)) if tiny else (MODULES, (2, 16, 16, 384))

@@ -181,7 +181,7 @@ def test_speed_of_one_layer(run):
 
 
 def test_attention_has_the_fastest_backend_that_can_do_it(monkeypatch):
-    """By the times that each backend is said to have taken; the run is then that backend's, and others can't be told."""
+    """By the times that each backend is said to have taken; in the run no other is allowed."""
     arguments = speed.Arguments(models=("SiT-XS/8",), pixels=(256,), repeats=1, device="cpu")
     case = speed.Case("mixer", "SiT-XS/8", 256, 2, "float32", False)
     assert set(speed.attention_seconds(case, "forward", arguments)) == {"flash", "math"}, "what a CPU has"
