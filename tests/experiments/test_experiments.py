@@ -130,9 +130,7 @@ def test_the_share_that_a_transplant_needs():
     assert [transplant.share_needed(losses, target) for target in (0.5, 0.45, 0.3)] == [0.2, 0.5, None]
 
 
-@pytest.mark.parametrize(
-    "name", ["attnet_fashion", "digits_settings", "digits_table", "gpu_half_hour", "transplant"]
-)
+@pytest.mark.parametrize("name", ["attnet_fashion", "digits_settings", "digits_table", "gpu_half_hour", "transplant"])
 def test_every_experiment_runs_by_its_path(name, monkeypatch, capsys):
     """With its own folder alone beside the packages, as ``python experiments/NAME.py`` has it."""
     monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).name not in OTHER_FOLDERS])
