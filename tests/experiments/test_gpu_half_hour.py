@@ -341,11 +341,13 @@ def test_the_tiny_form_of_sampling_speed_and_training(tmp_path, monkeypatch):
 
 @no_gpu
 @pytest.mark.slow
-def test_all_of_the_tiny_form(tmp_path):
-    command = [sys.executable, str(PROGRAM), "--tiny", "--out", str(tmp_path), "--minutes", "60"]
+def test_the_tiny_form_of_training_and_the_study(tmp_path):
+    """By its command; the compiled way is among those of training."""
+    parts = ["training", "study"]
+    command = [sys.executable, str(PROGRAM), "--tiny", "--parts", *parts, "--out", str(tmp_path), "--minutes", "60"]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in gpu_half_hour.PARTS:
+    for name in parts:
         found = json.loads((tmp_path / f"{name}.json").read_text())
         assert found["done"] and all(piece["passed"] in (True, None) for piece in found["pieces"].values()), found
     assert (tmp_path / "study" / "report" / "README.md").is_file()

@@ -92,7 +92,7 @@ def test_speeds_measured_apart(done, tmp_path, monkeypatch, capsys):
     run_study(Arguments(file, out=str(out), report_only=True))
     assert "speeds" not in json.loads((out / "report" / "numbers.json").read_text())
     (out / "speed.json").write_text("[]")
-    with pytest.raises(UserError, match=r"speed.json holds no speeds .* --measure-speed again"):
+    with pytest.raises(UserError, match=r"speed.json holds no speeds .* give `measure_speed`"):
         run_study(Arguments(file, out=str(out), report_only=True))
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from processes import Forked
 from scipy import stats
+from tiny_data import latent_data
 
 from sit.data.dataset import ImageData
 from sit.data.factory import open_images
@@ -18,15 +18,6 @@ from sit.latents.datasets import LatentData, PixelData, encode_in_memory
 from sit.latents.vae import encode_images, load_vae, sample_posterior
 from sit.training.loader import EpochPermutation, draw, training_batches
 from sit.utils.errors import UserError
-
-CONFIG = {"scaling_factor": 0.5, "shift_factor": 0.1}
-
-
-def latent_data(count: int = 50, flip: bool = True) -> LatentData:
-    source = torch.Generator().manual_seed(0)
-    sides = [torch.randn(2, count, 2, 4, 4, generator=source).abs() for _ in range(2)]
-    labels = np.arange(count) % 7
-    return LatentData(*sides[0], labels, list("abcdefg"), CONFIG, flipped=tuple(sides[1]), flip=flip)
 
 
 def take(data, count: int, **options) -> list[dict[str, torch.Tensor]]:
@@ -221,9 +212,8 @@ def test_a_corrupt_image_is_named_through_the_workers(tmp_path):
 
 
 SIGNALLED = """
-import os, signal, sys, itertools
-sys.path.insert(0, sys.argv[1])
-from test_loader import latent_data
+import os, signal, itertools
+from tiny_data import latent_data
 from sit.training.loader import training_batches
 os.setsid()
 signal.signal(signal.SIGTERM, lambda *_: print("main saw it", flush=True))
@@ -236,7 +226,7 @@ print(sum(len(batch["labels"]) for batch in itertools.islice(batches, 50)), flus
 
 def test_workers_outlive_a_signal_to_the_whole_group_and_end_with_the_process(tmp_path):
     (tmp_path / "program.py").write_text(SIGNALLED)
-    process = Forked(tmp_path / "program.py", Path(__file__).parent)
+    process = Forked(tmp_path / "program.py")
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert said.split() == ["main", "saw", "it", "600"], errors
