@@ -75,9 +75,7 @@ def measured(study: Study) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file} holds no speeds ({error!r}); remove it, or give `measure_speed`"
-        ) from error
+        raise UserError(f"{file} holds no speeds ({error!r}); remove it, or give `measure_speed`") from error
     return found if paces.keys() == {variant.name for variant in study.variants} else None
 
 
