@@ -26,8 +26,7 @@ def machine(device: torch.device | str) -> str:
 
 def record(device: torch.device | str) -> dict[str, str]:
     """``machine``, ``date`` and ``command`` of this process, for the JSON beside the figures."""
-    program = os.path.relpath(sys.argv[0]) if sys.argv[0] else "python"
-    command = shlex.join(["python", program, *sys.argv[1:]])
+    command = shlex.join(["python", *_program(), *sys.argv[1:]])
     return {"machine": machine(device), "date": time.strftime("%Y-%m-%d"), "command": command}
 
 
@@ -36,6 +35,14 @@ def write_record(path: str | Path, device: torch.device | str, figures: dict[str
     with atomic_write(path) as temporary:
         text = json.dumps(record(device) | figures, indent=2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _program() -> list[str]:
+    """What this process runs, as ``python`` is told it: a module or a file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        return ["-m", spec.name.removesuffix(".__main__")]
+    return [os.path.relpath(sys.argv[0])] if sys.argv[0] else []
 
 
 def _processor() -> str:
