@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from sit.utils.image_grid import save_png
 
 MARKERS = "osD^vP*X<>hd"
+MARGIN = 1.1
+"""the factor by which an axis of quality goes beyond the means"""
 ENLARGED = 2
 """the factor by which small samples are enlarged in the grid"""
 
@@ -23,16 +25,17 @@ def _look(index: int) -> dict[str, Any]:
 
 
 def plot_curves(
-    curves: Mapping[str, Sequence[tuple[float, float, float | None]]], path: Path, *, x: str, y: str, log: bool = False
+    curves: Mapping[str, Sequence[tuple[float, float, float | None]]], path: Path, *, x: str, y: str
 ) -> None:
-    """Quality against seconds or steps, a curve a variant.
+    """Quality against seconds or steps, a curve a variant; the axis of quality is logarithmic, and holds all means.
+
+    A wide interval may leave the picture: of two or three seeds it can be many times what all curves span.
 
     Args:
         curves: variant → (place on the x axis, mean over seeds, half the width of its interval or None).
         path: the PNG.
         x: name of the x axis.
         y: of the y axis.
-        log: whether the y axis is logarithmic.
     """
     figure = Figure(figsize=(8, 5))  # not pyplot's, which would choose a backend for the whole program
     axes = figure.subplots()
@@ -41,9 +44,10 @@ def plot_curves(
             places, values, errors = zip(*points, strict=True)
             bars = [error or 0 for error in errors]
             axes.errorbar(places, values, yerr=bars, label=name, capsize=3, markersize=5, linewidth=1, **_look(index))
-    if log:
-        axes.set_yscale("log")
-    axes.set(xlabel=x, ylabel=y)
+    means = [value for points in curves.values() for _, value, _ in points if np.isfinite(value)] or [1.0]
+    axes.set(xlabel=x, ylabel=y, yscale="log", ylim=(min(means) / MARGIN, max(means) * MARGIN))
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.3g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 
@@ -57,6 +61,9 @@ def plot_points(points: Sequence[Mapping[str, Any]], order: Sequence[str], path:
         losses, distances = [point["loss"] for point in own], [point["fid"] for point in own]
         axes.plot(losses, distances, linestyle="", markersize=5, label=name, **_look(index))
     axes.set(xlabel="held-out loss", ylabel=fid, xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(lambda value, _: f"{value:.3g}")
+        axis.set_major_formatter(lambda value, _: f"{value:.3g}")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 

@@ -95,9 +95,7 @@ def draw(study: Study, state: State, found: Mapping[str, Any], place: Path) -> d
                 ]
         if any(curves.values()):
             images[metric] = "loss-seconds.png" if metric == LOSS else "fid-seconds.png"
-            plots.plot_curves(
-                curves, place / images[metric], x="seconds of training", y=text.short(metric), log=metric != LOSS
-            )
+            plots.plot_curves(curves, place / images[metric], x="seconds of training", y=text.short(metric))
     by_time = {name: one["heldout_by_time"] for name, one in variants.items() if one["heldout_by_time"]}
     if len(by_time) > 1:
         images["by time"] = "loss-by-time.png"
