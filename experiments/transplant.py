@@ -5,32 +5,46 @@ python experiments/transplant.py --data data --seeds 3 --out runs/transplant --j
 Fashion-MNIST in pixels, 256 tokens, at the size of experiments/fashion-pixels-short.yaml. For every seed: a network
 with attention, the donor; one with ATConv from scratch; and for several shares of their steps one with ATConv that
 begins with the donor's weights, with and without distillation. Each has a learning-rate schedule of its own length, so
-that no share is read off a schedule that was meant for more. The answer is the least share whose held-out loss is at
-most that from scratch. What the donor took is not counted: it is what others have trained.
+that no share is read off a schedule that was meant for more. The answer is the least share whose held-out loss, and
+whose FID, is at most that from scratch. What the donor took is not counted: it is what others have trained.
 
-What is finished is not trained again. Runs that were made with other settings are refused.
+What is finished is not trained again, nor sampled. Runs that were made with other settings are refused. The classifier
+is that of docs/results.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
 from accelerate.state import AcceleratorState
 
+from sit.checkpoint.load import load_for_sampling
+from sit.metrics.evaluate import evaluate
+from sit.metrics.features import get_extractor
+from sit.metrics.generated import GeneratedImages
+from sit.metrics.paired import over_seeds
+from sit.metrics.statistics_files import open_reference
+from sit.sampling.config import SamplerConfig
 from sit.training.config import TrainConfig
 from sit.training.recipes import load_recipe, load_run_settings
 from sit.training.run_folder import read_metrics
 from sit.training.trainer import train
+from sit.utils.choices import Precision
 from sit.utils.cli import one_line_errors
 from sit.utils.errors import UserError, entry_point
+from sit.utils.precision import for_sampling
+from sit.utils.random import key
 from sit.utils.record import write_record
 from sit.utils.tables import markdown_table
 
+SAMPLER = SamplerConfig(sampler="ode", method="heun2", steps=8)
+SAMPLING_PRECISION: Precision = "bfloat16"
 ARMS = {"transplant": False, "transplant, distilled": True}
 """ways to begin with the donor's weights → whether they are distilled from it too"""
 
@@ -57,12 +71,20 @@ class Arguments:
     """images a step"""
     heldout_images: int = 256
     """of the test set, on which the loss is measured"""
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """of the networks, when they are trained"""
+    num_samples: int = 1000
+    """of which FID is measured, Heun's method in 8 steps, against the test set; 0 measures none"""
+    features: str = "classifier:classifiers/fashion-mnist-convnext"
+    """what FID is on"""
     mixer: str = "atconv"
     """what takes attention's place; it gets the positional table that the donor was trained with"""
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise UserError(f"`seeds` must be at least 1, not {self.seeds}")
+        if self.num_samples < 0 or self.num_samples == 1:
+            raise UserError(f"`num_samples` must be 0, for no FID, or at least 2, not {self.num_samples}")
         if not self.shares or not all(0 < share <= 1 and round(share * self.steps) for share in self.shares):
             raise UserError(
                 f"`shares`: each must be above 0 and at most 1, and a step at least of `steps={self.steps}`"
@@ -77,7 +99,7 @@ class Arguments:
             image_size=self.image_size,
             steps=self.steps,
             batch_size=self.batch_size,
-            mixed_precision="no",
+            mixed_precision=self.mixed_precision,
             preview_every=0,
             checkpoint_every=max(1, self.steps // 4),
             keep_last=1,
@@ -85,6 +107,24 @@ class Arguments:
             seed=seed,
         )
         return dataclasses.replace(load_recipe("fashion-mnist-pixels"), **shared | changes)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured of a run after its last step; FID is None where none is asked for."""
+
+    heldout_loss: float
+    fid: float | None
+
+
+def measured(arguments: Arguments, config: TrainConfig, folder: Path) -> Measures:
+    """The measures of a run; it is trained if it is not there, or goes on, and sampled if it was not.
+
+    Raises:
+        UserError: the folder has a run of other settings.
+    """
+    loss = heldout_loss(config, folder)
+    return Measures(loss, fid(arguments, config.seed, folder) if arguments.num_samples else None)
 
 
 def heldout_loss(config: TrainConfig, folder: Path) -> float:
@@ -98,29 +138,42 @@ def heldout_loss(config: TrainConfig, folder: Path) -> float:
         for name, then in dataclasses.asdict(begun).items():
             if (now := getattr(config, name)) != then:
                 raise UserError(f"{folder} was made with {name} {then}, not {now}; choose another `out`")
-    if not (found := _measured(folder, config.steps)):
+    if not (found := _losses(folder, config.steps)):
         AcceleratorState._reset_state(reset_partial_state=True)  # each run of this process begins without the last's
         try:
             train(dataclasses.replace(config, output_dir=str(folder), resume="auto"))
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
-        found = _measured(folder, config.steps)
+        found = _losses(folder, config.steps)
     return found[-1]
 
 
-def _measured(folder: Path, step: int) -> list[float]:
+def _losses(folder: Path, step: int) -> list[float]:
     rows = read_metrics(folder / "metrics.jsonl")
     return [row["heldout_loss"] for row in rows if row["step"] == step and "heldout_loss" in row]
 
 
+def fid(arguments: Arguments, seed: int, folder: Path) -> float:
+    """FID of a run's samples, whose noise and labels all runs of the seed share; kept in the run's folder."""
+    device = torch.device("cpu")
+    loaded = load_for_sampling(folder, device=device, dtype=for_sampling(SAMPLING_PRECISION, device))
+    samples = GeneratedImages(loaded, arguments.num_samples, seed=key(seed, "transplant") % 2**31, config=SAMPLER)
+    reference = open_reference(f"fashion-mnist-test:{arguments.data}", arguments.image_size, device=device)
+    features = get_extractor(arguments.features, device)
+    report = evaluate(samples, reference, features, device=device, work_dir=str(folder / "evaluation"))
+    if report is None:
+        raise RuntimeError("this is not the main process")
+    return next(number.value for number in report.numbers if number.name.startswith("FID"))
+
+
 def of_seed(arguments: Arguments, seed: int) -> dict[str, Any]:
-    """The held-out losses of one seed: the donor's, from scratch, and of each arm by share."""
+    """The measures of one seed: the donor's, from scratch, and of each arm by share."""
     out = arguments.out / f"seed{seed}"
     slots = dict(mixer=arguments.mixer, positional_embedding="on")
     donor = out / "donor"
     found: dict[str, Any] = {
-        "donor": heldout_loss(arguments.config(seed, mixer="attention"), donor),
-        "scratch": heldout_loss(arguments.config(seed, **slots), out / "scratch"),
+        "donor": measured(arguments, arguments.config(seed, mixer="attention"), donor),
+        "scratch": measured(arguments, arguments.config(seed, **slots), out / "scratch"),
     }
     for arm, is_distilled in ARMS.items():
         found[arm] = {}
@@ -129,35 +182,72 @@ def of_seed(arguments: Arguments, seed: int) -> dict[str, Any]:
             teacher = dict(distill_from=str(donor), distill_steps=max(1, steps // 2)) if is_distilled else {}
             config = arguments.config(seed, init_from=str(donor), steps=steps, **slots, **teacher)
             folder = out / f"{arm.replace(', ', '-')}-{share:g}"
-            found[arm][f"{share:g}"] = heldout_loss(config, folder)
+            found[arm][f"{share:g}"] = measured(arguments, config, folder)
     return found
 
 
-def share_needed(losses: dict[str, float], target: float) -> float | None:
-    """The least share whose loss is at most ``target``; None if none is."""
-    return min((float(share) for share, loss in losses.items() if loss <= target), default=None)
+def share_needed(values: Mapping[str, float], target: float) -> float | None:
+    """The least share whose value is at most ``target``; None if none is."""
+    return min((float(share) for share, value in values.items() if value <= target), default=None)
+
+
+def table(found: Mapping[int, Mapping[str, Any]], arguments: Arguments, measure: str) -> str:
+    """A measure of each network by seed, their mean, and the difference to scratch, paired by seed."""
+    shares = [f"{share:g}" for share in arguments.shares]
+    scratch = {seed: getattr(of["scratch"], measure) for seed, of in found.items()}
+    first = next(iter(found.values()))
+    lines: list[tuple[str, str, list[Measures]]] = [
+        ("donor (attention)", "1", [of["donor"] for of in found.values()]),
+        (f"{arguments.mixer} from scratch", "1", [of["scratch"] for of in found.values()]),
+        *((arm, share, [of[arm][share] for of in found.values()]) for arm in ARMS for share in shares),
+    ]
+    rows = []
+    for network, share, of_seeds in lines:
+        values = {seed: getattr(one, measure) for seed, one in zip(found, of_seeds, strict=True)}
+        told = ""
+        if len(values) > 1 and of_seeds[0] is not first["scratch"]:
+            difference = over_seeds(scratch, values)
+            told = f"{difference.value:+.4f} ± {difference.error:.4f}"
+        mean = sum(values.values()) / len(values)
+        rows.append([network, share, *(f"{value:.4f}" for value in values.values()), f"{mean:.4f}", told])
+    seeds = [f"seed {seed}" for seed in found]
+    return markdown_table(["network", "share of the steps", *seeds, "mean", "less scratch's, paired"], rows, align="lr")
 
 
 def run(arguments: Arguments) -> None:
     """Train what is missing, print the tables, and keep all numbers as JSON."""
     found = {seed: of_seed(arguments, seed) for seed in range(arguments.seeds)}
-    needed = {
-        arm: {seed: share_needed(losses[arm], losses["scratch"]) for seed, losses in found.items()} for arm in ARMS
-    }
-    shares = [f"{share:g}" for share in arguments.shares]
-    rows = [["donor (attention)", "1", *(f"{losses['donor']:.4f}" for losses in found.values())]]
-    rows += [[f"{arguments.mixer} from scratch", "1", *(f"{losses['scratch']:.4f}" for losses in found.values())]]
-    rows += [
-        [arm, share, *(f"{losses[arm][share]:.4f}" for losses in found.values())] for arm in ARMS for share in shares
+    needed: dict[str, Any] = {}
+    names = {"heldout_loss": "Held-out loss"} | ({"fid": "FID"} if arguments.num_samples else {})
+    for measure, name in names.items():
+        print(f"{name} after training:\n\n{table(found, arguments, measure)}\n")
+        needed[measure] = {
+            arm: {
+                seed: share_needed(
+                    {share: getattr(one, measure) for share, one in of[arm].items()}, getattr(of["scratch"], measure)
+                )
+                for seed, of in found.items()
+            }
+            for arm in ARMS
+        }
+    print("The least share of the steps with at most the value from scratch:\n")
+    said = [
+        [names[measure], arm, *("none" if share is None else f"{share:g}" for share in by_seed.values())]
+        for measure, arms in needed.items()
+        for arm, by_seed in arms.items()
     ]
-    print("Held-out loss after training:\n")
-    print(markdown_table(["network", "share of the steps", *(f"seed {seed}" for seed in found)], rows, align="lr"))
-    print("\nThe least share of the steps with at most the loss from scratch:\n")
-    said = [[arm, *("none" if share is None else f"{share:g}" for share in needed[arm].values())] for arm in ARMS]
-    print(markdown_table(["network", *(f"seed {seed}" for seed in found)], said))
+    print(markdown_table(["", "network", *(f"seed {seed}" for seed in found)], said))
     if arguments.json is not None:
         settings = dataclasses.asdict(arguments) | {"out": str(arguments.out), "json": str(arguments.json)}
-        write_record(arguments.json, torch.device("cpu"), {"settings": settings, "losses": found, "needed": needed})
+        figures = {"settings": settings, "found": told(found), "needed": needed}
+        write_record(arguments.json, torch.device("cpu"), figures)
+
+
+def told(found: Any) -> Any:
+    """The same with measures as plain values."""
+    if isinstance(found, Measures):
+        return dataclasses.asdict(found)
+    return {name: told(of) for name, of in found.items()}
 
 
 @entry_point

@@ -68,6 +68,7 @@ def test_attnet_on_fashion(fashion, tmp_path, capsys):
         (attnet_fashion, {"models": ("Perceptron",)}, "`models=Perceptron`: choose among AttNet, ConvNeXt, ResNet"),
         (attnet_fashion, {"epochs": 0}, "`epochs` must be at least 1, not 0"),
         (transplant, {"seeds": 0}, "`seeds` must be at least 1, not 0"),
+        (transplant, {"num_samples": 1}, "`num_samples` must be 0, for no FID, or at least 2, not 1"),
         (transplant, {"shares": (0.5, 1.5)}, "`shares`: each must be above 0 and at most 1"),
         (attnet_fashion, {"limit": 5}, "`limit=5` must be at least the batch size of 128"),
     ],
@@ -93,36 +94,51 @@ def test_interval_of_the_mean():
     assert attnet_fashion.summary("ResNet", results[:1])["interval"] is None
 
 
-def test_transplants_of_fashion(fashion, tmp_path, capsys, monkeypatch):
-    """One step of each; then nothing is trained, and the table is that of the runs' own measurements."""
+def test_transplants_of_fashion(fashion, classifier_of_three, tmp_path, capsys, monkeypatch):
+    """One step of each; then nothing is trained or sampled, and the tables are the runs' own measurements."""
     arguments = transplant.Arguments(
-        data=str(fashion), out=tmp_path / "runs", json=tmp_path / "found.json", seeds=1, steps=2, shares=(0.5,),
-        image_size=8, batch_size=4, heldout_images=2,
+        data=str(fashion), out=tmp_path / "runs", json=tmp_path / "found.json", seeds=2, steps=2, shares=(0.5,),
+        image_size=8, batch_size=4, heldout_images=2, num_samples=12, features=f"classifier:{classifier_of_three}",
     )  # fmt: skip
     transplant.run(arguments)
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert {"machine", "date", "command", "losses", "needed"} <= set(found)
-    runs = tmp_path / "runs" / "seed0"
+    record = json.loads((tmp_path / "found.json").read_text())
+    assert {"machine", "date", "command", "found", "needed"} <= set(record)
+    found = record["found"]["1"]
+    runs = tmp_path / "runs" / "seed1"
     measured = {
         place.name: [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()][-1]
         for place in runs.iterdir()
     }
-    losses = {name: row["heldout_loss"] for name, row in measured.items()}
     assert {name: row["step"] for name, row in measured.items()} == {
         "donor": 2, "scratch": 2, "transplant-0.5": 1, "transplant-distilled-0.5": 1
     }  # fmt: skip
-    assert found["losses"]["0"] == {
-        "donor": losses["donor"], "scratch": losses["scratch"], "transplant": {"0.5": losses["transplant-0.5"]},
-        "transplant, distilled": {"0.5": losses["transplant-distilled-0.5"]},
+    by_folder = {
+        "donor": found["donor"], "scratch": found["scratch"], "transplant-0.5": found["transplant"]["0.5"],
+        "transplant-distilled-0.5": found["transplant, distilled"]["0.5"],
     }  # fmt: skip
-    own = [json.loads((runs / name / "identity.json").read_text()) for name in losses if name.startswith("transplant")]
+    assert {name: one["heldout_loss"] for name, one in by_folder.items()} == {
+        name: row["heldout_loss"] for name, row in measured.items()
+    }
+    own = [json.loads((runs / name / "identity.json").read_text()) for name in measured if "transplant" in name]
     assert all(each["donor"] for each in own) and sum(each["teacher"] is not None for each in own) == 1
     printed = capsys.readouterr().out
+    values = [
+        record["found"][seed]["donor"]["heldout_loss"] - record["found"][seed]["scratch"]["heldout_loss"]
+        for seed in "01"
+    ]
+    half = stats.t.ppf(0.975, 1) * abs(values[0] - values[1]) / 2
+    assert f"{sum(values) / 2:+.4f} ± {half:.4f}" in printed.partition("FID after")[0]
+    assert "FID after" in printed and found["donor"]["fid"] > 0
     monkeypatch.setattr(transplant, "train", None)  # called, it would fail
+    monkeypatch.setattr(transplant.GeneratedImages, "batch", None)
     transplant.run(arguments)
-    assert capsys.readouterr().out.splitlines()[-4:] == printed.splitlines()[-4:]
+    assert capsys.readouterr().out.splitlines()[-6:] == printed.splitlines()[-6:]
     with pytest.raises(UserError, match="donor was made with batch_size 4, not 8; choose another `out`"):
         transplant.run(dataclasses.replace(arguments, batch_size=8))
+    without = dataclasses.replace(arguments, num_samples=0, seeds=1)
+    transplant.run(without)
+    assert "FID" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "found.json").read_text())["found"]["0"]["donor"]["fid"] is None
 
 
 def test_the_share_that_a_transplant_needs():
