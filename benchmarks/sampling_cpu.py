@@ -1,4 +1,4 @@
-"""Images a second on a CPU with other programs beside it: groups of samples shared among threads, and two other ways.
+"""Images a second on a CPU with other programs beside it: groups of samples shared among processes, and two other ways.
 
     python benchmarks/sampling_cpu.py --threads 2 --json docs/performance/sampling-cpu.json
 

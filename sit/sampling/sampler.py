@@ -201,7 +201,7 @@ def generate(
 
     Sample i depends on the seed, i, its label and the config. On a CPU it is the same to the bit whatever the batch
     size and the samples beside it, and for a small network (:func:`sit.utils.workers.computes_apart`), whose groups of
-    samples are shared among threads, whatever their number; for a large one with one number of threads. On an
+    samples are shared among workers, whatever their number; for a large one with one number of threads. On an
     accelerator it is the same to rounding (adaptive ODE solvers: to their tolerance).
 
     Args:
@@ -244,7 +244,7 @@ def generate(
             listeners.append(_both(on_step, on_first if not start and len(jobs) == 1 else None))
         parts = []
         if apart and len(jobs) > 1 and torch.get_num_threads() > 1:
-            parts = run_apart([partial(_on_a_worker, *job) for job in zip(jobs, listeners, strict=True)], _call)
+            parts = run_apart([partial(_on_a_worker, job) for job in jobs], _to(listeners), forks=True)
         else:
             with one_thread(apart):
                 for job, listener in zip(jobs, listeners, strict=True):
@@ -267,11 +267,18 @@ def _both(one: OnStep | None, other: OnStep | None) -> OnStep | None:
     return both
 
 
-def _on_a_worker(job: Callable[..., torch.Tensor], listener: OnStep | None, tell: Tell) -> torch.Tensor:
-    """A pass whose listener is called where the workers' caller is; without one, it only learns whether to go on."""
-    return job(on_step=partial(tell, listener))
+def _on_a_worker(job: Callable[..., torch.Tensor], tell: Tell) -> torch.Tensor:
+    """A pass whose listener is called where the workers' caller is."""
+    return job(on_step=tell)
 
 
-def _call(listener: OnStep | None, *step: Any) -> None:
-    if listener is not None:
-        listener(*step)
+def _to(listeners: Sequence[OnStep | None]) -> Callable[..., None] | None:
+    """What hands the steps of pass ``number`` to its listener; None if nobody listens."""
+    if not any(listeners):
+        return None
+
+    def told(number: int, *step: Any) -> None:
+        if (listener := listeners[number]) is not None:
+            listener(*step)
+
+    return told

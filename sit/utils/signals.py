@@ -23,6 +23,9 @@ PLAIN = {number: 128 + number for number in (signal.SIGINT, signal.SIGTERM, sign
 TRAINING = {signal.SIGINT: 128 + signal.SIGINT, signal.SIGTERM: REQUEUE_EXIT, signal.SIGUSR1: REQUEUE_EXIT}
 """the same for training, which a batch system is to start again"""
 
+WATCHER = "sit-signals"
+"""name of the thread that waits for signals, and holds nothing meanwhile"""
+
 GRACE = 5.0
 """seconds until a process ends hard that can't end by itself, as it is in a call that waits for others"""
 
@@ -109,7 +112,7 @@ def ended_by_signals(statuses: Mapping[int, int], message: str, grace: float = G
     os.register_at_fork(after_in_child=in_a_child)
     try:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        threading.Thread(target=listener.watch, args=(reading,), daemon=True).start()
+        threading.Thread(target=listener.watch, args=(reading,), name=WATCHER, daemon=True).start()
         for number in statuses:
             before[number] = signal.signal(number, listener.handle)  # from here on it may raise
         yield

@@ -1,9 +1,9 @@
-"""Small networks on a CPU: work shared among threads that compute alone, instead of each operation among all threads.
+"""Small networks on a CPU: work shared among workers that compute alone, instead of each operation among all threads.
 
 An operation of a small network takes microseconds, and the threads that share it wait for one another longer; where
 another program holds a core they wait for it at every operation. Groups of work that each have one computing thread
-take what the cores give, and round alike whatever the number of threads. An operation of torch lets other Python
-threads go on (it releases the interpreter's lock), so threads do, and need no copies of the network.
+take what the cores give, and round alike whatever the number of threads. The workers are threads, or forked processes
+(:mod:`sit.utils.forks`) where threads would wait for the interpreter's lock between operations.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 
 from sit.utils.compile import is_compiled
+from sit.utils.forks import Forks, can_fork
 
 SMALL = 4e9
 """multiply-accumulates of one evaluation below which a network is small: some 0.1 s of one core"""
@@ -54,7 +56,9 @@ def computes_apart(network: nn.Module, rows: int, places: int, device: torch.dev
     return rows * places * sum(parameter.numel() for parameter in parameters) < SMALL
 
 
-def run_apart(jobs: Sequence[Callable[[Tell], Result]], told: Tell | None = None) -> list[Result]:
+def run_apart(
+    jobs: Sequence[Callable[[Tell], Result]], told: Callable[..., None] | None = None, *, forks: bool = False
+) -> list[Result]:
     """The results of ``jobs``, in their order, each computed by one thread.
 
     As many run at a time as the calling thread has computing threads (``torch.get_num_threads()``). They compute under
@@ -62,26 +66,55 @@ def run_apart(jobs: Sequence[Callable[[Tell], Result]], told: Tell | None = None
 
     Args:
         jobs: each is called as ``job(tell)``.
-        told: called in the calling thread with what jobs tell, as it comes: in order within a job, and mixed among
-            jobs. It must not change tensors that it is given.
+        told: called in the calling thread with a job's number and what it tells, as it comes: in order within a job,
+            and mixed among jobs. It must not change tensors that it is given.
+        forks: let processes do it where they can be forked, as jobs of many short operations need: in threads those
+            wait for the interpreter's lock. What the jobs tell and find is then sent, and what else they change is
+            lost.
 
     Raises:
-        BaseException: what ``told`` raises, or the job that is first in order of those that raise; all threads have
+        BaseException: what ``told`` raises, or the job that is first in order of those that raise; all workers have
             ended by then.
+        RuntimeError: a process was killed.
     """
     threads = torch.get_num_threads()
     if threads == 1 or len(jobs) <= 1:
         with one_thread():
-            return [job(told or _nothing) for job in jobs]
-    crew = _Crew(jobs, told is not None)
+            return [job(_nothing if told is None else partial(told, number)) for number, job in enumerate(jobs)]
+    crew: _Threads | Forks
+    crew = Forks(jobs, told is not None) if forks and can_fork() else _Threads(jobs, told is not None)
     inherited = _inherited()
     try:
         crew.start(min(threads, len(jobs)), inherited)
-        return crew.results(told or _nothing)
+        return _results(crew.said(), len(jobs), told or _nothing)
     finally:
-        crew.last = -1
-        crew.join()
+        crew.end()
         torch.set_num_threads(threads)  # what threads to come begin with, which the workers have set to one
+
+
+def _results(said: Iterator[tuple[str, int, Any]], count: int, told: Callable[..., None]) -> list[Any]:
+    """The results among what is said, once they are there.
+
+    Raises:
+        BaseException: what ``told`` raises, or the first job that failed.
+    """
+    found: dict[int, Any] = {}
+    failed: BaseException | None = None
+    last = count - 1
+    while len(found) <= last:
+        kind, number, what = next(said)
+        if number > last:
+            continue
+        if kind == "told":
+            told(number, *what)
+        elif kind == "result":
+            found[number] = what
+        else:
+            failed, last = what, number - 1  # jobs before it may fail too, and come first
+            found = {earlier: result for earlier, result in found.items() if earlier < number}
+    if failed is not None:
+        raise failed
+    return [found[number] for number in range(count)]
 
 
 def _nothing(*_: Any) -> None:
@@ -117,19 +150,19 @@ def _inherited() -> Callable[[], contextlib.AbstractContextManager[Any]]:
     return context
 
 
-class _Crew:
+class _Threads:
     """Threads that take jobs in turn, and put what they tell and find into a queue.
 
     Attributes:
-        last: the number of the last job that is still wanted; those after it end.
+        ended: whether nobody waits for results any more.
     """
 
     def __init__(self, jobs: Sequence[Callable[[Tell], Any]], listens: bool) -> None:
         self.jobs, self.listens = jobs, listens
-        self.last = len(jobs) - 1
+        self.ended = False
         self.numbers = iter(range(len(jobs)))
         self.lock = threading.Lock()
-        self.said: queue.SimpleQueue[tuple[str, int, Any]] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[tuple[str, int, Any]] = queue.SimpleQueue()
         self.threads: list[threading.Thread] = []
 
     def start(self, count: int, inherited: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
@@ -143,45 +176,30 @@ class _Crew:
         while (number := self._next()) is not None:
             try:
                 with inherited():
-                    result = self.jobs[number](self._teller(number))
-                self.said.put(("result", number, result))
+                    result = self.jobs[number](partial(self._tell, number))
+                self.queue.put(("result", number, result))
             except _Cancelled:
                 return
             except BaseException as error:
-                self.said.put(("error", number, error))
+                self.queue.put(("error", number, error))
 
     def _next(self) -> int | None:
         with self.lock:
-            number = next(self.numbers, None)
-        return None if number is None or number > self.last else number
+            return None if self.ended else next(self.numbers, None)
 
-    def _teller(self, number: int) -> Tell:
-        def tell(*what: Any) -> None:
-            if number > self.last:
-                raise _Cancelled
-            if self.listens:
-                self.said.put(("told", number, what))
+    def _tell(self, number: int, *what: Any) -> None:
+        if self.ended:
+            raise _Cancelled
+        if self.listens:
+            self.queue.put(("told", number, what))
 
-        return tell
+    def said(self) -> Iterator[tuple[str, int, Any]]:
+        """What comes from the threads: (``told``, ``result`` or ``error``; the job's number; what)."""
+        while True:
+            yield self.queue.get()
 
-    def results(self, told: Tell) -> list[Any]:
-        found: dict[int, Any] = {}
-        failed: BaseException | None = None
-        while len(found) <= self.last:
-            kind, number, what = self.said.get()
-            if number > self.last:
-                continue
-            if kind == "told":
-                told(*what)
-            elif kind == "result":
-                found[number] = what
-            else:
-                failed, self.last = what, number - 1  # jobs before it may fail too, and come first
-                found = {earlier: result for earlier, result in found.items() if earlier < number}
-        if failed is not None:
-            raise failed
-        return [found[number] for number in range(len(self.jobs))]
-
-    def join(self) -> None:
+    def end(self) -> None:
+        """Wait for the threads, which end when they next tell something."""
+        self.ended = True
         for thread in self.threads:
             thread.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 
 import pytest
@@ -15,6 +16,7 @@ from sit.sampling import sampler
 from sit.sampling.config import SamplerConfig
 from sit.sampling.images import balanced_labels, sample_images
 from sit.sampling.sampler import generate, sample
+from sit.utils import workers
 from sit.utils.errors import UserError
 from sit.utils.workers import computes_apart
 
@@ -35,13 +37,23 @@ def with_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-    assert not [one for one in threading.enumerate() if one.name == "sit-worker"], "no thread is left"
+    left = [*threading.enumerate(), *multiprocessing.active_children()]
+    assert not [one for one in left if one.name == "sit-worker"], "no thread and no process is left"
+
+
+@pytest.fixture(params=("threads", "forks"))
+def crew(request, monkeypatch):
+    """What the groups are shared among."""
+    monkeypatch.setattr(workers, "can_fork", lambda: request.param == "forks")
+    return request.param
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_same_images_with_any_number_of_threads(loaded, with_threads, monkeypatch, kind):
+def test_the_same_images_with_any_number_of_workers(loaded, with_threads, monkeypatch, kind, crew):
     count, used, apart = 5 if kind == "adaptive" else 40, [], sampler.run_apart
-    monkeypatch.setattr(sampler, "run_apart", lambda jobs, told: used.append(len(jobs)) or apart(jobs, told))
+    monkeypatch.setattr(
+        sampler, "run_apart", lambda jobs, *rest, **how: used.append(len(jobs)) or apart(jobs, *rest, **how)
+    )
     made = []
     for threads in (1, 2):
         with_threads(threads)
@@ -98,7 +110,7 @@ def test_layers_whose_weights_come_as_they_are_called_are_no_work_for_threads():
     assert not computes_apart(network, 4, 16)
 
 
-def test_the_first_sample_is_told_apart(loaded, with_threads):
+def test_the_first_sample_is_told_apart(loaded, with_threads, crew):
     with_threads(2)
     first, options = [], dict(seed=0, latent_shape=(4, 8, 8), device="cpu", batch_size=64)
     config = SamplerConfig("ode", 4, "euler")
@@ -110,7 +122,7 @@ def test_the_first_sample_is_told_apart(loaded, with_threads):
     assert [step for step, _ in first] == [1, 2, 3, 4] and torch.equal(first[-1][1], latents[0])
 
 
-def test_mistakes_on_the_way_are_told_as_with_one_thread(loaded, with_threads, monkeypatch):
+def test_mistakes_on_the_way_are_told_as_with_one_thread(loaded, with_threads, monkeypatch, crew):
     config = SamplerConfig("ode", method="dopri5", atol=1e-12, rtol=1e-12)
     monkeypatch.setattr("sit.sampling.ode.MOST_EVALUATIONS", 8)
     said = []

@@ -38,7 +38,7 @@ def test_results_are_in_order_and_each_job_has_one_thread(threads):
         tell(number, "second")
         return number, torch.get_num_threads(), threading.get_ident()
 
-    def told(number, word):
+    def told(_, number, word):
         seen.append((number, word, threading.get_ident()))
 
     jobs = [lambda tell, number=number: job(number, tell) for number in range(1 if threads == 1 else 5)]
@@ -71,11 +71,18 @@ def test_what_the_listener_raises_ends_all_jobs(threads):
             tell()
             time.sleep(0.001)
 
-    def told():
+    def told(number):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_apart([job] * 4, told)
+
+
+@pytest.mark.parametrize("listens", (False, True))
+def test_a_job_is_told_apart_by_its_number(threads, listens):
+    told = []
+    run_apart([lambda tell: tell("done")] * 3, (lambda *what: told.append(what)) if listens else None)
+    assert sorted(told) == ([(number, "done") for number in range(3)] if listens else [])
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, None))
