@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from accelerate.state import AcceleratorState
+from training_runs import ensure_trained
 
 from sit.checkpoint.load import load_for_sampling
 from sit.metrics.evaluate import evaluate
@@ -32,9 +32,7 @@ from sit.metrics.paired import over_seeds
 from sit.metrics.statistics_files import open_reference
 from sit.sampling.config import SamplerConfig
 from sit.training.config import TrainConfig
-from sit.training.recipes import load_recipe, load_run_settings
-from sit.training.run_folder import read_metrics
-from sit.training.trainer import train
+from sit.training.recipes import load_recipe
 from sit.utils.choices import Precision
 from sit.utils.cli import one_line_errors
 from sit.utils.errors import UserError, entry_point
@@ -123,34 +121,8 @@ def measured(arguments: Arguments, config: TrainConfig, folder: Path) -> Measure
     Raises:
         UserError: the folder has a run of other settings.
     """
-    loss = heldout_loss(config, folder)
+    loss = [row["heldout_loss"] for row in ensure_trained(config, folder) if "heldout_loss" in row][-1]
     return Measures(loss, fid(arguments, config.seed, folder) if arguments.num_samples else None)
-
-
-def heldout_loss(config: TrainConfig, folder: Path) -> float:
-    """The held-out loss of a run after its last step; it is trained if it is not there, or goes on.
-
-    Raises:
-        UserError: the folder has a run of other settings.
-    """
-    if (folder / "config.yaml").is_file():
-        begun = dataclasses.replace(load_run_settings(folder), output_dir=None, resume=None)
-        for name, then in dataclasses.asdict(begun).items():
-            if (now := getattr(config, name)) != then:
-                raise UserError(f"{folder} was made with {name} {then}, not {now}; choose another `out`")
-    if not (found := _losses(folder, config.steps)):
-        AcceleratorState._reset_state(reset_partial_state=True)  # each run of this process begins without the last's
-        try:
-            train(dataclasses.replace(config, output_dir=str(folder), resume="auto"))
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-        found = _losses(folder, config.steps)
-    return found[-1]
-
-
-def _losses(folder: Path, step: int) -> list[float]:
-    rows = read_metrics(folder / "metrics.jsonl")
-    return [row["heldout_loss"] for row in rows if row["step"] == step and "heldout_loss" in row]
 
 
 def fid(arguments: Arguments, seed: int, folder: Path) -> float:

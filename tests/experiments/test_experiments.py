@@ -19,15 +19,19 @@ from scipy import stats
 from sit.eval import main as evaluate_command
 from sit.model import create_model
 from sit.sampling.config import SamplerConfig
+from sit.sampling.sampler import sample
 from sit.study.config import read_study
 from sit.study.runs import planned, to_be_known
+from sit.training.recipes import load_run_settings
+from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
 OTHER_FOLDERS = {"benchmarks", "scripts", "tests"}
-attnet_fashion, digits_settings, digits_table, transplant = map(
-    importlib.import_module, ("attnet_fashion", "digits_settings", "digits_table", "transplant")
+attnet_fashion, digits_settings, digits_table, meanflow, training_runs, transplant = map(
+    importlib.import_module,
+    ("attnet_fashion", "digits_settings", "digits_table", "meanflow", "training_runs", "transplant"),
 )
 
 
@@ -67,6 +71,11 @@ def test_attnet_on_fashion(fashion, tmp_path, capsys):
     [
         (attnet_fashion, {"models": ("Perceptron",)}, "`models=Perceptron`: choose among AttNet, ConvNeXt, ResNet"),
         (attnet_fashion, {"epochs": 0}, "`epochs` must be at least 1, not 0"),
+        (meanflow, {"setting": "digits", "seeds": 1}, "`seeds` must be at least 2, for intervals, not 1"),
+        (meanflow, {"setting": "digits", "ratio": 0.0}, "`ratio=0.0` leaves the plain objective no step"),
+        (meanflow, {"setting": "digits", "steps": 0}, "`steps` must be at least 1, not 0"),
+        (meanflow, {"setting": "digits", "many_steps": 1}, "`many_steps` must be at least 2, not 1"),
+        (meanflow, {"setting": "digits", "num_samples": 1}, "`num_samples` must be at least 2, not 1"),
         (transplant, {"seeds": 0}, "`seeds` must be at least 1, not 0"),
         (transplant, {"num_samples": 1}, "`num_samples` must be 0, for no FID, or at least 2, not 1"),
         (transplant, {"shares": (0.5, 1.5)}, "`shares`: each must be above 0 and at most 1"),
@@ -129,7 +138,7 @@ def test_transplants_of_fashion(fashion, classifier_of_three, tmp_path, capsys, 
     half = stats.t.ppf(0.975, 1) * abs(values[0] - values[1]) / 2
     assert f"{sum(values) / 2:+.4f} ± {half:.4f}" in printed.partition("FID after")[0]
     assert "FID after" in printed and found["donor"]["fid"] > 0
-    monkeypatch.setattr(transplant, "train", None)  # called, it would fail
+    monkeypatch.setattr(training_runs, "train", None)  # called, it would fail
     monkeypatch.setattr(transplant.GeneratedImages, "batch", None)
     transplant.run(arguments)
     assert capsys.readouterr().out.splitlines()[-6:] == printed.splitlines()[-6:]
@@ -141,12 +150,62 @@ def test_transplants_of_fashion(fashion, classifier_of_three, tmp_path, capsys, 
     assert json.loads((tmp_path / "found.json").read_text())["found"]["0"]["donor"]["fid"] is None
 
 
+def test_one_step_against_many_on_the_digits(tmp_path, capsys, monkeypatch):
+    """A step or two of each objective; the table's means, intervals and choice are those of the JSON's numbers."""
+    arguments = meanflow.Arguments(
+        "digits", out=tmp_path / "runs", json=tmp_path / "found.json", seeds=2, steps=1, num_samples=10, many_steps=2
+    )
+    meanflow.run(arguments)
+    record, printed = json.loads((tmp_path / "found.json").read_text()), capsys.readouterr().out
+    steps = {name: load_run_settings(tmp_path / "runs" / f"{name}-seed1").steps for name in ("meanflow", "plain")}
+    assert steps == {"meanflow": 1, "plain": 2}
+    fids = {
+        name: [record["found"][seed]["ways"][name]["fid"] for seed in "01"] for name in record["found"]["0"]["ways"]
+    }
+    one = {"plain, euler, 1 step": 1}
+    two = [
+        "plain, euler, 2 steps",
+        "plain, midpoint, 1 step",
+        "plain, heun2, 1 step",
+        "plain, euler, 1 step, guidance 2",
+    ]
+    assert {*one, *two, "plain, rk4, 1 step", "plain, SDE, 2 steps", "MeanFlow, 4 steps"} <= set(fids)
+    assert not any("heun3" in name for name in fids), "three evaluations are none of those allowed"
+    shown = printed.partition("All solvers")[0]
+    best = min((name for name in [*two, "plain, SDE, 2 steps"]), key=lambda name: sum(fids[name]))
+    half = stats.t.ppf(0.975, 1) * abs(fids[best][0] - fids[best][1]) / 2
+    assert f"| {best} | {sum(fids[best]) / 2:.2f} ± {half:.2f} |" in shown
+    differences = [ours - theirs for ours, theirs in zip(fids["MeanFlow, 2 steps"], fids[best], strict=True)]
+    half = stats.t.ppf(0.975, 1) * abs(differences[0] - differences[1]) / 2
+    assert f"{sum(differences) / 2:+.2f} ± {half:.2f}" in shown
+    monkeypatch.setattr(training_runs, "train", None)  # called, it would fail
+    monkeypatch.setattr(meanflow.GeneratedImages, "batch", None)
+    meanflow.run(arguments)
+    assert capsys.readouterr().out == printed[printed.index("seed 0") :]
+
+
+def test_solvers_are_allowed_the_evaluations_that_they_count():
+    """Counted as the network is called, with rows of both halves of guidance."""
+    for way in meanflow.plain_ways(5, 2.0):
+        calls = []
+
+        def velocity(x, t, y, calls=calls):
+            calls.append(len(x))
+            return torch.zeros_like(x)
+
+        velocity.null_label = 10
+        sample(velocity, Transport(), torch.zeros(3, 4, 2, 2), torch.arange(3), way.config)
+        assert sum(calls) == 3 * way.evaluations, way.name
+
+
 def test_the_share_that_a_transplant_needs():
     losses = {"0.1": 0.9, "0.2": 0.5, "0.3": 0.6, "0.5": 0.4}
     assert [transplant.share_needed(losses, target) for target in (0.5, 0.45, 0.3)] == [0.2, 0.5, None]
 
 
-@pytest.mark.parametrize("name", ["attnet_fashion", "digits_settings", "digits_table", "gpu_half_hour", "transplant"])
+@pytest.mark.parametrize(
+    "name", ["attnet_fashion", "digits_settings", "digits_table", "gpu_half_hour", "meanflow", "transplant"]
+)
 def test_every_experiment_runs_by_its_path(name, monkeypatch, capsys):
     """With its own folder alone beside the packages, as ``python experiments/NAME.py`` has it."""
     monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).name not in OTHER_FOLDERS])
