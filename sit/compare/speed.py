@@ -39,7 +39,7 @@ def measure_speed(loaded: dict[str, Loaded], sampler: SamplerConfig, batch_size:
     rows_of_a_run: dict[str, int] = {}
     for round_number in range(repeats + 1):  # the first warms up
         for name, one in loaded.items():
-            training = once(training_step(one, batch_size), one.device)
+            training = once(gradient_pass(one, batch_size), one.device)
             with rows_given(one.model) as rows:
                 sampling = once(sampling_run(one, few if round_number else sampler, batch_size), one.device)
             if round_number:
@@ -53,7 +53,7 @@ def measure_speed(loaded: dict[str, Loaded], sampler: SamplerConfig, batch_size:
     }
 
 
-def training_step(loaded: Loaded, batch_size: int) -> Callable[[], None]:
+def gradient_pass(loaded: Loaded, batch_size: int) -> Callable[[], None]:
     """A forward and backward pass of a fresh network of the same kind."""
     shape, device = latent_shape_for(loaded, None), loaded.device
     labels = balanced_labels(range(batch_size), range(loaded.model.config.num_classes)).to(device)

@@ -55,7 +55,11 @@ class Player:
         """What it is, in one line of Markdown."""
         model, step = self.loaded.model, self.loaded.info.step
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        parts = [f"{len(model.blocks)} blocks of width {model.config.hidden_size}", f"{millions:.3g} M parameters"]
+        modern = "modern " if model.config.block == "modern" else ""
+        parts = [
+            f"{len(model.blocks)} {modern}blocks of width {model.config.hidden_size}",
+            f"{millions:.3g} M parameters",
+        ]
         return f"### {model.config.mixer}\n`{self.path}`: {', '.join(parts)}" + (f", step {step:,}" if step else "")
 
 

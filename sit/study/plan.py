@@ -9,6 +9,7 @@ from sit.study.config import Study
 from sit.study.progress import in_words, remaining_hours, seconds_of_a_step, steps_done
 from sit.study.runs import Run
 from sit.study.schedule import State
+from sit.training.muon import hidden_matrices
 from sit.training.plan import describe_data
 from sit.utils.errors import UserError
 from sit.utils.sizes import size_text
@@ -17,6 +18,8 @@ from sit.utils.tables import text_table
 BYTES = 20
 """of a checkpoint, for each parameter, in float32: averaged weights, twice (to sample from and to go on with), raw
 weights, and AdamW's two moments"""
+MOMENT = 4
+"""of them that a matrix of Muon's, which has one moment, does without"""
 
 
 def plan(study: Study, state: State, jobs: int, seconds_per_step: float | None) -> str:
@@ -80,7 +83,8 @@ def checkpoint_bytes(run: Run) -> float:
             network = create_model(run.config.model, **run.config.network_options(shape, classes))
     except UserError as error:
         raise UserError(f"{run.variant}: {error}") from error
-    return BYTES * sum(parameter.numel() for parameter in network.parameters())
+    with_one = sum(p.numel() for p in hidden_matrices(network)) if run.config.optimizer == "muon" else 0
+    return BYTES * sum(parameter.numel() for parameter in network.parameters()) - MOMENT * with_one
 
 
 def checkpoints_kept(run: Run) -> int:

@@ -8,14 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from sit.model import create_model
 from sit.study import record
 from sit.study.cli import main
 from sit.study.config import read_study
-from sit.study.plan import plan
+from sit.study.plan import checkpoint_bytes, plan
 from sit.study.runs import planned, to_be_known
 from sit.study.schedule import Known, command_lines
 from sit.study.selection import chosen, tried
+from sit.training.optimization import make_optimizer
 from sit.training.recipes import load_recipe
 from sit.utils.errors import UserError
 from sit.utils.reading import read_yaml
@@ -201,6 +204,24 @@ def test_the_plan_and_the_commands(study, tmp_path, capsys):
     several = dataclasses.replace(of, processes=4)
     (line,) = command_lines(several, Known(of).state(), ("B-0.5-seed3",), None).splitlines()
     assert " -m accelerate.commands.launch --num_processes 4 -m sit.study " in line
+
+
+@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
+def test_what_a_checkpoint_holds(study, optimizer):
+    """Three copies of the weights, and the optimizer's state as it is after a step; its counters are a few bytes."""
+    (run,) = planned(
+        study(f"{BASE}variants:\n  - {{name: A, mixer: attention, optimizer: {optimizer}, seeds: [3]}}\n"), {}
+    )
+    network = create_model(run.config.model, 0, **run.config.network_options((4, 8, 8), 10))
+    made = make_optimizer(network, run.config)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    made.step()
+    kept = 3 * sum(p.numel() for p in network.parameters())
+    kept += sum(
+        value.numel() for of in made.state_dict()["state"].values() for value in of.values() if torch.is_tensor(value)
+    )
+    assert checkpoint_bytes(run) == pytest.approx(4 * kept, rel=1e-3)
 
 
 def test_numbers_without_a_point_are_numbers(tmp_path):
