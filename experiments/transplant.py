@@ -4,9 +4,10 @@ python experiments/transplant.py --data data --seeds 3 --out runs/transplant --j
 
 Fashion-MNIST in pixels, 256 tokens, at the size of experiments/fashion-pixels-short.yaml. For every seed: a network
 with attention, the donor; one with ATConv from scratch; and for several shares of their steps one with ATConv that
-begins with the donor's weights, with and without distillation. Each has a learning-rate schedule of its own length, so
-that no share is read off a schedule that was meant for more. The answer is the least share whose held-out loss, and
-whose FID, is at most that from scratch. What the donor took is not counted: it is what others have trained.
+begins with the donor's weights, with and without distillation. Each has a learning-rate schedule of its own length,
+warm-up included, so that no share is read off a schedule that was meant for more. The answer is the least share whose
+held-out loss, and whose FID, is at most that from scratch. What the donor took is not counted: it is what others have
+trained.
 
 What is finished is not trained again, nor sampled. Runs that were made with other settings are refused. The classifier
 is that of docs/results.md.
@@ -60,8 +61,10 @@ class Arguments:
     seeds: int = 3
     """the seeds 0, 1, …"""
     steps: int = 240
-    """of the donor and of the network from scratch"""
-    shares: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
+    """of the network from scratch"""
+    donor_steps: int = 480
+    """of the donor"""
+    shares: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)
     """of these steps that transplants get"""
     image_size: int = 32
     """side of the images, which are cut into patches of 2×2"""
@@ -81,6 +84,8 @@ class Arguments:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise UserError(f"`seeds` must be at least 1, not {self.seeds}")
+        if self.donor_steps < 1:
+            raise UserError(f"`donor_steps` must be at least 1, not {self.donor_steps}")
         if self.num_samples < 0 or self.num_samples == 1:
             raise UserError(f"`num_samples` must be 0, for no FID, or at least 2, not {self.num_samples}")
         if not self.shares or not all(0 < share <= 1 and round(share * self.steps) for share in self.shares):
@@ -88,23 +93,25 @@ class Arguments:
                 f"`shares`: each must be above 0 and at most 1, and a step at least of `steps={self.steps}`"
             )
 
-    def config(self, seed: int, **changes: Any) -> TrainConfig:
-        """The settings that all runs of a seed share, and these."""
+    def config(self, seed: int, steps: int, **changes: Any) -> TrainConfig:
+        """The settings of a run of so many steps that all runs of a seed share, and these."""
+        recipe = load_recipe("fashion-mnist-pixels")
         shared = dict(
             data=f"fashion-mnist:{self.data}",
             heldout=f"fashion-mnist-test:{self.data}",
             heldout_images=self.heldout_images,
             image_size=self.image_size,
-            steps=self.steps,
+            steps=steps,
+            warmup_steps=max(1, round(recipe.warmup_steps * steps / recipe.steps)),
             batch_size=self.batch_size,
             mixed_precision=self.mixed_precision,
             preview_every=0,
-            checkpoint_every=max(1, self.steps // 4),
+            checkpoint_every=max(1, steps // 4),
             keep_last=1,
             trackers=(),
             seed=seed,
         )
-        return dataclasses.replace(load_recipe("fashion-mnist-pixels"), **shared | changes)
+        return dataclasses.replace(recipe, **shared | changes)
 
 
 @dataclass(frozen=True)
@@ -144,15 +151,15 @@ def of_seed(arguments: Arguments, seed: int) -> dict[str, Any]:
     slots = dict(mixer=arguments.mixer, positional_embedding="on")
     donor = out / "donor"
     found: dict[str, Any] = {
-        "donor": measured(arguments, arguments.config(seed, mixer="attention"), donor),
-        "scratch": measured(arguments, arguments.config(seed, **slots), out / "scratch"),
+        "donor": measured(arguments, arguments.config(seed, arguments.donor_steps, mixer="attention"), donor),
+        "scratch": measured(arguments, arguments.config(seed, arguments.steps, **slots), out / "scratch"),
     }
     for arm, is_distilled in ARMS.items():
         found[arm] = {}
         for share in arguments.shares:
             steps = round(share * arguments.steps)
             teacher = dict(distill_from=str(donor), distill_steps=max(1, steps // 2)) if is_distilled else {}
-            config = arguments.config(seed, init_from=str(donor), steps=steps, **slots, **teacher)
+            config = arguments.config(seed, steps, init_from=str(donor), **slots, **teacher)
             folder = out / f"{arm.replace(', ', '-')}-{share:g}"
             found[arm][f"{share:g}"] = measured(arguments, config, folder)
     return found
@@ -169,7 +176,7 @@ def table(found: Mapping[int, Mapping[str, Any]], arguments: Arguments, measure:
     scratch = {seed: getattr(of["scratch"], measure) for seed, of in found.items()}
     first = next(iter(found.values()))
     lines: list[tuple[str, str, list[Measures]]] = [
-        ("donor (attention)", "1", [of["donor"] for of in found.values()]),
+        ("donor (attention)", f"{arguments.donor_steps / arguments.steps:g}", [of["donor"] for of in found.values()]),
         (f"{arguments.mixer} from scratch", "1", [of["scratch"] for of in found.values()]),
         *((arm, share, [of[arm][share] for of in found.values()]) for arm in ARMS for share in shares),
     ]

@@ -77,6 +77,7 @@ def test_attnet_on_fashion(fashion, tmp_path, capsys):
         (meanflow, {"setting": "digits", "many_steps": 1}, "`many_steps` must be at least 2, not 1"),
         (meanflow, {"setting": "digits", "num_samples": 1}, "`num_samples` must be at least 2, not 1"),
         (transplant, {"seeds": 0}, "`seeds` must be at least 1, not 0"),
+        (transplant, {"donor_steps": 0}, "`donor_steps` must be at least 1, not 0"),
         (transplant, {"num_samples": 1}, "`num_samples` must be 0, for no FID, or at least 2, not 1"),
         (transplant, {"shares": (0.5, 1.5)}, "`shares`: each must be above 0 and at most 1"),
         (attnet_fashion, {"limit": 5}, "`limit=5` must be at least the batch size of 128"),
@@ -106,8 +107,8 @@ def test_interval_of_the_mean():
 def test_transplants_of_fashion(fashion, classifier_of_three, tmp_path, capsys, monkeypatch):
     """One step of each; then nothing is trained or sampled, and the tables are the runs' own measurements."""
     arguments = transplant.Arguments(
-        data=str(fashion), out=tmp_path / "runs", json=tmp_path / "found.json", seeds=2, steps=2, shares=(0.5,),
-        image_size=8, batch_size=4, heldout_images=2, num_samples=12, features=f"classifier:{classifier_of_three}",
+        data=str(fashion), out=tmp_path / "runs", json=tmp_path / "found.json", seeds=2, steps=2, donor_steps=3,
+        shares=(0.5,), image_size=8, batch_size=4, heldout_images=2, num_samples=12, features=f"classifier:{classifier_of_three}",
     )  # fmt: skip
     transplant.run(arguments)
     record = json.loads((tmp_path / "found.json").read_text())
@@ -119,7 +120,7 @@ def test_transplants_of_fashion(fashion, classifier_of_three, tmp_path, capsys, 
         for place in runs.iterdir()
     }
     assert {name: row["step"] for name, row in measured.items()} == {
-        "donor": 2, "scratch": 2, "transplant-0.5": 1, "transplant-distilled-0.5": 1
+        "donor": 3, "scratch": 2, "transplant-0.5": 1, "transplant-distilled-0.5": 1
     }  # fmt: skip
     by_folder = {
         "donor": found["donor"], "scratch": found["scratch"], "transplant-0.5": found["transplant"]["0.5"],
