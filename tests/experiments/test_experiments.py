@@ -108,7 +108,8 @@ def test_transplants_of_fashion(fashion, classifier_of_three, tmp_path, capsys, 
     """One step of each; then nothing is trained or sampled, and the tables are the runs' own measurements."""
     arguments = transplant.Arguments(
         data=str(fashion), out=tmp_path / "runs", json=tmp_path / "found.json", seeds=2, steps=2, donor_steps=3,
-        shares=(0.5,), image_size=8, batch_size=4, heldout_images=2, num_samples=12, features=f"classifier:{classifier_of_three}",
+        shares=(0.5,), image_size=8, batch_size=4, heldout_images=2, num_samples=12,
+        features=f"classifier:{classifier_of_three}",
     )  # fmt: skip
     transplant.run(arguments)
     record = json.loads((tmp_path / "found.json").read_text())
