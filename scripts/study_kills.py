@@ -1,6 +1,6 @@
 """A study, killed at random moments and given again, against one that nobody disturbs: the reports' numbers are equal.
 
-    python scripts/study_kills.py --kills 10
+    python scripts/study_kills.py --kills 10 --json docs/reliability/study-kills.json
 
 It trains six tiny runs on the embedded digits twice. Each kill is a SIGKILL to the study and to the runs that it has
 started, after a time drawn at random. What depends on the clock is left out of the comparison.
@@ -23,6 +23,7 @@ import tyro
 
 from sit.utils.cli import one_line_errors
 from sit.utils.errors import UserError, entry_point
+from sit.utils.record import write_record
 
 STUDY = """
 recipe: digits
@@ -53,6 +54,8 @@ class Arguments:
     """of the moments"""
     jobs: int = 2
     """runs at a time"""
+    json: Path | None = None
+    """file for what was found"""
 
     def __post_init__(self) -> None:
         if min(self.kills, self.steps, self.seeds, self.jobs) < 1:
@@ -76,12 +79,16 @@ def children(process: int) -> list[int]:
     return found
 
 
-def killed(arguments: Arguments, longest: float, file: Path, out: Path) -> int:
-    """Start the study and kill it, again and again, and let it come to its end; returns how often it was killed."""
-    moments, kills = random.Random(arguments.seed), 0
+def killed(arguments: Arguments, longest: float, file: Path, out: Path) -> list[dict[str, float]]:
+    """Start the study and kill it, again and again, and let it come to its end.
+
+    Returns:
+        Of each kill the seconds after which it came, how many processes it ended, and how many runs were done.
+    """
+    moments, kills = random.Random(arguments.seed), []
     while True:
         process = subprocess.Popen(command(file, out, arguments.jobs), stderr=subprocess.DEVNULL)
-        wait = moments.uniform(0, longest) if kills < arguments.kills else None
+        wait = moments.uniform(0, longest) if len(kills) < arguments.kills else None
         try:
             process.wait(wait)
         except subprocess.TimeoutExpired:
@@ -92,9 +99,9 @@ def killed(arguments: Arguments, longest: float, file: Path, out: Path) -> int:
                 except ProcessLookupError:
                     continue
             process.wait()
-            kills += 1
             done = len(list((out / "runs").glob("*.json")))
             print(f"killed {len(doomed)} processes after {wait:.1f} s; {done} runs have their JSON", flush=True)
+            kills.append({"seconds": round(wait or 0, 1), "processes": len(doomed), "runs_done": done})
             continue
         if process.returncode:
             raise UserError(f"the study ended with exit status {process.returncode}")
@@ -123,9 +130,12 @@ def run(arguments: Arguments) -> None:
         seconds = time.monotonic() - start
         print(f"undisturbed in {seconds:.0f} s", flush=True)
         kills = killed(arguments, arguments.longest or seconds / 2, file, Path(place) / "killed")
-        if numbers(Path(place) / "whole") != numbers(Path(place) / "killed"):
-            raise UserError(f"after {kills} kills the report has other numbers")
-        print(f"after {kills} kills the report has the same numbers")
+        equal = numbers(Path(place) / "whole") == numbers(Path(place) / "killed")
+        if arguments.json is not None:
+            write_record(arguments.json, "cpu", {"kills": kills, "undisturbed_seconds": seconds, "same_numbers": equal})
+        if not equal:
+            raise UserError(f"after {len(kills)} kills the report has other numbers")
+        print(f"after {len(kills)} kills the report has the same numbers")
 
 
 @entry_point
