@@ -59,7 +59,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How finished runs are evaluated, as eval_fid.py's arguments of these names say; ``every`` is in steps."""
+    """How finished runs are evaluated, as eval_fid.py's arguments of these names say; ``every`` is in steps.
+
+    ``guidance`` and ``ema`` are scales and relative lengths that the last step is evaluated with besides.
+    """
 
     reference: str
     features: str | None = None
@@ -71,12 +74,34 @@ class Evaluation:
     dinov2_weights: str | None = None
     precision: Precision | None = None
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    guidance: tuple[float, ...] = ()
+    ema: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "every", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"evaluate: {name} must be at least 1, not {value}")
+        for name in ("guidance", "ema"):
+            values = getattr(self, name)
+            if any(value <= 0 for value in values) or len(set(values)) < len(values):
+                raise UserError(f"evaluate: {name} must be positive numbers, each once, not {list(values)}")
+        if self.sampler.cfg_scale in self.guidance:
+            raise UserError(f"evaluate: guidance: {self.sampler.cfg_scale:g} is the sampler's own")
+        _ = self.others  # a sampler that takes no guidance is told
+
+    @property
+    def others(self) -> dict[str, tuple[float | None, SamplerConfig]]:
+        """What the last step is evaluated with besides, by name: the length of the average, and the sampler."""
+        scaled = {
+            f"guidance {scale:g}": (None, dataclasses.replace(self.sampler, cfg_scale=scale)) for scale in self.guidance
+        }
+        return scaled | {f"ema {length:g}": (length, self.sampler) for length in self.ema}
+
+    @property
+    def usual(self) -> dict[str, str]:
+        """The guidance and the average of everything else, in the words of :attr:`others`."""
+        return {"guidance": f"{self.sampler.cfg_scale:g}", "ema": "as trained"}
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,19 @@ def evaluation_seed(config: TrainConfig) -> int:
     return key(config.seed, "evaluation") % 2**31
 
 
-def evaluate_run(run: Run, study: Study, steps: list[int], device: torch.device) -> dict[str, Any]:
-    """Evaluate the checkpoints at ``steps``, and sample the grid from the last.
+def evaluate_run(
+    run: Run, study: Study, steps: list[int], device: torch.device, before: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Evaluate the checkpoints at ``steps``, the last in other ways too, and sample the grid from it.
 
     Every process of a launch calls it with the same arguments.
+
+    Args:
+        run: the run.
+        study: its study.
+        steps: in rising order.
+        device: where samples are made.
+        before: an evaluation with fewer steps or ways, of which nothing is made again.
 
     Returns:
         What the JSON says under ``evaluation``; the numbers are there on the main process only.
@@ -59,8 +68,13 @@ def evaluate_run(run: Run, study: Study, steps: list[int], device: torch.device)
     settings = study.evaluate
     if settings is None:
         raise ValueError("the study evaluates nothing")
+    have: dict[str, Any] = before or {"steps": {}}
+    wanted = [(str(step), step, None, settings.sampler) for step in steps]
+    wanted += [(name, steps[-1], *way) for name, way in settings.others.items()]
+    found = have["steps"] | have.get("others", {})
+    missing = [way for way in wanted if way[0] not in found]
     checkpoints = {step: place for step, place in find_checkpoints(run.training(study)) if is_complete(place)}
-    if absent := [step for step in steps if step not in checkpoints]:
+    if absent := [step for step in sorted({steps[-1], *(way[1] for way in missing)}) if step not in checkpoints]:
         raise UserError(
             f"{run.training(study)} has no checkpoint of step {absent[0]} to evaluate; evaluate it on the machine "
             f"where it was trained, or remove {run.json(study)} to train it again"
@@ -69,18 +83,17 @@ def evaluate_run(run: Run, study: Study, steps: list[int], device: torch.device)
         use_threads(run.config.cpu_threads)
     dtype = for_sampling(settings.precision, device)
     against = _against(run, settings, checkpoints[steps[-1]], device)
-    numbers: dict[str, Any] = {}
     with WorkDirectory(str(run.work(study) / "evaluation")) as work:
         if process_state().is_main_process:
             _share(study.out / "work" / "reference", work)
         process_state().wait_for_everyone()
-        for step in steps:
-            loaded = load_for_sampling(checkpoints[step], device=device, dtype=dtype)
-            seed = evaluation_seed(run.config)
-            samples = GeneratedImages(loaded, settings.num_samples, seed=seed, config=settings.sampler)
+        for name, step, ema, sampler in missing:
+            loaded = load_for_sampling(checkpoints[step], ema=ema, device=device, dtype=dtype)
+            samples = GeneratedImages(loaded, settings.num_samples, seed=evaluation_seed(run.config), config=sampler)
             measured = measure(samples, against, work)
             report = None if measured is None else measured.report()
-            numbers[str(step)] = [] if report is None else [dataclasses.asdict(number) for number in report.numbers]
+            found[name] = [] if report is None else [dataclasses.asdict(number) for number in report.numbers]
+        loaded = load_for_sampling(checkpoints[steps[-1]], device=device, dtype=dtype)
         if process_state().is_main_process:
             _share(work, study.out / "work" / "reference")
             _save_grid(run, study, loaded, settings)
@@ -88,7 +101,8 @@ def evaluate_run(run: Run, study: Study, steps: list[int], device: torch.device)
         "settings": dataclasses.asdict(settings),
         "seed": evaluation_seed(run.config),
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
-        "steps": numbers,
+        "steps": {str(step): found[str(step)] for step in steps},
+        "others": {name: found[name] for name in settings.others},
     }
 
 

@@ -41,7 +41,7 @@ def do(run: Run, study: Study) -> None:
                 record.write(run.json(study), found)
         if steps := run.steps_to_evaluate(study):
             with ending_by_signals():
-                evaluation = evaluate_run(run, study, steps, state.device)
+                evaluation = evaluate_run(run, study, steps, state.device, found["evaluation"])
             if state.is_main_process:
                 record.write(run.json(study), found | {"evaluation": evaluation})
                 shutil.rmtree(run.work(study) / "evaluation", ignore_errors=True)

@@ -30,7 +30,7 @@ HOW_IT_RUNS = {
     "project", "eval_every", "eval_samples", "eval_reference", "repa_images",
 }  # fmt: skip
 """Fields of TrainConfig in which runs of one study may differ: where, how and how closely watched they were made."""
-HOW_IT_IS_EVALUATED = {"every", "batch_size"}
+HOW_IT_IS_EVALUATED = {"every", "batch_size", "guidance", "ema"}
 """The same of Evaluation's."""
 PLACES = ("data", "vae", "heldout", "reference", "features", "classifier", "inception_weights", "dinov2_weights")
 """Settings that name a place, which may be another on another machine: what stands before a colon is compared, or the
@@ -148,5 +148,8 @@ def is_finished(run: Run, study: Study, found: dict[str, Any] | None) -> bool:
     if found is None:
         return False
     steps = run.steps_to_evaluate(study)
-    evaluated = found["evaluation"]["steps"] if found["evaluation"] is not None else {}
-    return set(map(str, steps)) <= evaluated.keys()
+    if not steps or study.evaluate is None:
+        return True
+    evaluated = found["evaluation"] or {"steps": {}}
+    others = study.evaluate.others.keys() <= evaluated.get("others", {}).keys()
+    return set(map(str, steps)) <= evaluated["steps"].keys() and others

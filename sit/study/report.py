@@ -9,6 +9,7 @@ from typing import Any
 
 from sit.study import plots, text
 from sit.study.analysis import LOSS, analyze, groups
+from sit.study.at_best import at_best
 from sit.study.config import Study
 from sit.study.relations import agreement, causes, points
 from sit.study.schedule import State
@@ -40,6 +41,8 @@ def numbers(study: Study, state: State) -> dict[str, Any]:
         if found["fid"]:
             found["points"] = points(compared, found["fid"])
             found["agreement"] = agreement(found["points"])
+            if study.evaluate is not None:
+                found["at_best"] = at_best(groups(study, compared, study.vary[0]), found["fid"], study.evaluate)
         if len(study.vary) > 1:
             found["causes"] = causes({cause: groups(study, compared, cause) for cause in study.vary}, found["fid"])
     return found

@@ -130,5 +130,9 @@ def _check_steps(study: Study, variant: Variant, config: TrainConfig) -> None:
             f"{where}: evaluate: every {every} steps needs checkpoints there: checkpoint_every must divide it, and "
             f"keep_every be {every} or keep_last 0"
         )
+    if study.evaluate and study.evaluate.ema and not config.posthoc_ema:
+        raise UserError(
+            f"{where}: evaluate: ema puts averages together from snapshots: set posthoc_ema, such as [0.05, 0.1]"
+        )
     if study.select is not None and config.heldout == "none":
         raise UserError(f"{where}: select chooses by the held-out loss: set heldout")

@@ -17,6 +17,8 @@ CAUSES = {
     "noise": "noise of the loss",
 }
 """what the seeds vary, in words"""
+BEST_WITH = {"guidance": "guidance", "ema": "length of the averaged weights"}
+"""what each variant may be at its best with"""
 
 
 def markdown(study: Study, found: Mapping[str, Any], images: Mapping[str, str]) -> str:
@@ -35,6 +37,7 @@ def markdown(study: Study, found: Mapping[str, Any], images: Mapping[str, str]) 
         return "\n".join(lines)
     lines += _table(study, found, first)
     lines += _differences(found, first)
+    lines += _at_best(found, first)
     lines += _images(found, first)
     lines += _pairing(found, first)
     lines += _seconds(found, first, images)
@@ -131,6 +134,38 @@ def _differences(found: Mapping[str, Any], first: str) -> list[str]:
         _difference_table(found["differences"], [name for name in found["variants"] if name != first]),
         "",
     ]
+
+
+def _at_best(found: Mapping[str, Any], first: str) -> list[str]:
+    lines: list[str] = []
+    for kind, one in found.get("at_best", {}).items():
+        fid = short(found["fid"])
+        title, usual = BEST_WITH[kind], one["usual"]
+        values = list(dict.fromkeys(value for own in one["values"].values() for value in own))
+        rows = []
+        for name, own in one["values"].items():
+            cells = [_cell(own.get(value)) for value in values]
+            best = one["best"][name]
+            cells[values.index(best)] = f"**{cells[values.index(best)]}**"
+            difference = one["differences"].get(found["fid"], {}).get(name)
+            told = (
+                f"{difference['value']:+.4g} ± {difference['error']:.2g}: {difference['verdict']}" if difference else ""
+            )
+            rows.append((name, *cells, told))
+        order = one["order"]
+        same = order["usual"] == order["best"]
+        lines += [
+            f"## Each variant at its best {title}",
+            "",
+            f"{fid} at the last step; the best by the mean over the seeds (bold). Everything else in this report is "
+            f"with {usual}. The order by mean {fid} is "
+            + ("the same" if same else f"{', '.join(order['usual'])} there, and {', '.join(order['best'])} at the best")
+            + ".",
+            "",
+            markdown_table(["", *values, f"at the best, less {first}'s, paired"], rows),
+            "",
+        ]
+    return lines
 
 
 def _images(found: Mapping[str, Any], first: str) -> list[str]:

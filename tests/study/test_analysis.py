@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sit.study.analysis import LOSS, Found, analyze, at_equal_seconds
-from sit.study.config import Study, Variant
+from sit.study.analysis import LOSS, Found, analyze, at_equal_seconds, groups
+from sit.study.at_best import at_best
+from sit.study.config import Evaluation, Study, Variant
 from sit.study.relations import agreement, causes, correlation, points, spearman
 
 FID = "FID"
@@ -76,6 +77,28 @@ def test_pairing_and_differences(records):
     told = found["per_image"]["b"][0]
     assert told["t"] == pytest.approx(stats.ttest_rel(images[1].mean(1), images[0].mean(1)).statistic)
     assert told["t_by_time"][3] == pytest.approx(stats.ttest_rel(images[1][:, 3], images[0][:, 3]).statistic)
+
+
+def test_each_variant_at_its_best(records):
+    """b is better than a without guidance, and worse with each at its best; what a seed lacks can't be chosen."""
+    fids = {"a": {"1.5": (5.0, 6.0, 7.5), "2": (4.0, 3.0, 5.0), "3": (0.1, 0.1)}, "b": {"1.5": (6.0, 5.0, 7.0)}}
+    for name, values in fids.items():
+        for seed in range(3):
+            records[f"{name}-seed{seed}"]["evaluation"]["steps"]["20"][0]["value"] = {"a": 10.0, "b": 9.0}[name] + seed
+            records[f"{name}-seed{seed}"]["evaluation"]["others"] = {
+                f"guidance {value}": [{"name": FID, "value": own[seed]}]
+                for value, own in values.items()
+                if seed < len(own)
+            }
+    found = at_best(groups(study("a", "b"), records, "seed"), FID, Evaluation("digits"))
+    assert list(found) == ["guidance"], "no average but the usual one was evaluated"
+    told = found["guidance"]
+    assert told["best"] == {"a": "2", "b": "1.5"} and set(told["values"]["a"]) == {"1", "1.5", "2"}
+    assert told["order"] == {"usual": ["b", "a"], "best": ["a", "b"]}
+    test = stats.ttest_rel(fids["b"]["1.5"], fids["a"]["2"])
+    difference = told["differences"][FID]["b"]
+    assert difference["value"] == pytest.approx(2.0) and difference["p_value"] == pytest.approx(test.pvalue)
+    assert told["values"]["a"]["2"]["error"] == pytest.approx(stats.t.ppf(0.975, 2) * 1 / 3**0.5)
 
 
 def test_runs_that_one_variant_lacks_are_left_out(records):

@@ -154,6 +154,10 @@ def test_checkpoints_are_where_they_are_evaluated(study):
          "A: select chooses by the held-out loss: set heldout"),
         (BASE + VARIANTS + "evaluate: {num_samples: 5}", "evaluate: needs reference"),
         (BASE + VARIANTS + "evaluate: {reference: digits, num_samples: 0}", "num_samples must be at least 1, not 0"),
+        (BASE + VARIANTS + "evaluate: {reference: digits, guidance: [0]}", "guidance must be positive numbers, each"),
+        (BASE + VARIANTS + "evaluate: {reference: digits, ema: [0.1, 0.1]}", "ema must be positive numbers, each once"),
+        (BASE + VARIANTS + "evaluate: {reference: digits, guidance: [1.0]}", "guidance: 1 is the sampler's own"),
+        (BASE + VARIANTS + "evaluate: {reference: digits, ema: [0.1]}", "A: evaluate: ema .*: set posthoc_ema"),
         (BASE + VARIANTS + "evaluate: {reference: digits, sampler: {steps: 0}}", "`steps` must be at least 1|--steps"),
     ],
 )  # fmt: skip

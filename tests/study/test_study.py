@@ -13,10 +13,17 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from scipy import stats
 
+from sit.checkpoint.load import load_for_sampling
+from sit.metrics.evaluate import evaluate
+from sit.metrics.features import get_extractor
+from sit.metrics.generated import GeneratedImages
+from sit.metrics.image_sets import DataImages
+from sit.sampling.config import SamplerConfig
 from sit.study import one_run, record
 from sit.study.analysis import LOSS
 from sit.study.cli import Arguments, run_study
 from sit.study.config import read_study
+from sit.study.evaluation import evaluate_run
 from sit.study.schedule import Known
 from sit.study.speed import training_step
 from sit.training.recipes import from_mapping
@@ -32,6 +39,8 @@ settings:
   heldout: 0.1
   heldout_images: 20
   heldout_every: 2
+  posthoc_ema: [0.05, 0.1]
+  posthoc_ema_every: 2
   steps: 4
   batch_size: 4
   warmup_steps: 0
@@ -202,6 +211,43 @@ def test_broken_off_and_gone_on_with_it_is_the_same(done, tmp_path, monkeypatch)
     assert threads == [1], "an evaluation computes with the run's own"
     assert begun == [1, 1], "the training was begun, gone on with, and finished"
     assert without_times(tmp_path / "report" / "numbers.json") == without_times(done / "report" / "numbers.json")
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_other_guidance_and_averages_are_evaluated_afterwards(done, tmp_path, monkeypatch):
+    """Of runs that are done, and nothing but them; the numbers are those of an evaluation by itself."""
+    shutil.copytree(done, tmp_path / "out")
+    (tmp_path / "digits.yaml").write_text(
+        STUDY.replace("  num_samples", "  guidance: [2.0]\n  ema: [0.1]\n  num_samples")
+    )
+    study = read_study(tmp_path / "digits.yaml", str(tmp_path / "out"))
+    assert len(Known(study).state().missing(study)) == 4
+    sampled = []
+    monkeypatch.setattr(one_run, "train", lambda config: pytest.fail("trained again"))
+    real = GeneratedImages.__init__
+    monkeypatch.setattr(
+        GeneratedImages, "__init__",
+        lambda images, *args, **kwargs: sampled.append(kwargs["config"].cfg_scale) or real(images, *args, **kwargs),
+    )  # fmt: skip
+    assert run_study(Arguments(str(tmp_path / "digits.yaml"), out=str(study.out), jobs=0))
+    assert sampled == [2.0, 1.0] * 4
+    before, now = (json.loads((out / "runs" / f"{NAMES[0]}.json").read_text()) for out in (done, study.out))
+    assert now["evaluation"]["steps"] == before["evaluation"]["steps"] and before["evaluation"]["others"] == {}
+    for way, ema, scale in (("guidance 2", None, 2.0), ("ema 0.1", 0.1, 1.0)):
+        loaded = load_for_sampling(study.out / "work" / NAMES[0] / "run", ema=ema)
+        config = SamplerConfig("ode", 1, "euler", cfg_scale=scale)
+        samples = GeneratedImages(loaded, 40, seed=now["evaluation"]["seed"], config=config)
+        cpu = torch.device("cpu")
+        report = evaluate(samples, DataImages("digits", None), get_extractor("digits", cpu), device=cpu)
+        found = {number["name"]: number["value"] for number in now["evaluation"]["others"][way]}
+        assert found == {number.name: pytest.approx(number.value) for number in report.numbers}
+    text = (study.out / "report" / "README.md").read_text()
+    assert "## Each variant at its best guidance" in text and "best length of the averaged weights" in text
+    shutil.rmtree(study.out / "work" / NAMES[0] / "run" / "checkpoints")
+    (study.out / "runs" / f"{NAMES[0]}.json").write_bytes((done / "runs" / f"{NAMES[0]}.json").read_bytes())
+    run = Known(study).state().runs[0]
+    with pytest.raises(UserError, match="has no checkpoint of step 4 to evaluate"):
+        evaluate_run(run, study, [2, 4], torch.device("cpu"), before["evaluation"])
 
 
 def test_a_json_of_something_else_is_refused(done, tmp_path):
