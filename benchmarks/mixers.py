@@ -1,7 +1,10 @@
 """The mixers side by side: what they cost, whether they have a forward derivative, and what they learned in a study.
 
     python benchmarks/mixers.py --json docs/performance/mixers.json
-    python benchmarks/mixers.py --study docs/fashion-pixels-short/report/numbers.json
+    python benchmarks/mixers.py --measured docs/performance/mixers.json \
+        --study docs/fashion-pixels-short/report/numbers.json --json docs/performance/mixers.json
+
+The second times nothing: it tells what was measured, with what a study has found since.
 
 Parameters and multiply-accumulates are those of whole networks, counted. Milliseconds are of one layer, forward and
 backward, at each number of tokens; and a MeanFlow step is a training step of a whole network by the plain one's. Every
@@ -11,9 +14,10 @@ round runs each mixer once, in turn, in one process; medians, and ratios of medi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -23,13 +27,15 @@ from torch import nn
 from sit.mixers import build_mixer, parse_mixers
 from sit.mixers.forward_mode import plain_operations
 from sit.model import MODELS, check_model_name, create_model
+from sit.study.analysis import LOSS
 from sit.training.plan import multiply_accumulates
 from sit.transport.meanflow import MeanFlow
 from sit.transport.transport import Transport
 from sit.utils.cli import one_line_errors
 from sit.utils.device import pick_device
 from sit.utils.errors import UserError, entry_point
-from sit.utils.record import record, write_record
+from sit.utils.files import atomic_write
+from sit.utils.record import record
 from sit.utils.tables import markdown_table
 from sit.utils.timing import interleaved
 
@@ -38,7 +44,6 @@ PATTERNS = (
     "linear_attention:feature_map=relu:heads=2:conv=5", "deformable", "depthwise", "dico", "atconv",
     "atconv:scope=window", "atconv:scope=token", "attention,atconv",
 )  # fmt: skip
-LOSS = "Loss, held out"
 
 
 @dataclass
@@ -56,7 +61,9 @@ class Arguments:
     step_batch_size: int = 64
     repeats: int = 7
     study: tuple[Path, ...] = ()
-    """reports of studies (numbers.json), whose held-out losses are told"""
+    """reports of studies (numbers.json), whose held-out losses and FIDs are told"""
+    measured: Path | None = None
+    """a JSON that this program wrote, whose counts and times are told instead of new ones"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     json: Path | None = None
     """file for all numbers"""
@@ -83,7 +90,7 @@ class Row:
         forward_derivative: yes; slow path, if kernels have to be set aside for it; or no.
         meanflow_step: the time of a training step of MeanFlow by that of the plain objective.
         peak_memory: bytes that the two steps take on CUDA, the plain one's first.
-        losses: held out, by study.
+        found: held-out loss and FID, None where there is none, by study.
     """
 
     pattern: str
@@ -93,7 +100,7 @@ class Row:
     forward_derivative: str
     meanflow_step: float
     peak_memory: list[int] | None
-    losses: dict[str, float]
+    found: dict[str, tuple[float | None, float | None]]
 
 
 def layers(pattern: str, arguments: Arguments, side: int) -> list[nn.Module]:
@@ -169,26 +176,47 @@ def step_seconds(arguments: Arguments, pattern: str) -> tuple[float, list[int] |
     return seconds["MeanFlow"] / seconds["plain"], peaks
 
 
-def study_losses(files: tuple[Path, ...]) -> dict[str, dict[str, float]]:
-    """The held-out losses that studies' reports tell, by pattern and study.
+def found_by_studies(files: tuple[Path, ...]) -> dict[str, dict[str, tuple[float | None, float | None]]]:
+    """The means of held-out loss and FID that studies' reports tell, by pattern and study.
 
     Raises:
         UserError: a file is no report of a study.
     """
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, tuple[float | None, float | None]]] = {}
     for file in files:
         try:
-            for name, variant in json.loads(file.read_text())["variants"].items():
-                if (loss := variant["metrics"].get(LOSS)) is not None:
-                    found.setdefault(variant["mixer"], {})[f"{file.parent.parent.name}, {name}"] = loss["value"]
+            report = json.loads(file.read_text())
+            for name, variant in report["variants"].items():
+                loss, fid = (variant["metrics"].get(metric, {}).get("value") for metric in (LOSS, report["fid"]))
+                if loss is not None or fid is not None:
+                    found.setdefault(variant["mixer"], {})[f"{file.parent.parent.name}, {name}"] = loss, fid
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"`study={file}` is no numbers.json of a study's report") from error
     return found
 
 
+def told_again(arguments: Arguments, file: Path) -> tuple[dict[str, Any], list[Row]]:
+    """What a JSON of this program has, with what the studies have found: all but its rows, and the rows.
+
+    Raises:
+        UserError: it is none.
+    """
+    found = found_by_studies(arguments.study)
+    try:
+        figures = json.loads(file.read_text())
+        names = {entry.name for entry in fields(Row)} - {"found"}
+        rows = [
+            Row(**{name: row[name] for name in names}, found=found.get(row["pattern"], {}))
+            for row in figures.pop("rows")
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"`measured={file}` is no JSON of benchmarks/mixers.py ({error!r})") from error
+    return figures, rows
+
+
 def compare(arguments: Arguments) -> list[Row]:
     """All rows."""
-    shape, losses = MODELS[arguments.model], study_losses(arguments.study)
+    shape, found = MODELS[arguments.model], found_by_studies(arguments.study)
     seconds = [layer_seconds(arguments, side) for side in arguments.sides]
     rows = []
     for pattern in arguments.patterns:
@@ -202,21 +230,23 @@ def compare(arguments: Arguments) -> list[Row]:
         parameters = sum(p.numel() for p in network.parameters())
         times = [1e3 * one[pattern] for one in seconds]
         derivative = forward_derivative(pattern, arguments)
-        rows.append(Row(pattern, parameters, macs, times, derivative, ratio, peaks, losses.get(pattern, {})))
+        rows.append(Row(pattern, parameters, macs, times, derivative, ratio, peaks, found.get(pattern, {})))
     return rows
 
 
-def table(rows: list[Row], arguments: Arguments) -> str:
-    """Markdown; the losses of a study's variants that have a name of their own have it in brackets."""
-    tokens = [side**2 for side in arguments.sides]
+def table(rows: list[Row], sides: Sequence[int]) -> str:
+    """Markdown; what a study found has the variant's name in brackets."""
+    tokens = [side**2 for side in sides]
     header = ["pattern", "parameters", *(f"G MACs, {n} tokens" for n in tokens), *(f"ms, {n} tokens" for n in tokens)]
-    header += ["forward derivative", "MeanFlow step / plain", "held-out loss"]
+    header += ["forward derivative", "MeanFlow step / plain", "held-out loss", "FID"]
     lines = []
     for row in rows:
-        told = "; ".join(f"{value:.4f} ({study})" for study, value in row.losses.items())
+        losses = (f"{loss:.4f} ({study})" for study, (loss, _) in row.found.items() if loss is not None)
+        fids = (f"{fid:.3g} ({study})" for study, (_, fid) in row.found.items() if fid is not None)
         lines.append(
             [f"`{row.pattern}`", f"{row.parameters:,}", *(f"{n / 1e9:.2f}" for n in row.macs),
-             *(f"{ms:.4g}" for ms in row.milliseconds), row.forward_derivative, f"{row.meanflow_step:.2f}", told]
+             *(f"{ms:.4g}" for ms in row.milliseconds), row.forward_derivative, f"{row.meanflow_step:.2f}",
+             "; ".join(losses), "; ".join(fids)]
         )  # fmt: skip
     return markdown_table(header, lines)
 
@@ -225,15 +255,22 @@ def table(rows: list[Row], arguments: Arguments) -> str:
 def main() -> None:
     with one_line_errors():
         arguments = tyro.cli(Arguments, prog="benchmarks/mixers.py")
-    device = pick_device(arguments.device)
-    made_on, rows = record(device), compare(arguments)
-    layer, step = (arguments.model, arguments.batch_size), (arguments.step_model, arguments.step_batch_size)
-    print(f"{made_on['date']}, {made_on['machine']}; layers of {layer[0]}, batch {layer[1]}; ", end="")
-    print(f"steps of {step[0]}, batch {step[1]}; medians of {arguments.repeats}")
-    print("\n" + table(rows, arguments))
+    if arguments.measured is not None:
+        figures, rows = told_again(arguments, arguments.measured)
+    else:
+        device = pick_device(arguments.device)
+        figures, rows = dict[str, Any](record(device)), compare(arguments)
+        figures["arguments"] = {
+            name: value for name, value in asdict(arguments).items() if name not in ("json", "study", "measured")
+        }
+    how = figures["arguments"]
+    print(f"{figures['date']}, {figures['machine']}; layers of {how['model']}, batch {how['batch_size']}; ", end="")
+    print(f"steps of {how['step_model']}, batch {how['step_batch_size']}; medians of {how['repeats']}")
+    print("\n" + table(rows, how["sides"]))
     if arguments.json is not None:
-        figures = {"arguments": {k: v for k, v in asdict(arguments).items() if k not in ("json", "study")}}
-        write_record(arguments.json, device, figures | {"rows": [asdict(row) for row in rows]})
+        with atomic_write(arguments.json) as temporary:
+            text = json.dumps(figures | {"rows": [asdict(row) for row in rows]}, indent=2, ensure_ascii=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

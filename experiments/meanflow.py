@@ -92,7 +92,7 @@ class Arguments:
     """the seeds 0, 1, …"""
     steps: int = 1500
     """of MeanFlow"""
-    ratio: float = 2.0
+    ratio: float = 2.2
     """seconds of a MeanFlow step over those of a plain one"""
     mixer: str = "atconv"
     """in the slot"""

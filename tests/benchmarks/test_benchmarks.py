@@ -18,6 +18,7 @@ from PIL import Image
 
 from atconv import ATConv
 from sit.model import create_model
+from sit.study.analysis import LOSS
 from sit.utils.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -48,6 +49,7 @@ def run(monkeypatch, capsys, tmp_path):
         file = tmp_path / f"{module.__name__}.json"
         command = [f"benchmarks/{module.__name__}.py", *map(str, words), "--json", str(file)]
         monkeypatch.setattr(sys, "argv", command)
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # that of pytest, under python -m pytest
         module.main()
         found = json.loads(file.read_text())
         assert found["command"] == shlex.join(["python", *command])
@@ -315,7 +317,32 @@ def test_mixers(run):
     assert {name: row["forward_derivative"] for name, row in rows.items()} == {
         "attention": "slow path", "deformable": "slow path", "atconv:scope=token": "yes",
     }  # fmt: skip
-    (loss,) = rows["attention"]["losses"].values()
-    assert loss == json.loads(report.read_text())["variants"]["attention"]["metrics"][mixers.LOSS]["value"]
+    ((loss, fid),) = rows["attention"]["found"].values()
+    of_study = json.loads(report.read_text())
+    metrics = of_study["variants"]["attention"]["metrics"]
+    assert [loss, fid] == [metrics[name]["value"] for name in (LOSS, of_study["fid"])]
     assert all(len(row["macs"]) == len(row["milliseconds"]) == 2 for row in rows.values())
-    assert out.count("| `") == 3 and f"{loss:.4f} (fashion-pixels-short, attention)" in out
+    name = "(fashion-pixels-short, attention)"
+    assert out.count("| `") == 3 and f"{loss:.4f} {name} | {fid:.3g} {name} |" in out
+
+
+def test_measured_mixers_with_what_a_study_found_later(run, tmp_path, monkeypatch, capsys):
+    """The measurements and how they were made stay; nothing is timed."""
+    words = ("--patterns", "depthwise", "--model", "SiT-XS/2", "--sides", 4, "--batch-size", 1, "--step-batch-size", 1)
+    out, before = run(mixers, *words, "--repeats", 1, "--device", "cpu")
+    assert before["rows"][0]["found"] == {}
+    report = tmp_path / "some" / "report" / "numbers.json"
+    report.parent.mkdir(parents=True)
+    metrics = {LOSS: {"value": 0.25}}
+    report.write_text(json.dumps({"fid": None, "variants": {"D": {"mixer": "depthwise", "metrics": metrics}}}))
+    monkeypatch.setattr(mixers, "compare", None)
+    again = ["--measured", str(tmp_path / "mixers.json"), "--study", str(report), "--json", str(tmp_path / "b.json")]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/mixers.py", *again])
+    mixers.main()
+    now = json.loads((tmp_path / "b.json").read_text())
+    assert now["rows"][0].pop("found") == {"some, D": [0.25, None]} and before["rows"][0].pop("found") == {}
+    assert now == before
+    assert capsys.readouterr().out.replace(" 0.2500 (some, D) |", "  |") == out
+    (tmp_path / "b.json").write_text("{}")
+    with pytest.raises(UserError, match=r"`measured=.*b.json` is no JSON of benchmarks/mixers.py"):
+        mixers.told_again(mixers.Arguments(), tmp_path / "b.json")
