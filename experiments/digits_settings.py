@@ -9,7 +9,9 @@ over groups of samples. It holds for these weights and this data: to others carr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,11 +43,13 @@ class Setting:
         sampler: fields of :class:`SamplerConfig`, ``steps`` as a share.
         base: the setting that it is compared with; None for one that others are compared with.
         labels: the order of the labels.
+        cut: cut what the VAE gives to whole gray levels instead of rounding it, as REPA's program does.
     """
 
     sampler: dict[str, Any] = field(default_factory=dict)
     base: str | None = None
     labels: LabelOrder = "balanced"
+    cut: bool = False
 
 
 PLAIN, GUIDED = "SDE, labels in turn, no guidance", "guidance of 1.5, three channels"
@@ -55,6 +59,7 @@ SETTINGS = {
     "no last step": Setting({"last_step": "none"}, PLAIN),
     "ODE, Heun, a tenth of the steps": Setting({"sampler": "ode", "method": "heun2", "steps": 1 / 10}, PLAIN),
     "labels at random": Setting({}, PLAIN, labels="uniform"),
+    "gray levels cut off instead of rounded": Setting({}, PLAIN, cut=True),
     GUIDED: Setting({"cfg_scale": 1.5}, PLAIN),
     "guidance of 1.5, all channels": Setting({"cfg_scale": 1.5, "cfg_channels": 0}, GUIDED),
     "guidance of 1.5, three channels, noise levels up to 0.7": Setting(
@@ -96,13 +101,24 @@ def difference(base: Number, other: Number) -> dict[str, Any]:
     return {"value": found.value, "error": found.error}
 
 
+@contextlib.contextmanager
+def cutting(loaded: Loaded) -> Iterator[None]:
+    """Within the block, gray levels are cut off: half of one, 1/255, is taken from what is then rounded."""
+    hook = loaded.vae.decoder.register_forward_hook(lambda decoder, inputs, pixels: pixels - 1 / 255)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def fid_of(
     loaded: Loaded, setting: Setting, arguments: Arguments, device: torch.device
 ) -> tuple[Number, Number | None]:
     """FID and, where there is a classifier, class accuracy of the samples."""
     config = config_of(setting, arguments.steps)
     samples = GeneratedImages(loaded, arguments.num_samples, labels=setting.labels, config=config)
-    report = evaluate(samples, DataImages("digits", None), get_extractor("digits", device), device=device)
+    with cutting(loaded) if setting.cut else contextlib.nullcontext():
+        report = evaluate(samples, DataImages("digits", None), get_extractor("digits", device), device=device)
     by_name = {number.name.partition(" (")[0]: number for number in report.numbers}
     return by_name["FID"], by_name.get("Class accuracy")
 

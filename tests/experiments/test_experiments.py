@@ -16,7 +16,9 @@ import pytest
 import torch
 from scipy import stats
 
+from sit.checkpoint.load import load_for_sampling
 from sit.eval import main as evaluate_command
+from sit.latents.vae import decode, scaling, unscale_latents
 from sit.model import create_model
 from sit.sampling.config import SamplerConfig
 from sit.sampling.sampler import sample
@@ -250,6 +252,20 @@ def test_digits_table(checkpoint, tmp_path, capsys):
     found = json.loads(path.read_text())
     assert len(found["reports"]) == 3 and {"machine", "date", "command"} <= set(found)
     assert capsys.readouterr().out.count("| atconv, ") == 2
+
+
+def test_gray_levels_that_are_cut_off(checkpoint):
+    """As REPA has them: 255·(x + 1)/2 without what is behind the point."""
+    loaded = load_for_sampling(checkpoint)
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pixels = loaded.vae.decode(unscale_latents(latents, scaling(loaded.vae.config))).sample
+    expected = (255 * (pixels.double() + 1) / 2).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    rounded = decode(loaded.vae, latents)
+    with digits_settings.cutting(loaded):
+        found = decode(loaded.vae, latents)
+    assert (found != expected).float().mean() < 1e-3 and (found != rounded).float().mean() > 0.2
+    assert torch.equal(decode(loaded.vae, latents), rounded)
 
 
 def test_digits_settings(checkpoint, tmp_path, capsys, monkeypatch):
