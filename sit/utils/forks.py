@@ -28,7 +28,9 @@ from sit.utils.signals import WATCHER
 def can_fork() -> bool:
     """Whether forks are safe here: on Linux, in a process without other threads of Python that may hold a lock,
     without an accelerator in use, and of which multiprocessing lets children be had."""
-    if sys.platform != "linux" or multiprocessing.current_process().daemon or torch.cuda.is_initialized():
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:
+        return False
+    if torch.cuda.is_initialized() or torch.xpu.is_initialized():
         return False
     harmless = (thread for thread in threading.enumerate() if isinstance(thread, TMonitor) or thread.name == WATCHER)
     return set(threading.enumerate()) == {threading.main_thread(), *harmless}
@@ -44,7 +46,11 @@ class Forks:
         self.processes: dict[Connection, Any] = {}
 
     def start(self, count: int, inherited: Callable[[], AbstractContextManager[Any]]) -> None:
-        """Fork ``count`` processes, which compute within the context that ``inherited`` makes."""
+        """Fork ``count`` processes, which compute within the context that ``inherited`` makes.
+
+        Raises:
+            OSError: the system has no room for them.
+        """
         for _ in range(count):
             ours, theirs = self.context.Pipe(duplex=False)
             process = self.context.Process(target=self._work, args=(theirs, inherited), name="sit-worker", daemon=True)

@@ -81,15 +81,27 @@ def run_apart(
     if threads == 1 or len(jobs) <= 1:
         with one_thread():
             return [job(_nothing if told is None else partial(told, number)) for number, job in enumerate(jobs)]
-    crew: _Threads | Forks
-    crew = Forks(jobs, told is not None) if forks and can_fork() else _Threads(jobs, told is not None)
-    inherited = _inherited()
+    crew = _at_work(jobs, told is not None, min(threads, len(jobs)), forks)
     try:
-        crew.start(min(threads, len(jobs)), inherited)
         return _results(crew.said(), len(jobs), told or _nothing)
     finally:
         crew.end()
         torch.set_num_threads(threads)  # what threads to come begin with, which the workers have set to one
+
+
+def _at_work(jobs: Sequence[Callable[[Tell], Any]], listens: bool, count: int, forks: bool) -> _Threads | Forks:
+    """A crew that has begun: of processes if they are wanted and can be had."""
+    inherited = _inherited()
+    if forks and can_fork():
+        processes = Forks(jobs, listens)
+        try:
+            processes.start(count, inherited)
+            return processes
+        except OSError:
+            processes.end()
+    threads = _Threads(jobs, listens)
+    threads.start(count, inherited)
+    return threads
 
 
 def _results(said: Iterator[tuple[str, int, Any]], count: int, told: Callable[..., None]) -> list[Any]:

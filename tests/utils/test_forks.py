@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import traceback
+from multiprocessing.context import ForkProcess
 
 import pytest
 import torch
@@ -88,6 +89,21 @@ def test_the_first_of_the_jobs_that_fail_is_raised(two, raised, expected, words)
 
     with pytest.raises(expected, match=words):
         run_apart([lambda tell, number=number: job(number, tell) for number in range(3)], forks=True)
+
+
+def test_threads_do_it_where_the_system_has_no_room_for_processes(two, monkeypatch):
+    """The second of two forks is refused."""
+    begun, start = [], ForkProcess.start
+
+    def refused(process):
+        begun.append(process)
+        if len(begun) == 2:
+            raise BlockingIOError("resource temporarily unavailable")
+        start(process)
+
+    monkeypatch.setattr(ForkProcess, "start", refused)
+    assert run_apart([lambda tell: os.getpid()] * 3, forks=True) == [os.getpid()] * 3
+    assert not begun[0].is_alive()
 
 
 def test_what_the_listener_raises_ends_all_processes(two):
