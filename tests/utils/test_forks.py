@@ -171,6 +171,7 @@ def fork(does) -> int:
 
 def test_what_forks_are_safe_beside(monkeypatch):
     def looks():
+        tqdm.monitor = None  # another test's, which is no thread of this fork
         assert can_fork()
         with tqdm(total=1, file=open(os.devnull, "w"), disable=False) as bar, ended_by_signals(PLAIN, ""):
             assert bar.monitor is not None and threading.active_count() == 3 and can_fork()
