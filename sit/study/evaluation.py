@@ -102,7 +102,7 @@ def evaluate_run(
         "seed": evaluation_seed(run.config),
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
         "steps": {str(step): found[str(step)] for step in steps},
-        "others": {name: found[name] for name in settings.others},
+        "others": have.get("others", {}) | {name: found[name] for name in settings.others},
     }
 
 

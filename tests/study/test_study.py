@@ -24,6 +24,7 @@ from sit.study.analysis import LOSS
 from sit.study.cli import Arguments, run_study
 from sit.study.config import read_study
 from sit.study.evaluation import evaluate_run
+from sit.study.runs import planned
 from sit.study.schedule import Known
 from sit.study.speed import training_step
 from sit.training.recipes import from_mapping
@@ -243,6 +244,10 @@ def test_other_guidance_and_averages_are_evaluated_afterwards(done, tmp_path, mo
         assert found == {number.name: pytest.approx(number.value) for number in report.numbers}
     text = (study.out / "report" / "README.md").read_text()
     assert "## Each variant at its best guidance" in text and "best length of the averaged weights" in text
+    (tmp_path / "digits.yaml").write_text(STUDY.replace("  num_samples", "  guidance: [3.0]\n  num_samples"))
+    another = read_study(tmp_path / "digits.yaml", str(study.out))
+    kept = evaluate_run(planned(another, {})[0], another, [2, 4], torch.device("cpu"), now["evaluation"])["others"]
+    assert set(kept) == {"guidance 2", "ema 0.1", "guidance 3"}, "what the study asks no more for stays"
     shutil.rmtree(study.out / "work" / NAMES[0] / "run" / "checkpoints")
     (study.out / "runs" / f"{NAMES[0]}.json").write_bytes((done / "runs" / f"{NAMES[0]}.json").read_bytes())
     run = Known(study).state().runs[0]
