@@ -26,6 +26,7 @@ import tyro
 from training_runs import ensure_trained
 
 from sit.checkpoint.load import load_for_sampling
+from sit.metrics.estimate import half_width
 from sit.metrics.evaluate import evaluate
 from sit.metrics.features import get_extractor
 from sit.metrics.generated import GeneratedImages
@@ -171,7 +172,10 @@ def share_needed(values: Mapping[str, float], target: float) -> float | None:
 
 
 def table(found: Mapping[int, Mapping[str, Any]], arguments: Arguments, measure: str) -> str:
-    """A measure of each network by seed, their mean, and the difference to scratch, paired by seed."""
+    """A measure of each network by seed, their mean, and the difference to scratch, paired by seed.
+
+    ± is half the width of the 95 % interval over the seeds.
+    """
     shares = [f"{share:g}" for share in arguments.shares]
     scratch = {seed: getattr(of["scratch"], measure) for seed, of in found.items()}
     first = next(iter(found.values()))
@@ -187,8 +191,10 @@ def table(found: Mapping[int, Mapping[str, Any]], arguments: Arguments, measure:
         if len(values) > 1 and of_seeds[0] is not first["scratch"]:
             difference = over_seeds(scratch, values)
             told = f"{difference.value:+.4f} ± {difference.error:.4f}"
-        mean = sum(values.values()) / len(values)
-        rows.append([network, share, *(f"{value:.4f}" for value in values.values()), f"{mean:.4f}", told])
+        mean = f"{sum(values.values()) / len(values):.4f}"
+        if len(values) > 1:
+            mean += f" ± {half_width(list(values.values())):.4f}"
+        rows.append([network, share, *(f"{value:.4f}" for value in values.values()), mean, told])
     seeds = [f"seed {seed}" for seed in found]
     return markdown_table(["network", "share of the steps", *seeds, "mean", "less scratch's, paired"], rows, align="lr")
 

@@ -141,6 +141,9 @@ def test_transplants_of_fashion(fashion, classifier_of_three, tmp_path, capsys, 
     ]
     half = stats.t.ppf(0.975, 1) * abs(values[0] - values[1]) / 2
     assert f"{sum(values) / 2:+.4f} ± {half:.4f}" in printed.partition("FID after")[0]
+    losses = [record["found"][seed]["donor"]["heldout_loss"] for seed in "01"]
+    half = stats.t.ppf(0.975, 1) * abs(losses[0] - losses[1]) / 2
+    assert f"| {sum(losses) / 2:.4f} ± {half:.4f} |" in printed
     assert "FID after" in printed and found["donor"]["fid"] > 0
     monkeypatch.setattr(training_runs, "train", None)  # called, it would fail
     monkeypatch.setattr(transplant.GeneratedImages, "batch", None)
