@@ -38,6 +38,8 @@ class Arguments:
     """print the command of each run that can be started now, for a cluster's array job, and start nothing"""
     report_only: bool = False
     """write the report of what is there, and start nothing"""
+    against: str | None = None
+    """write a second report too, in OUT/report-NAME, in which the others are compared with this variant"""
     measure_speed: bool = False
     """time a training step of each variant, in turn and with nothing beside it, for the report; train nothing"""
     run: str | None = None
@@ -77,6 +79,8 @@ def run_study(arguments: Arguments) -> bool:
     for name in (*arguments.only, *((arguments.run,) if arguments.run else ())):
         if name not in names:
             raise UserError(f"`only={name}`: no run and no variant is called so; the runs: {', '.join(sorted(names))}")
+    if arguments.against is not None:
+        study.variant(arguments.against)  # a wrong name is told before anything is trained
     if arguments.dry_run:
         from sit.study.plan import plan
 
@@ -106,6 +110,8 @@ def run_study(arguments: Arguments) -> bool:
     state = known.state()
     if done or arguments.report_only or state.found:
         print(f"report: {write_report(study, state) / 'README.md'}")
+        if arguments.against is not None:
+            print(f"report: {write_report(study, state, arguments.against) / 'README.md'}")
     return done
 
 

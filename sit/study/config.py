@@ -136,6 +136,24 @@ class Study:
     made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """what is made of it, so that it is made once"""
 
+    def variant(self, name: str) -> Variant:
+        """The variant of that name.
+
+        Raises:
+            UserError: there is none.
+        """
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        names = ", ".join(variant.name for variant in self.variants)
+        raise UserError(f"`study={self.path}`: no variant is called {name!r}; there are {names}")
+
+    def against(self, name: str) -> Study:
+        """The same study with that variant first, which the others are compared with."""
+        first = self.variant(name)
+        others = [variant for variant in self.variants if variant is not first]
+        return dataclasses.replace(self, variants=(first, *others))
+
     def config(self, variant: Variant, choice: int | None) -> TrainConfig:
         """The training of a variant with one of the choices, without its seeds and places."""
         source = f"`study={self.path}`"

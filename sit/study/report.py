@@ -66,19 +66,29 @@ def selection(study: Study, state: State) -> dict[str, Any]:
     return found
 
 
-def write_report(study: Study, state: State) -> Path:
+def write_report(study: Study, state: State, against: str | None = None) -> Path:
     """Write the report's folder anew, whole, and return it.
+
+    Args:
+        study: the study.
+        state: its runs.
+        against: the variant that the others are compared with, for a report of its own; None takes the first.
 
     Raises:
         UserError: nothing is done yet, or the folder can't be written.
     """
-    found = numbers(study, state)
     folder = study.out / "report"
+    if against is not None:
+        study = study.against(against)
+        folder = study.out / f"report-{study.variants[0].slug}"
+        if not any(run.compared and run.variant == against and run.name in state.found for run in state.runs):
+            raise UserError(f"`against={against}`: no run of it is done yet")
+    found = numbers(study, state)
     with replaced_folder(folder) as place:
         images = draw(study, state, found, place)
         content = json.dumps(found, indent=1, ensure_ascii=False)
         (place / "numbers.json").write_text(content + "\n", encoding="utf-8")
-        (place / "README.md").write_text(text.markdown(study, found, images), encoding="utf-8")
+        (place / "README.md").write_text(text.markdown(study, found, images, against), encoding="utf-8")
     return folder
 
 

@@ -21,15 +21,17 @@ BEST_WITH = {"guidance": "guidance", "ema": "length of the averaged weights"}
 """what each variant may be at its best with"""
 
 
-def markdown(study: Study, found: Mapping[str, Any], images: Mapping[str, str]) -> str:
-    """The report's README.md."""
+def markdown(study: Study, found: Mapping[str, Any], images: Mapping[str, str], against: str | None = None) -> str:
+    """The report's README.md; ``against`` as the command that writes it says it."""
     variants = found.get("variants", {})
     first = next(iter(variants), None)
+    flags = f' --against "{against}"' if against is not None else ""
     lines = [
         f"# {study.path.stem}",
         "",
-        f"`python -m sit.study {study.path}`; {found['runs']['done']} of {found['runs']['of']} runs are done. Trained "
-        f"on {'; '.join(found['machines'])}. All numbers: [numbers.json](numbers.json), from the JSONs in `runs/`.",
+        f"`python -m sit.study {study.path}{flags}`; {found['runs']['done']} of {found['runs']['of']} runs are done. "
+        f"Trained on {'; '.join(found['machines'])}. All numbers: [numbers.json](numbers.json), from the JSONs in "
+        "`runs/`.",
         "",
     ]
     lines += _selection(study, found["selection"])

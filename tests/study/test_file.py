@@ -182,6 +182,7 @@ def test_a_mistake_in_the_file_is_one_line_that_names_it(tmp_path, monkeypatch, 
         (["{file}", "--hours", "0"], "error: --hours must be positive, not 0.0"),
         (["{file}", "--dry-run", "--report-only"], "error: --dry-run and --report-only exclude each other"),
         (["{file}", "--only", "C"], "error: --only C: no run and no variant is called so; the runs: A, A-seed3"),
+        (["{file}", "--against", "C"], "error: .*mine.yaml`?: no variant is called 'C'; there are A"),
         (["{file}", "--report-only"], "no run of .*mine.yaml is done yet: there is nothing to report"),
     ],
 )

@@ -106,6 +106,28 @@ def test_speeds_measured_apart(done, tmp_path, monkeypatch, capsys):
         run_study(Arguments(file, out=str(out), report_only=True))
 
 
+def test_a_report_against_another_variant(done, tmp_path):
+    """Differences change their signs, the means stay, and the first report is as without it."""
+    out, file = tmp_path / "out", str(done.parent / "digits.yaml")
+    shutil.copytree(done / "runs", out / "runs")
+    assert run_study(Arguments(file, out=str(out), report_only=True, against="depthwise & table"))
+    usual, turned = (
+        json.loads((out / name / "numbers.json").read_text()) for name in ("report", "report-depthwise-table")
+    )
+    assert usual == json.loads((done / "report" / "numbers.json").read_text())
+    assert list(turned["variants"]) == ["depthwise & table", "attention"]
+    assert turned["variants"] == usual["variants"]
+    for metric in (LOSS, METRIC):
+        ours, theirs = turned["differences"][metric]["attention"], usual["differences"][metric]["depthwise & table"]
+        assert ours["value"] == pytest.approx(-theirs["value"]) and ours["error"] == pytest.approx(theirs["error"])
+    assert '--against "depthwise & table"' in (out / "report-depthwise-table" / "README.md").read_text()
+    shutil.rmtree(out / "report")
+    for path in (out / "runs").glob("depthwise*"):
+        path.unlink()
+    with pytest.raises(UserError, match="`against=depthwise & table`: no run of it is done yet"):
+        run_study(Arguments(file, out=str(out), report_only=True, against="depthwise & table"))
+
+
 def test_a_step_whose_speed_is_measured_trains(done):
     """The weights move; a step of another objective is refused."""
     study = study_of(done)
