@@ -12,6 +12,8 @@ from atconv.functional import ACTIVATIONS, BACKENDS, depthwise_conv, inhibit, lo
 from atconv.scopes import SCOPES, around, convolve_tokens, pad, pool_windows, smallest_window, window_kernels
 
 INITIAL_VALUES = ("xavier", "conv")
+WINDOW = 4
+"""Side of the windows that make the kernels with ``scope=window``, in tokens."""
 
 
 class Weights(nn.Linear):
@@ -69,7 +71,7 @@ class ATConv(nn.Module):
         init: str = "xavier",
         backend: str | None = None,
         scope: str = "image",
-        window: int = 4,
+        window: int = WINDOW,
     ) -> None:
         super().__init__()
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
@@ -84,6 +86,8 @@ class ATConv(nn.Module):
         if scope != "image" and (backend is not None or not routing):
             given = f"backend={backend}" if backend is not None else "routing=false"
             raise ValueError(f"`scope={scope}` makes kernels by plain operations: it does not go with `{given}`")
+        if scope != "window" and window != WINDOW:
+            raise ValueError(f"`window` is of `scope=window`, not of {scope}: leave it out")
         if not isinstance(window, int) or window < 1:
             raise ValueError(f"`window` must be at least 1, not {window}")
         if backend == "triton":  # to fail here, not in the first forward pass

@@ -97,7 +97,11 @@ def over_images(first: np.ndarray, second: np.ndarray) -> Difference:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for being several (Holm 1979): below 0.05, and no more than 5 % of tables have a false one."""
+    """P-values adjusted for being several (Holm 1979): below 0.05, and no more than 5 % of tables have a false one.
+
+    One that is not a number tells nothing, and counts as 1.
+    """
+    p_values = [1.0 if math.isnan(p_value) else p_value for p_value in p_values]
     count, adjusted, largest = len(p_values), [0.0] * len(p_values), 0.0
     for rank, index in enumerate(np.argsort(p_values, kind="stable")):
         largest = max(largest, (count - rank) * p_values[index])

@@ -136,6 +136,7 @@ def _gather(v: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, grid: 
     height, width = grid
     corner = places.detach().floor()
     part = places - corner
+    corner = corner.nan_to_num()  # a place that is not a number has a share that is none, and no index
     total = torch.zeros_like(v)
     for right in (0, 1):
         for down in (0, 1):

@@ -14,7 +14,9 @@ def check_kernel_size(kernel_size: int, option: str = "kernel_size") -> None:
 
 
 def check_heads(dim: int, num_heads: int) -> None:
-    """Raise ValueError unless the heads divide the channels."""
+    """Raise ValueError unless the heads are at least one, and divide the channels."""
+    if num_heads < 1:
+        raise ValueError(f"there must be at least 1 head, not {num_heads}")
     if dim % num_heads:
         raise ValueError(f"{dim} channels can't be divided among {num_heads} heads")
 

@@ -33,6 +33,13 @@ METHODS: dict[str, tuple[str, ...]] = {"sde": SDE_METHODS, "ode": ODE_METHODS, "
 """the samplers, and the methods of each"""
 
 
+SETTINGS_OF = {
+    "sde": ("diffusion_form", "diffusion_norm", "last_step", "last_step_size"),
+    "ode": ("atol", "rtol"),
+}
+"""the settings that only one of the samplers reads"""
+
+
 @dataclass(frozen=True)
 class SamplerConfig:
     """How to sample; the defaults are those of the published SiT.
@@ -84,6 +91,13 @@ class SamplerConfig:
         for name, known in (("diffusion_form", get_args(DiffusionForm)), ("last_step", get_args(LastStep))):
             if getattr(self, name) not in known:
                 raise UserError(f"`{name}={getattr(self, name)}` is none of {', '.join(known)}")
+        for sampler, names in SETTINGS_OF.items():
+            for field in dataclasses.fields(self):
+                given = field.name in names and getattr(self, field.name) != field.default
+                if given and self.sampler not in (None, sampler):
+                    raise UserError(
+                        f"`{field.name}` is of `sampler={sampler}`, and {self.sampler} has none: leave it out"
+                    )
         if self.steps < 1:
             raise UserError(f"`steps` must be at least 1, not {self.steps}")
         if self.sampler == "sde" and self.last_step != "none" and self.steps < 2:
@@ -136,5 +150,9 @@ def height_and_width(size: int | tuple[int, int] | None) -> tuple[int, int] | No
 
 def check_guide(guide: str | None, config: SamplerConfig) -> None:
     """Raise UserError if there is a guide and nothing is guided."""
+    if guide is not None and config.sampler == "meanflow":
+        raise UserError(
+            f"`guide={guide}`: MeanFlow's average velocities are not guided: take `sampler=ode`, or no guide"
+        )
     if guide is not None and config.cfg_scale == 1:
         raise UserError(f"`guide={guide}` guides by `cfg_scale`, and 1 is none: give another, such as 2")

@@ -12,11 +12,13 @@ import numpy as np
 
 from sit.metrics.estimate import half_width
 from sit.metrics.paired import Difference, holm, over_images, over_seeds
-from sit.metrics.verdict import WORTH_TELLING, lower_is_better, verdict
-from sit.study.config import Study
+from sit.metrics.verdict import verdicts
+from sit.study.config import MEASURES, Study
 
 LOSS = "Loss, held out"
 """what the held-out loss is called among the metrics"""
+NEARLY = 0.1
+"""A run that ends within this part of a number of seconds counts with what it ended with."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,38 @@ def loss_at(record: Mapping[str, Any], step: int | None = None) -> float | None:
     if heldout is None or wanted not in heldout["steps"]:
         return None
     return heldout["loss"][heldout["steps"].index(wanted)]
+
+
+def at_the_end(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a run measured of the held-out images after its last step; None where it did not."""
+    heldout = record["heldout"]
+    return heldout if heldout is not None and heldout["step"] == record["config"]["steps"] else None
+
+
+def measure_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a run's held-out loss is of: losses are compared where this is the same."""
+    heldout = record["heldout"] or {"images": None, "times": None}
+    return heldout["images"], heldout["times"], *(record["config"].get(name) for name in MEASURES)
+
+
+def of_one_measure(
+    study: Study, records: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The runs, those without a held-out loss that measure another thing than the first variant's; and their variants.
+
+    A network that predicts the noise has another loss than one that predicts the velocity, whichever is better.
+    """
+    order = [variant.name for variant in study.variants]
+    measured = [one for one in records.values() if one["heldout"] is not None]
+    if not measured:
+        return {name: dict(one) for name, one in records.items()}, []
+    first = measure_of(min(measured, key=lambda one: order.index(one["variant"])))
+    kept, other = {}, set()
+    for name, one in records.items():
+        differs = one["heldout"] is not None and measure_of(one) != first
+        kept[name] = {**one, "heldout": None} if differs else dict(one)
+        other |= {one["variant"]} if differs else set()
+    return kept, sorted(other, key=order.index)
 
 
 def metrics_at(record: Mapping[str, Any], step: int | None = None) -> dict[str, float]:
@@ -143,7 +177,7 @@ def describe(group: Found, metrics: Iterable[str]) -> dict[str, Any]:
 
 
 def _mean_by_time(records: list[dict[str, Any]]) -> dict[str, float]:
-    measured = [one["heldout"] for one in records if one["heldout"]]
+    measured = [heldout for one in records if (heldout := at_the_end(one))]
     if not measured:
         return {}
     means = np.mean([one["by_time"][-1] for one in measured], axis=0)
@@ -167,16 +201,16 @@ def compare(values: Mapping[str, Mapping[str, Mapping[int, float]]], primary: li
         for name, own in others:
             if len(first[metric].keys() & own[metric].keys()) > 1:
                 differences[metric, name] = over_seeds(first[metric], own[metric])
-    tested = [place for place in differences if place[0] in primary]
-    adjusted = dict(zip(tested, holm([differences[place].p_value for place in tested]), strict=True))
+    tested = {place: difference for place, difference in differences.items() if place[0] in primary}
+    adjusted = dict(zip(tested, holm([difference.p_value for difference in tested.values()]), strict=True))
+    said = verdicts(tested, {place: place[0] for place in tested})
     found: dict[str, Any] = {}
-    for (metric, name), difference in differences.items():
-        numbers = {"value": difference.value, "error": difference.error, "seeds": difference.count}
-        if (p_value := adjusted.get((metric, name))) is not None:
-            target = WORTH_TELLING if metric.startswith("FID") else None
-            lower = lower_is_better(metric)
-            said = verdict(difference, lower=lower, p_value=p_value, target=target)
-            numbers |= {"p_value": difference.p_value, "p_value_holm": p_value, "verdict": said}
+    for place, difference in differences.items():
+        metric, name = place
+        numbers: dict[str, Any] = {"value": difference.value, "error": difference.error, "seeds": difference.count}
+        if place in tested:
+            p_values = {"p_value": difference.p_value, "p_value_holm": adjusted[place]}
+            numbers |= {**p_values, "verdict": said[place]}
         found.setdefault(metric, {})[name] = numbers
     return found
 
@@ -189,7 +223,7 @@ def per_image(first: Found, second: Found) -> dict[int, Any]:
     """
     found = {}
     for seed in sorted(first.records.keys() & second.records.keys()):
-        ours, theirs = (one.records[seed]["heldout"] for one in (second, first))
+        ours, theirs = (at_the_end(one.records[seed]) for one in (second, first))
         if not ours or not theirs or ours["images"] != theirs["images"] or len(ours["per_image"]) < 2:
             continue
         ours, theirs = np.asarray(ours["per_image"]), np.asarray(theirs["per_image"])
@@ -206,7 +240,9 @@ def per_image(first: Found, second: Found) -> dict[int, Any]:
 
 def _t(difference: Difference) -> float:
     error = difference.standard_error
-    return difference.value / error if error else math.copysign(math.inf, difference.value)
+    if not error:
+        return 0.0 if not difference.value else math.copysign(math.inf, difference.value)
+    return difference.value / error
 
 
 def pairing(found: list[Found], metric: str) -> dict[str, Any]:
@@ -221,7 +257,9 @@ def pairing(found: list[Found], metric: str) -> dict[str, Any]:
     paired, unpaired = {}, {}
     first, *others = [by_metric(group, [metric])[metric] for group in found]
     for group, own in zip(found[1:], others, strict=True):
-        seeds = sorted(first.keys() & own.keys())
+        seeds = [
+            seed for seed in sorted(first.keys() & own.keys()) if metric == LOSS or min(first[seed], own[seed]) > 0
+        ]
         if len(seeds) > 1:
             a, b = ([take(values[seed]) for seed in seeds] for values in (first, own))
             paired[group.name] = statistics.variance([y - x for x, y in zip(a, b, strict=True)])
@@ -234,7 +272,7 @@ def pairing_of_images(found: list[Found]) -> dict[str, Any]:
     paired, unpaired = {}, {}
     for group in found[1:]:
         for seed in sorted(found[0].records.keys() & group.records.keys()):
-            a, b = (one.records[seed]["heldout"] for one in (found[0], group))
+            a, b = (at_the_end(one.records[seed]) for one in (found[0], group))
             if a and b and a["images"] == b["images"] and len(a["per_image"]) > 1:
                 a, b = (np.asarray(one["per_image"]).mean(axis=1) for one in (a, b))
                 paired[group.name] = paired.get(group.name, 0.0) + float((b - a).var(ddof=1))
@@ -249,11 +287,11 @@ def _ratios(paired: Mapping[str, float], unpaired: Mapping[str, float]) -> dict[
 
 
 def at_equal_seconds(found: list[Found], fid: str | None, paces: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Differences to the first variant after as many seconds as the fastest variant's training takes.
+    """Differences to the first variant after as many seconds as the training takes that ends first.
 
-    Between measurements the held-out loss and the logarithm of FID are interpolated linearly in time; a run counts at
-    the seconds a step of its variant, ``paces``'s or the runs' own. Every run is then at another part of its schedule
-    of learning rates.
+    A run counts at the seconds a step of its variant, ``paces``'s or the runs' own. One that ends within
+    :data:`NEARLY` of the time counts with what it ended with: its schedule of learning rates is done. Of a longer one
+    the held-out loss and the logarithm of FID are interpolated linearly in time between measurements.
     """
     paces = {group.name: (paces or {}).get(group.name, group.seconds_per_step) for group in found}
     ends = [paces[group.name] * one["config"]["steps"] for group in found for one in group.records.values()
@@ -267,7 +305,8 @@ def at_equal_seconds(found: list[Found], fid: str | None, paces: Mapping[str, fl
         values[group.name] = {metric: {} for metric in (LOSS, fid) if metric}
         for seed, one in group.records.items():
             for metric in values[group.name] if pace else ():
-                value = _after(one, metric, budget / pace)
+                end = one["config"]["steps"]
+                value = _after(one, metric, end if pace * end <= budget * (1 + NEARLY) else budget / pace)
                 if value is not None:
                     values[group.name][metric][seed] = value
     return {
@@ -285,7 +324,8 @@ def _after(record: Mapping[str, Any], metric: str, steps: float) -> float | None
         points = list(zip(heldout["steps"], heldout["loss"], strict=True))
     else:
         measured = (record["evaluation"] or {"steps": {}})["steps"]
-        points = sorted((int(step), math.log(metrics_at(record, int(step))[metric])) for step in measured)
+        values = {int(step): metrics_at(record, int(step))[metric] for step in measured}
+        points = sorted((step, math.log(value)) for step, value in values.items() if value > 0)
     if not points or not points[0][0] <= steps * (1 + 1e-9) or steps > points[-1][0] * (1 + 1e-9):
         return None
     value = float(np.interp(steps, *zip(*points, strict=True)))

@@ -16,6 +16,8 @@ Values = dict[str, dict[int, float]]
 def at_best(found: list[Found], fid: str, settings: Evaluation) -> dict[str, Any]:
     """For guidance and for the average: FID by value, each variant's best, and differences to the first at their best.
 
+    The first is the first variant that was evaluated with more than the usual value, and is named under ``against``.
+
     The best is the lowest mean over the variant's seeds, of the values that all of its seeds have; that choice lowers
     the FID of every variant by about the same.
 
@@ -35,6 +37,7 @@ def at_best(found: list[Found], fid: str, settings: Evaluation) -> dict[str, Any
             "usual": usual,
             "values": {name: {value: mean(seeds) for value, seeds in own.items()} for name, own in by_variant.items()},
             "best": best,
+            "against": next(iter(there)),
             "differences": compare(there, [fid]),
             "order": {
                 "usual": sorted(usually, key=lambda name: usually[name]),

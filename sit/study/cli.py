@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import tyro
 
-from sit.study.config import read_study
+from sit.study.config import Study, read_study
 from sit.utils.cli import parse
 from sit.utils.errors import UserError, entry_point
+
+if TYPE_CHECKING:
+    from sit.study.schedule import State
 
 
 @dataclass
@@ -56,6 +60,19 @@ class Arguments:
         modes += ["run"] if self.run is not None else []
         if len(modes) > 1:
             raise UserError(f"`{modes[0]}` and `{modes[1]}` exclude each other")
+        mode = modes[0] if modes else None
+        for name, without in PLAY_NO_PART.items():
+            if mode in without and getattr(self, name) not in (None, ()):
+                raise UserError(f"`{name}` plays no part with `{mode}`: leave it out")
+
+
+PLAY_NO_PART = {
+    "only": ("run", "report_only", "measure_speed"),
+    "hours": ("run", "report_only", "measure_speed", "dry_run", "print_commands"),
+    "against": ("run", "measure_speed", "dry_run", "print_commands"),
+    "seconds_per_step": ("run", "report_only", "measure_speed", "print_commands"),
+}
+"""Flags, and the modes in which they would be ignored."""
 
 
 def run_study(arguments: Arguments) -> bool:
@@ -65,7 +82,8 @@ def run_study(arguments: Arguments) -> bool:
         UserError: the study's file is wrong, a name is unknown, or runs failed.
     """
     study = read_study(arguments.study, arguments.out)
-    from sit.study.report import write_report  # torch comes once the file is read
+    from sit.study.evaluation import check_evaluation  # torch comes once the file is read
+    from sit.study.report import check_folder
     from sit.study.schedule import Known, carry_out, carry_out_here, command_lines
 
     if arguments.measure_speed:
@@ -84,7 +102,7 @@ def run_study(arguments: Arguments) -> bool:
     if arguments.dry_run:
         from sit.study.plan import plan
 
-        print(plan(study, state, arguments.jobs or 1, arguments.seconds_per_step))
+        print(plan(study, state, arguments.jobs or 1, arguments.seconds_per_step, arguments.only))
         return True
     if arguments.print_commands:
         print(command_lines(study, state, arguments.only, arguments.out))
@@ -94,8 +112,12 @@ def run_study(arguments: Arguments) -> bool:
 
         do(next(run for run in state.runs if run.name == arguments.run), study)
         return True
-    done = True
-    if not arguments.report_only:
+    if arguments.report_only:
+        report(arguments, study, known.state())
+        return True
+    check_folder(study, study.out / "report")
+    check_evaluation(study, state.missing(study, arguments.only))
+    try:
         if arguments.jobs:
             done = carry_out(
                 study,
@@ -107,12 +129,22 @@ def run_study(arguments: Arguments) -> bool:
             )
         else:
             done = carry_out_here(study, only=arguments.only, hours=arguments.hours)
-    state = known.state()
-    if done or arguments.report_only or state.found:
-        print(f"report: {write_report(study, state) / 'README.md'}")
-        if arguments.against is not None:
-            print(f"report: {write_report(study, state, arguments.against) / 'README.md'}")
+    except UserError:
+        if (state := known.state()).found:
+            report(arguments, study, state)
+        raise
+    if done or (state := known.state()).found:
+        report(arguments, study, known.state())
     return done
+
+
+def report(arguments: Arguments, study: Study, state: State) -> None:
+    """Write the report, and the one against another variant if it is asked for."""
+    from sit.study.report import write_report
+
+    print(f"report: {write_report(study, state) / 'README.md'}")
+    if arguments.against is not None:
+        print(f"report: {write_report(study, state, arguments.against) / 'README.md'}")
 
 
 @entry_point

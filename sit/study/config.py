@@ -15,6 +15,10 @@ from sit.utils.choices import Precision
 from sit.utils.errors import UserError
 from sit.utils.reading import read_yaml, typed
 
+MEASURES = ("prediction", "interpolant", "loss_weight", "train_eps")
+"""Fields of TrainConfig that say what the held-out loss is the loss of."""
+IMAGES = ("data", "vae", "image_size", "heldout", "heldout_images")
+"""Those that say of which images; a run's JSON has their fingerprint."""
 Cause = Literal["seed", "weights", "order", "noise"]
 T = TypeVar("T")
 
@@ -259,6 +263,8 @@ def _selection(values: dict[str, Any]) -> Selection:
 
 def _evaluation(values: dict[str, Any], source: str) -> Evaluation:
     sampler = values.get("sampler", {})
+    if not isinstance(sampler, dict):
+        raise UserError(f"evaluate: sampler is a mapping, such as {{sampler: ode, steps: 25}}, not {sampler!r}")
     sampler = SamplerConfig(**typed(sampler, get_type_hints(SamplerConfig), f"{source}: sampler"))
     return _make(Evaluation, values | {"sampler": sampler}, source)
 

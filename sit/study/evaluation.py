@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from sit.sampling.images import balanced_labels, sample_images
 from sit.study.config import Evaluation, Study
 from sit.study.runs import Run
 from sit.training.config import TrainConfig
+from sit.training.plan import describe_data
 from sit.utils.device import process_state
 from sit.utils.errors import UserError
 from sit.utils.image_grid import save_png, tile
@@ -43,6 +45,22 @@ GRID_CLASSES = 10
 def evaluation_seed(config: TrainConfig) -> int:
     """The seed of the samples, derived from the training's: runs that are paired by it share noise and labels."""
     return key(config.seed, "evaluation") % 2**31
+
+
+def check_evaluation(study: Study, runs: Iterable[Run]) -> None:
+    """Open what the runs will be evaluated with, before anything is trained; nothing is measured.
+
+    Raises:
+        UserError: the reference, the features or the classifier can't be had, or the classifier knows other classes.
+    """
+    settings = study.evaluate
+    if settings is None:
+        return
+    device = process_state().device
+    of_data = {(run.config.data, run.config.image_size, run.config.vae): run.config for run in runs}
+    for config in of_data.values():
+        _, classes, _, assumed = describe_data(config)
+        _open(settings, config, device, None if assumed else classes, ())
 
 
 def evaluate_run(
@@ -108,13 +126,20 @@ def evaluate_run(
 
 def _against(run: Run, settings: Evaluation, checkpoint: Path, device: torch.device) -> Against:
     """What the samples are evaluated with."""
+    info = read_info(checkpoint)
+    return _open(settings, run.config, device, info.classes or None, info.label_names)
+
+
+def _open(
+    settings: Evaluation, config: TrainConfig, device: torch.device, classes: int | None, names: Sequence[str]
+) -> Against:
     features = settings.features or default_features(settings.reference)
     weights = FeatureWeights(settings.inception_weights, settings.dinov2_weights)
     extractor = get_extractor(features, device, weights.of(features))
-    reference = open_reference(settings.reference, run.config.image_size, device=device)
-    info, classifier = read_info(checkpoint), None
+    reference = open_reference(settings.reference, config.image_size, device=device)
+    classifier = None
     if settings.classifier is not None:
-        classifier = LabelClassifier.load(settings.classifier, device, info.classes or None, info.label_names)
+        classifier = LabelClassifier.load(settings.classifier, device, classes, names)
     return Against(reference, [extractor], classifier, device, settings.batch_size)
 
 

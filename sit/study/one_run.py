@@ -12,6 +12,8 @@ from sit.study import record
 from sit.study.config import Study
 from sit.study.evaluation import evaluate_run
 from sit.study.runs import Run
+from sit.training.heldout import HeldOutLoss
+from sit.training.non_finite import Diverged
 from sit.training.trainer import train
 from sit.utils.device import process_state
 from sit.utils.lock import locked
@@ -21,8 +23,10 @@ from sit.utils.signals import TRAINING, handled
 def do(run: Run, study: Study) -> None:
     """Do what is missing of a run, and leave its JSON, and its grid of samples if it is evaluated.
 
+    A training that diverges is a result: its JSON says so, nothing of it is evaluated, and it is not made again.
+
     Raises:
-        UserError: another program is at it, or as the training and the evaluation.
+        UserError: another program is at it, it was begun with other settings, or as the training and the evaluation.
         SystemExit: a signal asked for the end; what was done is kept and the status is
             :data:`~sit.utils.signals.TRAINING`'s.
     """
@@ -34,11 +38,19 @@ def do(run: Run, study: Study) -> None:
         if record.is_finished(run, study, found):
             return
         if found is None:
-            if not is_trained(run, study):
-                train(run.config)
-            found = record.describe_training(run, study, state.device)
-            if state.is_main_process and not run.steps_to_evaluate(study):
+            record.check_begun(run, study)
+            failed = None
+            try:
+                if not is_trained(run, study):
+                    train(run.config)
+            except Diverged as error:
+                failed = str(error)
+            found = record.describe_training(run, study, state.device, failed)
+            if state.is_main_process:
                 record.write(run.json(study), found)
+            if failed:
+                state.print(f"{run.name} diverged, and is kept as such in {run.json(study)}: {failed}")
+                return
         if steps := run.steps_to_evaluate(study):
             with ending_by_signals():
                 evaluation = evaluate_run(run, study, steps, state.device, found["evaluation"])
@@ -48,9 +60,11 @@ def do(run: Run, study: Study) -> None:
 
 
 def is_trained(run: Run, study: Study) -> bool:
-    """Whether the training has come to its last step."""
+    """Whether the training has come to its last step, and measured the held-out loss there, as far as it is finite."""
     folder = run.training(study)
     if not (folder / "config.yaml").is_file():
+        return False
+    if run.config.heldout != "none" and not HeldOutLoss.path(folder, run.config.steps).is_file():
         return False
     return any(step == run.config.steps and is_complete(place) for step, place in find_checkpoints(folder))
 

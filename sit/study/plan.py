@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
+
 import torch
 
 from sit.model import create_model
+from sit.study import record
 from sit.study.config import Study
 from sit.study.progress import in_words, remaining_hours, seconds_of_a_step, steps_done
 from sit.study.runs import Run
@@ -22,7 +25,7 @@ MOMENT = 4
 """of them that a matrix of Muon's, which has one moment, does without"""
 
 
-def plan(study: Study, state: State, jobs: int, seconds_per_step: float | None) -> str:
+def plan(study: Study, state: State, jobs: int, seconds_per_step: float | None, only: tuple[str, ...] = ()) -> str:
     """A table, as text: each run with its state, steps, hours and disk, and their sums.
 
     Args:
@@ -30,33 +33,37 @@ def plan(study: Study, state: State, jobs: int, seconds_per_step: float | None) 
         state: what is known of it.
         jobs: runs at a time.
         seconds_per_step: where nothing is measured yet.
+        only: names of runs or variants; empty for all.
     """
-    missing = state.missing(study)
+    runs = state.wanted(only)
+    missing = state.missing(study, only)
+    unknown = 0 if only else state.unknown
     sizes = {variant.name: 0.0 for variant in study.variants}
     rows: list[tuple[str, ...]] = [("run", "state", "steps", "hours", "disk")]
-    total = 0.0
-    for run in state.runs:
+    total, trainings = 0.0, []
+    for run in runs:
         sizes[run.variant] = sizes[run.variant] or checkpoint_bytes(run)
         size = sizes[run.variant] * checkpoints_kept(run)
         total += size
         pace = seconds_of_a_step(run, state.runs, state.found, seconds_per_step)
         hours = "?" if pace is None else f"{pace * run.config.steps / 3600:.2f}"
+        trainings.append(0.0 if pace is None else pace * run.config.steps / 3600)
         rows.append((run.name, how_far(run, study, state), f"{run.config.steps:,}", hours, size_text(size)))
     lines = [text_table(rows, align="llrrr"), ""]
-    done = len(state.runs) - len(missing)
-    lines.append(f"runs: {len(state.runs) + state.unknown}, of them {done} done")
-    if state.unknown:
+    done = len(runs) - len(missing)
+    lines.append(f"runs: {len(runs) + unknown}, of them {done} done")
+    if unknown:
         decided = "not known before it is chosen what each variant is best with"
-        lines.append(f"besides those above: {state.unknown}, {decided}")
-    left = remaining_hours(study, missing, state.found, jobs=jobs, told=seconds_per_step)
-    if left is not None and state.unknown:
-        left += left * state.unknown / max(1, len(missing))  # as long as those above, on average
+        lines.append(f"besides those above: {unknown}, {decided}")
+    left = remaining_hours(study, runs, state.found, jobs=jobs, told=seconds_per_step, known=state.runs)
+    if left is not None and unknown:
+        left += statistics.fmean(trainings or [0.0]) * unknown / jobs  # as long as those above, on average
     trained = "training what is missing, without evaluations: "
     lines.append(
         f"{trained}{in_words(left)} with {jobs} at a time" + ("" if left is not None else ": no run has measured it")
     )
-    if state.runs:
-        total += total / len(state.runs) * state.unknown
+    if runs:
+        total += total / len(runs) * unknown
     lines.append(f"disk: {size_text(total)} of checkpoints in {study.out / 'work'}")
     return "\n".join(lines)
 
@@ -64,9 +71,10 @@ def plan(study: Study, state: State, jobs: int, seconds_per_step: float | None) 
 def how_far(run: Run, study: Study, state: State) -> str:
     """In a word or two, how far a run is."""
     if run.name in state.found:
-        steps = run.steps_to_evaluate(study)
-        evaluated = state.found[run.name]["evaluation"] is not None
-        return "done" if not steps or evaluated else "trained"
+        found = state.found[run.name]
+        if found.get("failed"):
+            return "failed"
+        return "done" if record.is_finished(run, study, found) else "trained"
     step = steps_done(run, study)
     return f"at step {step:,}" if step else "missing"
 

@@ -37,17 +37,23 @@ def steps_done(run: Run, study: Study) -> int:
 
 
 def remaining_hours(
-    study: Study, runs: list[Run], found: Mapping[str, Mapping[str, Any]], *, jobs: int, told: float | None
+    study: Study,
+    runs: list[Run],
+    found: Mapping[str, Mapping[str, Any]],
+    *,
+    jobs: int,
+    told: float | None,
+    known: list[Run] | None = None,
 ) -> float | None:
-    """Hours that the trainings will take which are not finished, ``jobs`` at a time; None if no speed is known.
+    """Hours that the trainings of ``runs`` will take which are not finished, ``jobs`` at a time; None if not known.
 
-    Evaluations are not counted.
+    Evaluations are not counted. Speeds are those of the finished runs among ``known``, None for ``runs`` themselves.
     """
     total = 0.0
     for run in runs:
         if run.name in found:
             continue
-        pace = seconds_of_a_step(run, runs, found, told)
+        pace = seconds_of_a_step(run, known or runs, found, told)
         if pace is None:
             return None
         total += pace * (run.config.steps - steps_done(run, study))
@@ -81,7 +87,7 @@ class Progress:
     def line(self, state: Any, active: list[Run], stopping: bool = False) -> str:
         """The line: runs done of all, the time left, and the runs that go on."""
         missing = state.missing(self.study)
-        left = remaining_hours(self.study, missing, state.found, jobs=self.jobs, told=self.told)
+        left = remaining_hours(self.study, state.runs, state.found, jobs=self.jobs, told=self.told)
         done = len(state.runs) - len(missing)
         more = f" + {state.unknown} once the best is chosen" if state.unknown else ""
         parts = [f"study {done}/{len(state.runs)}{more}, {in_words(left)} left"]

@@ -15,7 +15,7 @@ import torch
 
 from sit.study.config import Study
 from sit.study.runs import Run
-from sit.training.recipes import from_mapping
+from sit.training.recipes import from_mapping, load_run_settings
 from sit.training.run_folder import read_metrics
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_write
@@ -37,8 +37,16 @@ PLACES = ("data", "vae", "heldout", "reference", "features", "classifier", "ince
 last part of the path."""
 
 
-def describe_training(run: Run, study: Study, device: torch.device) -> dict[str, Any]:
-    """The JSON of a run whose training is finished, without an evaluation yet."""
+def check_begun(run: Run, study: Study) -> None:
+    """Raise UserError if the run's training was begun with settings that the study does not say any more."""
+    folder = run.training(study)
+    if (folder / "config.yaml").is_file():
+        begun, wanted = (dataclasses.asdict(config) for config in (load_run_settings(folder), run.config))
+        _check_same(folder, "begun", begun, {name: wanted[name] for name in sorted(wanted.keys() - HOW_IT_RUNS)})
+
+
+def describe_training(run: Run, study: Study, device: torch.device, failed: str | None = None) -> dict[str, Any]:
+    """The JSON of a run whose training is finished, without an evaluation yet; ``failed`` says why it ended early."""
     folder = run.training(study)
     rows = read_metrics(folder / "metrics.jsonl")
     losses = [row for row in rows if "loss" in row]
@@ -54,6 +62,7 @@ def describe_training(run: Run, study: Study, device: torch.device) -> dict[str,
         "heldout": _heldout(folder, rows),
         "speed": speed(losses),
         "evaluation": None,
+        **({"failed": failed} if failed else {}),
         "versions": {
             "sit": __version__,
             "torch": torch.__version__,
@@ -119,20 +128,21 @@ def read(run: Run, study: Study) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a run's JSON ({error!r}); remove it, and the run is made again") from error
     made, wanted = dataclasses.asdict(from_mapping(settings, str(path))), dataclasses.asdict(run.config)
-    _check_same(path, "made", made, {name: wanted[name] for name in wanted.keys() - HOW_IT_RUNS})
+    _check_same(path, "made", made, {name: wanted[name] for name in sorted(wanted.keys() - HOW_IT_RUNS)})
     if study.evaluate is not None and found["evaluation"] is not None:
         wanted = json.loads(json.dumps(dataclasses.asdict(study.evaluate)))
-        wanted = {name: wanted[name] for name in wanted.keys() - HOW_IT_IS_EVALUATED}
+        wanted = {name: wanted[name] for name in sorted(wanted.keys() - HOW_IT_IS_EVALUATED)}
         _check_same(path, "evaluated", found["evaluation"]["settings"], wanted)
     return found
 
 
 def _check_same(path: Path, done: str, then: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
-        same = _last_part(then[name]) == _last_part(value) if name in PLACES else then[name] == value
+        before = then.get(name)  # what an earlier program did not know was not set
+        same = _last_part(before) == _last_part(value) if name in PLACES else before == value
         if not same:
             raise UserError(
-                f"{path} was {done} with {name} {then[name]}, and the study says {value}: remove it, rename the "
+                f"{path} was {done} with {name} {before}, and the study says {value}: remove it, rename the "
                 "variant, or choose another `out`"
             )
 
@@ -147,6 +157,8 @@ def is_finished(run: Run, study: Study, found: dict[str, Any] | None) -> bool:
     """Whether nothing is left to do for a run with this JSON."""
     if found is None:
         return False
+    if found.get("failed"):
+        return True
     steps = run.steps_to_evaluate(study)
     if not steps or study.evaluate is None:
         return True

@@ -25,7 +25,7 @@ def points(records: Mapping[str, Mapping[str, Any]], fid: str) -> list[dict[str,
     for name, one in records.items():
         for step in map(int, (one["evaluation"] or {"steps": {}})["steps"]):
             loss, distance = loss_at(one, step), metrics_at(one, step).get(fid)
-            if loss is not None and distance is not None:
+            if loss is not None and distance is not None and min(loss, distance) > 0:  # for their logarithms
                 found.append({"run": name, "variant": one["variant"], "step": step, "loss": loss, "fid": distance})
     return sorted(found, key=lambda point: (point["run"], point["step"]))
 
@@ -124,8 +124,9 @@ def causes(by_cause: Mapping[str, list[Found]], fid: str | None) -> dict[str, An
         for cause, groups in by_cause.items():
             for group in groups:
                 values = group.loss() if metric == LOSS else group.metric(metric)
-                if len(values) > 1:
-                    spread = _spread([take(value) for value in values.values()])
+                kept = [take(value) for value in values.values() if metric == LOSS or value > 0]
+                if len(kept) > 1:
+                    spread = _spread(kept)
                     spreads.setdefault(group.name, {})[cause] = spread
         for own in spreads.values():
             single = {cause: one for cause, one in own.items() if cause != "seed"}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sit.study import plots, text
-from sit.study.analysis import LOSS, analyze, groups
+from sit.study.analysis import LOSS, analyze, groups, of_one_measure
 from sit.study.at_best import at_best
 from sit.study.config import Study
 from sit.study.relations import agreement, causes, points
@@ -24,20 +25,29 @@ def numbers(study: Study, state: State) -> dict[str, Any]:
     Raises:
         UserError: no run is done that could be reported.
     """
-    compared = {run.name: state.found[run.name] for run in state.runs if run.compared and run.name in state.found}
-    if not compared and not any(state.losses.values()):
+    done = {run.name: state.found[run.name] for run in state.runs if run.name in state.found}
+    failed = {name: one["failed"] for name, one in done.items() if one.get("failed")}
+    compared = {run.name: done[run.name] for run in state.runs if run.compared and run.name in done.keys() - failed}
+    compared, other_measure = of_one_measure(study, compared)
+    if not compared and not failed and not any(state.losses.values()):
         raise UserError(f"no run of {study.path} is done yet: there is nothing to report")
     found: dict[str, Any] = {
         "study": study.path.name,
         "runs": {"done": len(state.runs) - len(state.missing(study)), "of": len(state.runs) + state.unknown},
         "machines": sorted({one["machine"] for one in state.found.values()}),
         "selection": selection(study, state),
+        "failed": failed,
+        "other_measure": other_measure,
     }
     if compared:
         speeds = measured(study)
-        if speeds is not None:
+        paces = {} if speeds is None else speeds["seconds_per_step"]
+        lacking = sorted({one["variant"] for one in compared.values()} - paces.keys())
+        if speeds is not None and lacking:
+            found["speeds_lack"] = lacking
+        elif speeds is not None:
             found["speeds"] = speeds
-        found |= analyze(study, compared, speeds and speeds["seconds_per_step"])
+        found |= analyze(study, compared, None if lacking else paces)
         if found["fid"]:
             found["points"] = points(compared, found["fid"])
             found["agreement"] = agreement(found["points"])
@@ -58,12 +68,33 @@ def selection(study: Study, state: State) -> dict[str, Any]:
             continue
         best = state.choices.get(name)
         found[name] = {
-            "losses": {study.select.label(choice): loss for choice, loss in losses.items()},
+            "losses": {study.select.label(choice): finite(loss) for choice, loss in losses.items()},
             "chosen": None if best is None else study.select.label(best),
             "settings": None if best is None else study.select.choices[best],
             "at_edge": best in (0, len(study.select.choices) - 1) and len(study.select.choices) > 1,
         }
     return found
+
+
+def finite(found: Any) -> Any:
+    """The same with None for numbers that are not finite, which JSON does not know."""
+    if isinstance(found, Mapping):
+        return {name: finite(value) for name, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [finite(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
+def check_folder(study: Study, folder: Path) -> None:
+    """Raise UserError if the folder is the report of another study: it would be written over."""
+    try:
+        other = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))["study"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if other != study.path.name:
+        raise UserError(
+            f"{folder} is the report of {other}, not of {study.path.name}: give another `out`, or remove it"
+        )
 
 
 def write_report(study: Study, state: State, against: str | None = None) -> Path:
@@ -83,10 +114,11 @@ def write_report(study: Study, state: State, against: str | None = None) -> Path
         folder = study.out / f"report-{study.variants[0].slug}"
         if not any(run.compared and run.variant == against and run.name in state.found for run in state.runs):
             raise UserError(f"`against={against}`: no run of it is done yet")
+    check_folder(study, folder)
     found = numbers(study, state)
     with replaced_folder(folder) as place:
         images = draw(study, state, found, place)
-        content = json.dumps(found, indent=1, ensure_ascii=False)
+        content = json.dumps(finite(found), indent=1, ensure_ascii=False, allow_nan=False)
         (place / "numbers.json").write_text(content + "\n", encoding="utf-8")
         (place / "README.md").write_text(text.markdown(study, found, images, against), encoding="utf-8")
     return folder

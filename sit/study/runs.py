@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sit.checkpoint.posthoc_ema import gamma_of
 from sit.mixers import parse_mixers
 from sit.model import check_model_name
-from sit.study.config import Cause, Study, Variant
+from sit.study.config import IMAGES, MEASURES, Cause, Study, Variant
 from sit.training.config import TrainConfig
 from sit.utils.errors import UserError
 
@@ -134,5 +135,15 @@ def _check_steps(study: Study, variant: Variant, config: TrainConfig) -> None:
         raise UserError(
             f"{where}: evaluate: ema puts averages together from snapshots: set posthoc_ema, such as [0.05, 0.1]"
         )
+    for length in study.evaluate.ema if study.evaluate else ():
+        try:
+            gamma_of(length)
+        except ValueError as error:
+            raise UserError(f"{where}: evaluate: ema: {error}") from error
+    guided = study.evaluate is not None and (study.evaluate.guidance or study.evaluate.sampler.cfg_scale != 1)
+    if guided and not config.class_dropout:
+        raise UserError(f"{where}: evaluate: guidance is away from no label, and class_dropout is 0: none is learned")
+    if study.select is not None and (moved := sorted(study.select.choices[0].keys() & {*MEASURES, *IMAGES})):
+        raise UserError(f"{where}: select compares held-out losses, which are not comparable where {moved[0]} differs")
     if study.select is not None and config.heldout == "none":
         raise UserError(f"{where}: select chooses by the held-out loss: set heldout")

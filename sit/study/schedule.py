@@ -51,10 +51,13 @@ class State:
     choices: dict[str, int]
     unknown: int
 
+    def wanted(self, only: tuple[str, ...] = ()) -> list[Run]:
+        """The runs: all, or those of the given names of runs or variants."""
+        return [run for run in self.runs if not only or run.name in only or run.variant in only]
+
     def missing(self, study: Study, only: tuple[str, ...] = ()) -> list[Run]:
-        """The runs with something left to do: all, or those of the given names of runs or variants."""
-        wanted = [run for run in self.runs if not only or run.name in only or run.variant in only]
-        return [run for run in wanted if not record.is_finished(run, study, self.found.get(run.name))]
+        """Those of the wanted runs with something left to do."""
+        return [run for run in self.wanted(only) if not record.is_finished(run, study, self.found.get(run.name))]
 
 
 class Known:
@@ -120,6 +123,7 @@ class Job:
     run: Run
     process: subprocess.Popen
     log: TextIO
+    slot: int
 
     def signal(self, number: int) -> None:
         """Send a signal to all its processes; those of ``accelerate launch`` do not hand it on."""
@@ -138,6 +142,11 @@ class Job:
         return False
 
 
+def free_slot(active: list[Job]) -> int:
+    """The lowest number that no job has; it tells which GPU a job gets."""
+    return next(slot for slot in range(len(active) + 1) if slot not in {job.slot for job in active})
+
+
 def start(run: Run, study: Study, out: str | None, slot: int) -> Job:
     """Start a run in a process of its own; what it says goes to ``log.txt`` in its folder."""
     run.work(study).mkdir(parents=True, exist_ok=True)
@@ -153,7 +162,7 @@ def start(run: Run, study: Study, out: str | None, slot: int) -> Job:
         env=environment,
         start_new_session=True,
     )
-    return Job(run, process, log)
+    return Job(run, process, log, slot)
 
 
 @dataclass
@@ -242,7 +251,7 @@ def carry_out(
                 if stop or len(active) >= jobs:
                     break
                 if not is_held(run, study):
-                    active.append(start(run, study, out, len(active)))
+                    active.append(start(run, study, out, free_slot(active)))
             progress.show(state, [job.run for job in active], stopping=bool(stop))
             time.sleep(POLL)
     progress.close(state)

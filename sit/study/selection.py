@@ -6,16 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sit.study.analysis import loss_at
 from sit.study.config import Study
 from sit.study.runs import Run
 
 
 def heldout_loss(found: Mapping[str, Any]) -> float:
     """The held-out loss at a run's end; infinite where it could not be measured, because it was not finite."""
-    heldout = found["heldout"]
-    if heldout is None or heldout["steps"][-1] != found["config"]["steps"]:
-        return math.inf
-    return heldout["loss"][-1]
+    loss = loss_at(found)
+    return math.inf if loss is None or found.get("failed") else loss
 
 
 def tried(study: Study, runs: list[Run], found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[int, float]]:
@@ -35,8 +34,14 @@ def tried(study: Study, runs: list[Run], found: Mapping[str, Mapping[str, Any]])
 
 
 def chosen(study: Study, losses: Mapping[str, Mapping[int, float]]) -> dict[str, int]:
-    """Variant → the choice with the lowest loss, where all are tried; the first of equals."""
+    """Variant → the choice with the lowest loss, where all are tried; the first of equals.
+
+    A variant of which every run failed has none.
+    """
     if study.select is None:
         return {}
-    count = len(study.select.choices)
-    return {name: min(range(count), key=by.__getitem__) for name, by in losses.items() if len(by) == count}
+    count, best = len(study.select.choices), {}
+    for name, by in losses.items():
+        if len(by) == count and math.isfinite(min(by.values())):
+            best[name] = min(range(count), key=by.__getitem__)
+    return best

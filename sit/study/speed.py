@@ -63,7 +63,7 @@ def measure(study: Study, repeats: int = REPEATS) -> Path:
 
 
 def measured(study: Study) -> dict[str, Any] | None:
-    """What ``OUT/speed.json`` says; None if it is not there or is of other variants.
+    """What ``OUT/speed.json`` says; None if it is not there.
 
     Raises:
         UserError: it is there and can't be read.
@@ -71,12 +71,12 @@ def measured(study: Study) -> dict[str, Any] | None:
     file = study.out / FILE
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        paces = {str(name): float(pace) for name, pace in found["seconds_per_step"].items()}
+        _ = {str(name): float(pace) for name, pace in found["seconds_per_step"].items()}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} holds no speeds ({error!r}); remove it, or give `measure_speed`") from error
-    return found if paces.keys() == {variant.name for variant in study.variants} else None
+    return found
 
 
 def training_step(config: TrainConfig, device: torch.device, name: str) -> Callable[[], None]:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from sit.study.analysis import LOSS
+from sit.study.analysis import LOSS, NEARLY
 from sit.study.config import Study
 from sit.utils.tables import markdown_table
 
@@ -35,6 +35,7 @@ def markdown(study: Study, found: Mapping[str, Any], images: Mapping[str, str], 
         "",
     ]
     lines += _selection(study, found["selection"])
+    lines += _set_aside(found)
     if first is None:
         return "\n".join(lines)
     lines += _table(study, found, first)
@@ -62,9 +63,10 @@ def _selection(study: Study, found: Mapping[str, Any]) -> list[str]:
         cells = []
         for label in labels:
             loss = one["losses"].get(label)
-            cell = "" if loss is None else f"{loss:.4f}"
+            cell = ("failed" if label in one["losses"] else "") if loss is None else f"{loss:.4f}"
             cells.append(f"**{cell}**" if label == one["chosen"] else cell)
-        rows.append((variant, *cells, "yes" if one["at_edge"] else ""))
+        none = len(one["losses"]) == len(labels) and one["chosen"] is None
+        rows.append((variant, *cells, "none is chosen" if none else "yes" if one["at_edge"] else ""))
     return [
         f"## What was chosen: {name}",
         "",
@@ -76,15 +78,30 @@ def _selection(study: Study, found: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _set_aside(found: Mapping[str, Any]) -> list[str]:
+    """What is not in the comparisons, and why."""
+    lines: list[str] = []
+    if found.get("failed"):
+        lines += ["## Runs that diverged", "", "They are in no mean and in no difference.", ""]
+        lines += [markdown_table(["run", "how it ended"], list(found["failed"].items())), ""]
+    if found.get("other_measure"):
+        named = ", ".join(found["other_measure"])
+        lines += [f"The held-out loss of {named} is of another prediction or of other images, and is left out.", ""]
+    return lines
+
+
 def short(metric: str) -> str:
     """A metric's name without the features that it is on, which the report tells once."""
     return metric.partition(" (")[0]
 
 
-def _cell(number: Mapping[str, Any] | None, digits: str = ".4g") -> str:
+def _cell(number: Mapping[str, Any] | None, digits: str = ".4g", *, seeds: int | None = None) -> str:
+    """A mean with its interval; and over how many seeds it is, where they are not the ``seeds`` of the row."""
     if number is None:
         return ""
-    return f"{number['value']:{digits}}" + (f" ± {number['error']:.2g}" if number["error"] is not None else "")
+    error = f" ± {number['error']:.2g}" if number["error"] is not None else ""
+    fewer = seeds is not None and len(number["by_seed"]) < seeds
+    return f"{number['value']:{digits}}{error}" + (f" ({len(number['by_seed'])} of {seeds} seeds)" if fewer else "")
 
 
 def _table(study: Study, found: Mapping[str, Any], first: str) -> list[str]:
@@ -96,7 +113,7 @@ def _table(study: Study, found: Mapping[str, Any], first: str) -> list[str]:
     rows = []
     for name, one in variants.items():
         pace = paces.get(name)
-        cells = [_cell(one["metrics"].get(metric)) for metric in metrics]
+        cells = [_cell(one["metrics"].get(metric), seeds=len(one["seeds"])) for metric in metrics]
         speed = f"{pace:.3g}" if pace else ""
         parameters = f"{one['parameters']:,}" if one["parameters"] else ""
         rows.append((name, f"`{one['mixer']}`", parameters, len(one["seeds"]), *cells, speed))
@@ -164,7 +181,7 @@ def _at_best(found: Mapping[str, Any], first: str) -> list[str]:
             + ("the same" if same else f"{', '.join(order['usual'])} there, and {', '.join(order['best'])} at the best")
             + ".",
             "",
-            markdown_table(["", *values, f"at the best, less {first}'s, paired"], rows),
+            markdown_table(["", *values, f"at the best, less {one['against']}'s, paired"], rows),
             "",
         ]
     return lines
@@ -218,7 +235,9 @@ def _pairing(found: Mapping[str, Any], first: str) -> list[str]:
 def _speeds(found: Mapping[str, Any]) -> str:
     apart = found.get("speeds")
     if apart is None:
-        return "Speeds are medians over the rows of the runs' metrics: work beside a run is in them."
+        lack = found.get("speeds_lack")
+        why = f" (`speed.json` lacks {', '.join(lack)}: give `--measure-speed` again)" if lack else ""
+        return f"Speeds are medians over the rows of the runs' metrics: work beside a run is in them{why}."
     return (
         f"Speeds were measured apart, steps of all variants in turn in one process: `{apart['command']}`, on "
         f"{apart['machine']}, {apart['date']}; medians of {apart['repeats']}."
@@ -233,9 +252,10 @@ def _seconds(found: Mapping[str, Any], first: str, images: Mapping[str, str]) ->
     lines = [
         "## At equal seconds",
         "",
-        f"After {seconds['seconds']:.4g} seconds of training, what the fastest variant takes for all its steps. "
-        f"{_speeds(found)} Slower variants are then in the middle of their schedule of learning rates: variants with "
-        "`steps` of their own compare finished trainings.",
+        f"After {seconds['seconds']:.4g} seconds of training, when the first variant is done with all its steps. "
+        f"{_speeds(found)} Variants whose steps take at most {NEARLY:.0%} longer count with what they ended with; "
+        "those that take longer are then in the middle of their schedule of learning rates, and variants with `steps` "
+        "of their own compare finished trainings.",
         "",
     ]
     metrics = list(dict.fromkeys(name for one in seconds["metrics"].values() for name in one))
@@ -295,7 +315,8 @@ def _causes(found: Mapping[str, Any]) -> list[str]:
         "## Where the spread over seeds comes from",
         "",
         "Standard deviation over seeds that vary one cause alone, with its 95 % interval (of normal values, by χ²), "
-        "and its share of the sum of the causes' variances. Of FID it is that of the logarithm.",
+        "and its share of the sum of the causes' variances. Of FID it is that of the logarithm. Where everything "
+        "varies, so do the samples that FID is of; where one cause varies, they share labels and noise.",
         "",
     ]
     for metric, variants in found["causes"].items():

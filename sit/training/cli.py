@@ -85,5 +85,6 @@ def main(make_evaluation: Callable[..., Any] | None = None) -> None:
     if is_main_process:
         reference = config.data if config.data.startswith("digits") else "REFERENCE"
         print(f"run: {folder}")
-        print(f"sample:   {program('sample')} --ckpt {folder} --steps 250")
-        print(f"evaluate: {program('eval_fid')} --ckpt {folder} --reference {reference}")
+        steps = 1 if config.averages else 250
+        print(f"sample:   {program('sample')} --ckpt {folder} --steps {steps}")
+        print(f"evaluate: {program('eval_fid')} --ckpt {folder} --reference {reference} --steps {steps}")

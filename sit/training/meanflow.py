@@ -70,6 +70,8 @@ def check_meanflow(config: TrainConfig) -> None:
     meanflow = MeanFlow(Transport(**config.transport_options()), **config.meanflow_options())
     if meanflow.guides and not config.class_dropout:
         raise UserError("`meanflow_omega` and `meanflow_kappa` guide away from no label: they need `class_dropout`")
+    if config.preview_cfg_scale != TrainConfig().preview_cfg_scale:
+        raise UserError("`preview_cfg_scale`: guidance is part of what MeanFlow trains: set `meanflow_omega` instead")
     if config.repa is not None:
         raise UserError("`repa` can't be added to `prediction=average-velocity`: leave one of them")
     if config.distill_from is not None:

@@ -11,6 +11,10 @@ from tqdm import tqdm
 from sit.utils.errors import UserError
 
 
+class Diverged(UserError):
+    """A training ended because its gradients were not finite, time after time."""
+
+
 @dataclass
 class NonFinitePolicy:
     """Counts the steps in a row that were skipped.
@@ -39,7 +43,7 @@ class NonFinitePolicy:
             scale: what the loss was multiplied by, in float16; None otherwise.
 
         Raises:
-            UserError: there were too many in a row.
+            Diverged: there were too many in a row.
         """
         loss, indices = self.accelerator.gather((loss, indices))
         bad = ~loss.isfinite()
@@ -54,7 +58,7 @@ class NonFinitePolicy:
             what = f"gradient norm {norm} of images {indices.tolist()}"
         message = f"step {step}: {what}; the step is skipped ({self.in_a_row} in a row)"
         if self.in_a_row >= self.limit:
-            raise UserError(f"{message}: stopped, as `non_finite_limit` is {self.limit}")
+            raise Diverged(f"{message}: stopped, as `non_finite_limit` is {self.limit}")
         self._tell(f"warning: {message}")
 
     def _tell(self, message: str) -> None:

@@ -161,8 +161,10 @@ def run(
 
             # Measure the held-out loss, evaluate and sample a preview, unless a signal came, which won't wait for them.
             heldout_due, evaluation_due = heldout_is_due(config, step), evaluation_is_due(config, step)
+            measured = heldout is None or not heldout_due
             if heldout is not None and heldout_due and not stop.received_anywhere(accelerator):
                 heldout.measure(step, folder, network, ema)
+                measured = True
             if evaluation and evaluation_due and not stop.received_anywhere(accelerator):
                 log_evaluation(
                     evaluation, step, folder=folder, config=config, opened=opened,
@@ -193,7 +195,7 @@ def run(
                     transport=transport,
                     accelerator=accelerator,
                 )
-            if stopped and not last:
+            if stopped and not (last and measured):  # gone on with, the last step is measured, and nothing else
                 bar.close()
                 accelerator.end_training()
                 accelerator.print(f"stopped by a signal after step {step}; resume {folder} to go on")

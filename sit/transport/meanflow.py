@@ -16,6 +16,7 @@ plus here. Its logit-normal times of location −0.4 have location +0.4 (``time_
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +61,10 @@ class MeanFlow:
             )
         if not 0 < self.share <= 1:
             raise UserError(f"`meanflow_share` must be above 0 and at most 1, not {self.share}")
-        if not (self.weight_power >= 0 and self.weight_floor > 0):
-            raise UserError("`meanflow_weight_power` must be at least 0, and `meanflow_weight_floor` above 0")
-        if not (self.omega >= 0 and 0 <= self.kappa < 1):
-            raise UserError("`meanflow_omega` must be at least 0, and `meanflow_kappa` in [0, 1)")
+        if not (0 <= self.weight_power < math.inf and 0 < self.weight_floor < math.inf):
+            raise UserError("`meanflow_weight_power` must be at least 0, `meanflow_weight_floor` above 0, both finite")
+        if not (0 <= self.omega < math.inf and 0 <= self.kappa < 1):
+            raise UserError("`meanflow_omega` must be finite and at least 0, and `meanflow_kappa` in [0, 1)")
 
     @property
     def guides(self) -> bool:
@@ -119,8 +120,8 @@ class MeanFlow:
             y: labels (B,) int64, or None.
             class_dropout: probability with which a label is replaced by the null label.
             null_label: the label of no class; None takes ``model.null_label``.
-            u: (B, 2) uniform draws in [0, 1), from which two times come: the earlier is t, or for those without a step
-                the later, as published. Draws that are None are made here.
+            u: (B, 2) uniform draws in [0, 1), from which two times come: the earlier, noisier one is t, and the later
+                is r, or for those without a step t, as published. Draws that are None are made here.
             positions: (B,) int64, numbers that :meth:`takes_a_step` decides by; None is 0 … B − 1.
             x0: (B, …) standard normal noise.
             drop: (B,) uniform draws in [0, 1); a label is replaced where they are below ``class_dropout``.
@@ -145,9 +146,9 @@ class MeanFlow:
             drop = uniform(x1, len(x1), generator=generator) if drop is None else drop
             dropped = drop < class_dropout
             y = torch.where(dropped, null_labels, y)
-        early, late = self.transport.sample_times(u).aminmax(dim=1)
-        t = torch.where(self.takes_a_step(positions), early, late)
-        return self.squared_error(model, x1, t, late, x0, y=y, null_labels=null_labels, dropped=dropped)
+        t, late = self.transport.sample_times(u).aminmax(dim=1)
+        end = torch.where(self.takes_a_step(positions), late, t)
+        return self.squared_error(model, x1, t, end, x0, y=y, null_labels=null_labels, dropped=dropped)
 
     def squared_error(
         self,

@@ -112,6 +112,7 @@ def test_the_scope_has_no_part_in_the_weights():
 
 def test_mistakes():
     for options, words in (
+        (dict(window=9), "`window` is of `scope=window`, not of image: leave it out"),
         (dict(scope="world"), "`scope` must be one of image, window, token, not 'world'"),
         (dict(scope="token", backend="taps"), "does not go with `backend=taps`"),
         (dict(scope="window", routing=False), "does not go with `routing=false`"),

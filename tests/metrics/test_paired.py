@@ -47,6 +47,7 @@ def test_what_both_runs_share_drops_out_of_the_error():
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+    assert holm([float("nan"), 0.01]) == [1.0, 0.02]
 
 
 @pytest.mark.parametrize(
@@ -69,18 +70,21 @@ def test_verdicts_in_words():
     clear, unclear = Difference(-0.4, 0.2, 5, "training seeds"), Difference(-0.05, 0.2, 3, "training seeds")
     assert verdict(clear, lower=True) == "better" and verdict(clear, lower=False) == "worse"
     assert verdict(clear, lower=True, p_value=0.06).startswith("not told apart: ")
-    assert seeds_needed(0.2, 0.15) == 16
-    assert verdict(unclear, lower=True) == "not told apart: 13 more training seeds would tell 0.15 at 80 % power"
-    assert verdict(unclear, lower=True, target=None) == "not told apart"
-    fifteen = Difference(-0.05, 0.2, 15, "training seeds")
-    assert verdict(fifteen, lower=True) == "not told apart: 1 more training seed would tell 0.15 at 80 % power"
-    many = Difference(-0.01, 0.2, 20, "training seeds")
-    assert verdict(many, lower=True) == "not told apart: 20 training seeds would tell 0.15 at 80 % power"
+    needed = seeds_needed(0.2, 0.05)
+    said = f"not told apart: {needed - 3} more training seeds would tell a difference of this size at 80 % power"
+    assert verdict(unclear, lower=True) == said
+    assert verdict(unclear, lower=True, further=False) == "not told apart"
+    harder = seeds_needed(0.2, 0.05, level=0.01)
+    assert harder > needed and f" {harder - 3} more" in verdict(unclear, lower=True, level=0.01)
+    almost = Difference(-0.2, 0.2, seeds_needed(0.2, 0.2), "training seeds")
+    assert verdict(almost, lower=True, p_value=0.06).startswith("not told apart: 1 more training seed would tell")
     one_run = Difference(-0.4, 0.2, 10, "samples")
     assert verdict(one_run, lower=True) == "better, for these weights only"
     assert verdict(Difference(0.0, 0.2, 10, "images"), lower=True) == "not told apart, for these weights only"
-    wild = Difference(0.0, 1e9, 3, "training seeds")
-    assert verdict(wild, lower=True) == "not told apart: more training seeds than can be had would tell 0.15"
+    wild = Difference(0.1, 1e9, 3, "training seeds")
+    said = "not told apart: more training seeds than can be had would tell a difference of this size"
+    assert verdict(wild, lower=True) == said
+    assert verdict(Difference(0.0, 1.0, 3, "training seeds"), lower=True) == "not told apart"
 
 
 def test_a_table_is_adjusted_as_one():
@@ -90,5 +94,6 @@ def test_a_table_is_adjusted_as_one():
     assert verdicts({"a": just}, {"a": "FID"}) == {"a": "better"}
     said = verdicts(table, {"a": "FID", "b": "Recall (digits features)", "c": "Class accuracy"})
     assert said["a"].startswith("not told apart: ") and said["c"] == "not told apart" == said["b"]
+    assert str(seeds_needed(0.2, 0.25, level=0.05 / 3) - 5) in said["a"], "one of three comparisons has a third of it"
     with pytest.raises(ValueError, match="whether less of `Beauty` is better"):
         verdicts({"a": just}, {"a": "Beauty"})

@@ -72,6 +72,7 @@ def test_bad_patterns(pattern, words):
         ("attention", 3, "'attention' with 10 channels and 3 heads"),
         ("neighborhood", 3, "'neighborhood' with 10 .*10 channels can't be divided among 3 heads"),
         ("linear_attention", 3, "10 channels can't be divided among 3 heads"),
+        ("linear_attention:heads=-2", 5, "there must be at least 1 head, not -2"),
         ("linear_attention:feature_map=cube", 5, "feature_map must be one of elu, relu, not 'cube'"),
         ("neighborhood:backend=magic", 5, "backend must be one of auto, sdpa, flex, not 'magic'"),
         ("attention:rope=true", 5, "'attention:rope=true' .*rope needs heads of a multiple of 4 channels, not 2"),
@@ -375,6 +376,15 @@ def test_forward_mode_derivatives_are_central_differences(pattern, grid):
         expected = (moved(1e-6) - moved(-1e-6)) / 2e-6
         torch.testing.assert_close(value, moved(0))
     assert (derivative - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("backend", ["grid_sample", "gather"])
+def test_deformable_of_what_is_not_finite_is_not_finite(backend):
+    """A step that diverges is told and skipped; an index that is no number would end the program."""
+    mixer = build_mixer(parse_mixers(f"deformable:backend={backend}")[0], 12, 3)
+    x = torch.randn(2, 20, 12)
+    x[0, 3, 1] = float("nan")
+    assert mixer(x, (4, 5)).isnan().any(2)[0, 3]
 
 
 def test_deformable_begins_as_published():

@@ -588,6 +588,9 @@ def test_keyed_noise():
     "arguments, message",
     [
         (dict(sampler="ddim"), "`sampler=ddim` is none of sde, ode"),
+        (dict(sampler="ode", last_step="none"), "`last_step` is of `sampler=sde`, and ode has none: leave it out"),
+        (dict(sampler="meanflow", diffusion_norm=3.0), "`diffusion_norm` is of `sampler=sde`, and meanflow has none"),
+        (dict(sampler="sde", atol=1e-3), "`atol` is of `sampler=ode`, and sde has none"),
         (dict(method="dopri5"), "euler, heun"),
         (dict(sampler="ode", method="heun"), "dopri5"),
         (dict(diffusion_form="cubic"), "constant, sbdm, sigma"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sit.study.analysis import LOSS, Found, analyze, at_equal_seconds, groups
+from sit.study.analysis import LOSS, Found, analyze, at_equal_seconds, groups, of_one_measure
 from sit.study.at_best import at_best
 from sit.study.config import Evaluation, Study, Variant
 from sit.study.relations import agreement, causes, correlation, points, spearman
@@ -94,7 +94,7 @@ def test_each_variant_at_its_best(records):
     assert list(found) == ["guidance"], "no average but the usual one was evaluated"
     told = found["guidance"]
     assert told["best"] == {"a": "2", "b": "1.5"} and set(told["values"]["a"]) == {"1", "1.5", "2"}
-    assert told["order"] == {"usual": ["b", "a"], "best": ["a", "b"]}
+    assert told["order"] == {"usual": ["b", "a"], "best": ["a", "b"]} and told["against"] == "a"
     test = stats.ttest_rel(fids["b"]["1.5"], fids["a"]["2"])
     difference = told["differences"][FID]["b"]
     assert difference["value"] == pytest.approx(2.0) and difference["p_value"] == pytest.approx(test.pvalue)
@@ -137,6 +137,54 @@ def test_equal_seconds(records):
     for one in groups[0].records.values():  # 40 s are 8 steps: before the first measurement
         one["speed"] = {"seconds_per_step": 5.0}
     assert at_equal_seconds(groups, FID)["metrics"]["a"] == {}
+
+
+def test_what_ends_at_nearly_the_same_time_counts_as_it_ended(records):
+    """a ends after 44 s and b after 40: a tenth later is its end; 45 s are a place between measurements."""
+    groups = [Found(name, {seed: records[f"{name}-seed{seed}"] for seed in range(3)}) for name in "ab"]
+    for pace, ended in ((2.2, True), (2.25, False)):
+        found = at_equal_seconds(groups, FID, {"a": pace, "b": 2.0})["metrics"]["a"]
+        last = {seed: records[f"a-seed{seed}"] for seed in range(3)}
+        assert (found[LOSS]["by_seed"] == {seed: one["heldout"]["loss"][1] for seed, one in last.items()}) == ended
+        fids = {seed: one["evaluation"]["steps"]["20"][0]["value"] for seed, one in last.items()}
+        assert (found[FID]["by_seed"] == pytest.approx(fids, rel=1e-12)) == ended
+
+
+def test_losses_of_something_else_are_not_compared(records):
+    """b predicts noise, or is measured on other images: its loss is left out, its FID stays."""
+    of = study("a", "b")
+    assert of_one_measure(of, records) == (records, [])
+    for change in ("config", "heldout"):
+        other = {name: dict(one) for name, one in records.items()}
+        for one in other.values():
+            if one["variant"] == "b":
+                one[change] = one[change] | {"config": {"prediction": "noise"}, "heldout": {"images": "y"}}[change]
+        kept, named = of_one_measure(of, other)
+        assert named == ["b"] and all((one["heldout"] is None) == (one["variant"] == "b") for one in kept.values())
+        found = analyze(of, kept)
+        assert LOSS not in found["differences"] and found["differences"][FID]["b"]["seeds"] == 3
+        assert found["per_image"]["b"] == {} and LOSS not in found["variants"]["b"]["metrics"]
+
+
+def test_what_was_measured_before_the_end_is_not_its_end(records):
+    """A run whose last held-out loss was not finite: neither images nor times of an earlier step stand for it."""
+    for seed in range(3):
+        heldout = records[f"b-seed{seed}"]["heldout"]
+        heldout |= {"steps": [10], "loss": heldout["loss"][:1], "by_time": heldout["by_time"][:1], "step": 10}
+    found = analyze(study("a", "b"), records)
+    assert found["per_image"]["b"] == {} and found["variants"]["b"]["heldout_by_time"] == {}
+    assert found["pairing"]["over images"][LOSS]["by_variant"] == {} and LOSS not in found["differences"]
+
+
+def test_a_distance_that_has_no_logarithm_ends_nothing(records):
+    records["b-seed0"]["evaluation"]["steps"]["20"][0]["value"] = -0.01
+    of = study("a", "b")
+    found = analyze(of, records)
+    assert found["variants"]["b"]["metrics"][FID]["by_seed"][0] == -0.01
+    assert (
+        len(points(records, FID)) == 11
+        and causes({"seed": groups(of, records, "seed")}, FID)[FID]["b"]["seed"]["seeds"] == 2
+    )
 
 
 def test_rank_correlation(records):

@@ -73,6 +73,8 @@ def test_each_variant_goes_on_with_its_lowest_held_out_loss(study):
     assert len(after) == 5
     found["A-0.5-seed3"]["heldout"] = None  # not finite
     assert chosen(of, tried(of, runs, found))["A"] == 0
+    found["A-0.002-seed3"]["failed"] = "it diverged"
+    assert chosen(of, tried(of, runs, found)) == {"B": 0}, "of two failures none is chosen"
 
 
 def test_one_cause_varied_alone(study):
@@ -158,6 +160,12 @@ def test_checkpoints_are_where_they_are_evaluated(study):
         (BASE + VARIANTS + "evaluate: {reference: digits, ema: [0.1, 0.1]}", "ema must be positive numbers, each once"),
         (BASE + VARIANTS + "evaluate: {reference: digits, guidance: [1.0]}", "guidance: 1 is the sampler's own"),
         (BASE + VARIANTS + "evaluate: {reference: digits, ema: [0.1]}", "A: evaluate: ema .*: set posthoc_ema"),
+        ((BASE + VARIANTS).replace("steps: 6,", "steps: 6, posthoc_ema: [0.05, 0.1],")
+         + "evaluate: {reference: digits, ema: [0.9]}", "A: evaluate: ema: a relative length must lie between"),
+        ((BASE + VARIANTS).replace("steps: 6,", "steps: 6, class_dropout: 0,")
+         + "evaluate: {reference: digits, guidance: [2]}", "A: evaluate: guidance is away from no label, and class_dr"),
+        (BASE + VARIANTS + "evaluate: {reference: digits, sampler: ode}", "sampler is a mapping, such as .*not 'ode'"),
+        (BASE + VARIANTS + "select: {seed: 0, prediction: [velocity, noise]}", "not comparable where prediction"),
         (BASE + VARIANTS + "evaluate: {reference: digits, sampler: {steps: 0}}", "`steps` must be at least 1|--steps"),
     ],
 )  # fmt: skip
@@ -182,6 +190,8 @@ def test_a_mistake_in_the_file_is_one_line_that_names_it(tmp_path, monkeypatch, 
         (["{file}", "--hours", "0"], "error: --hours must be positive, not 0.0"),
         (["{file}", "--dry-run", "--report-only"], "error: --dry-run and --report-only exclude each other"),
         (["{file}", "--only", "C"], "error: --only C: no run and no variant is called so; the runs: A, A-seed3"),
+        (["{file}", "--report-only", "--only", "A"], "error: --only plays no part with --report-only: leave it out"),
+        (["{file}", "--dry-run", "--hours", "1"], "error: --hours plays no part with --dry-run: leave it out"),
         (["{file}", "--against", "C"], "error: .*mine.yaml`?: no variant is called 'C'; there are A"),
         (["{file}", "--report-only"], "no run of .*mine.yaml is done yet: there is nothing to report"),
     ],
@@ -203,6 +213,7 @@ def test_the_plan_and_the_commands(study, tmp_path, capsys):
     # 600 s a step: 2 runs of 6 steps and 2 of 9, and as long as the average for the one to come
     assert "training what is missing, without evaluations: 3 h 08 min with 2 at a time" in told
     assert "A-0.002-seed3  missing      6   1.00" in told
+    assert "runs: 2, of them 0 done" in plan(of, Known(of).state(), 1, 600.0, ("A",))
     lines = command_lines(of, Known(of).state(), ("B",), str(tmp_path / "out")).splitlines()
     assert [line.split(" --run ")[1].split()[0] for line in lines] == ["B-0.002-seed3", "B-0.5-seed3"]
     assert all(line.startswith(f"{sys.executable} -m sit.study {of.path} --run ") for line in lines)

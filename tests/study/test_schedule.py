@@ -12,6 +12,7 @@ import pytest
 
 from sit.study import schedule
 from sit.study.config import read_study
+from sit.study.progress import Progress, remaining_hours
 from sit.study.schedule import carry_out
 from sit.utils.errors import UserError
 from sit.utils.lock import locked
@@ -90,6 +91,24 @@ def test_all_runs_are_done_once_the_deciding_ones_first(study, monkeypatch, caps
     assert begun["A-0.002-seed1"][0] > ended["A-0.004-seed0"][0]
     assert "study: 6 of 6 runs done" in capsys.readouterr().err
     assert carry_out(study, jobs=1) and moments(study, "begun") == begun
+
+
+def test_finished_runs_tell_the_time_that_is_left(study, monkeypatch):
+    """Of six steps at a second each, five runs: no flag told the speed."""
+    monkeypatch.setattr(schedule, "command", finishing(study))
+    carry_out(study, jobs=1, only=("A-0.002-seed0",))
+    state = schedule.Known(study).state()
+    hours = remaining_hours(study, state.runs, state.found, jobs=2, told=None)
+    assert hours == 3 * 6 / 2 / 3600 and "study 1/4 + 2 once the best is chosen, 0 min left" in Progress(
+        study, 2, None
+    ).line(state, [])
+
+
+def test_a_job_has_the_lowest_slot_that_is_free():
+    """Two GPUs: when the first job ends, the next gets its GPU and not that of the second."""
+    jobs = [schedule.Job(None, None, None, slot) for slot in (0, 1, 2)]
+    assert schedule.free_slot([]) == 0 and schedule.free_slot(jobs) == 3
+    assert schedule.free_slot(jobs[1:]) == 0 and schedule.free_slot([jobs[0], jobs[2]]) == 1
 
 
 def test_two_at_a_time_and_those_alone_that_are_named(study, monkeypatch):

@@ -97,10 +97,15 @@ def test_speeds_measured_apart(done, tmp_path, monkeypatch, capsys):
     found = json.loads((out / "report" / "numbers.json").read_text())
     assert found["seconds"]["seconds"] == 4.0 and found["seconds"]["seconds_per_step"] == told["seconds_per_step"]
     assert "measured apart" in (out / "report" / "README.md").read_text()
-    told["seconds_per_step"] = {"another": 1.0}
+    told["seconds_per_step"]["another"] = 1.0  # of a variant that is not reported: no matter
+    (out / "speed.json").write_text(json.dumps(told))
+    run_study(Arguments(file, out=str(out), report_only=True))
+    assert "speeds" in json.loads((out / "report" / "numbers.json").read_text())
+    told["seconds_per_step"] = {"attention": 1.0}
     (out / "speed.json").write_text(json.dumps(told))
     run_study(Arguments(file, out=str(out), report_only=True))
     assert "speeds" not in json.loads((out / "report" / "numbers.json").read_text())
+    assert "`speed.json` lacks depthwise & table: give `--measure-speed`" in (out / "report" / "README.md").read_text()
     (out / "speed.json").write_text("[]")
     with pytest.raises(UserError, match=r"speed.json holds no speeds .* give `measure_speed`"):
         run_study(Arguments(file, out=str(out), report_only=True))
@@ -275,6 +280,68 @@ def test_other_guidance_and_averages_are_evaluated_afterwards(done, tmp_path, mo
     run = Known(study).state().runs[0]
     with pytest.raises(UserError, match="has no checkpoint of step 4 to evaluate"):
         evaluate_run(run, study, [2, 4], torch.device("cpu"), before["evaluation"])
+
+
+DIVERGING = """
+recipe: digits
+settings: {model: SiT-XS/8, data: digits:heldout, vae: none:channels=1, heldout: 0.1, heldout_images: 20, steps: 4,
+           batch_size: 4, warmup_steps: 0, log_every: 1, non_finite_limit: 1}
+variants: [{name: A, mixer: attention}]
+seeds: [0, 1]
+select: {seed: 0, learning_rate: [RATES]}
+"""
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("rates, failed", [("1e-3, 1e38", 1), ("1e37, 1e38", 2)])
+def test_a_training_that_diverges_is_a_result(tmp_path, monkeypatch, rates, failed):
+    """Its JSON says so, it is not chosen, it is not trained again, and the report says how it ended."""
+    (tmp_path / "diverging.yaml").write_text(DIVERGING.replace("RATES", rates))
+    arguments = Arguments(str(tmp_path / "diverging.yaml"), out=str(tmp_path / "out"), jobs=0)
+    assert run_study(arguments)
+    runs = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").glob("*.json")}
+    assert sum("failed" in one for one in runs.values()) == failed and len(runs) == 4 - failed
+    assert "stopped, as --non-finite-limit is 1" in runs["A-1e+38-seed0"]["failed"].replace("`", "").replace(
+        "non_finite_limit", "--non-finite-limit"
+    )
+    numbers = (tmp_path / "out" / "report" / "numbers.json").read_text()
+    found = json.loads(numbers, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found["failed"].keys() == {name for name, one in runs.items() if "failed" in one}
+    assert found["selection"]["A"]["losses"]["1e+38"] is None
+    assert found["selection"]["A"]["chosen"] == ("0.001" if failed == 1 else None)
+    text = (tmp_path / "out" / "report" / "README.md").read_text()
+    assert "## Runs that diverged" in text and ("none is chosen" in text) == (failed == 2)
+    monkeypatch.setattr(one_run, "train", lambda config: pytest.fail("trained again"))
+    assert run_study(arguments)
+
+
+def test_what_would_fail_after_the_training_fails_before_it(done, tmp_path, monkeypatch):
+    """The reference and the classifier are opened first; another study's report is not written over."""
+    monkeypatch.setattr(one_run, "train", lambda config: pytest.fail("trained"))
+    for change, said in (
+        (("reference: digits", f"features: digits\n  reference: {tmp_path}/nowhere"), "nowhere"),
+        (("  num_samples", f"  classifier: {tmp_path}/none\n  num_samples"), "none is no classifier"),
+        (("  num_samples", "  features: classifier:nothing\n  num_samples"), "nothing is no classifier"),
+    ):
+        (tmp_path / "digits.yaml").write_text(STUDY.replace(*change))
+        with pytest.raises(UserError, match=said):
+            run_study(Arguments(str(tmp_path / "digits.yaml"), out=str(tmp_path / "out"), jobs=0))
+    shutil.copytree(done / "runs", tmp_path / "out" / "runs")
+    shutil.copytree(done / "report", tmp_path / "out" / "report")
+    (tmp_path / "another.yaml").write_text(STUDY)
+    for changes in (dict(jobs=0), dict(report_only=True)):
+        with pytest.raises(UserError, match="is the report of digits.yaml, not of another.yaml: give another `out`"):
+            run_study(Arguments(str(tmp_path / "another.yaml"), out=str(tmp_path / "out"), **changes))
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_training_begun_with_other_settings_is_refused(done, tmp_path, monkeypatch):
+    """Its evaluation failed, the file was changed since: no JSON says what the run did not have."""
+    monkeypatch.setattr(one_run, "train", lambda config: pytest.fail("trained"))
+    shutil.copytree(done / "work", tmp_path / "work")
+    (tmp_path / "digits.yaml").write_text(STUDY.replace("  batch_size: 4", "  batch_size: 4\n  learning_rate: 0.5"))
+    with pytest.raises(UserError, match=r"run was begun with learning_rate 0\.\d+, and the study says 0\.5"):
+        run_study(Arguments(str(tmp_path / "digits.yaml"), out=str(tmp_path), jobs=0))
 
 
 def test_a_json_of_something_else_is_refused(done, tmp_path):

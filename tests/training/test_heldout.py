@@ -7,6 +7,8 @@ import io
 import itertools
 import json
 import math
+import os
+import signal
 import tarfile
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from sit.training.heldout import BATCH, heldout_times, losses_at_times
 from sit.training.loader import training_batches
 from sit.training.recipes import load_recipe
 from sit.training.run_folder import read_metrics
+from sit.training.stop_signal import REQUEUE_EXIT
 from sit.training.trainer import train
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
@@ -301,6 +304,27 @@ def test_a_resumed_run_writes_its_files_again(begin, measured, images):
     assert sorted(path.name for path in (run / "heldout").iterdir()) == ["step-0000002.json", "step-0000004.json"]
     steps = [row["step"] for row in read_metrics(run / "metrics.jsonl") if "heldout_loss" in row]
     assert steps == [2, 4]
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_signal_in_the_last_step_leaves_nothing_unmeasured(measured, images, tmp_path, monkeypatch):
+    """The run ends with its checkpoint, and given again it measures, and does nothing else."""
+    run, original, losses = tmp_path / "run", Transport.training_loss, []
+
+    def signalled(*args, **kwargs):
+        losses.append(1)
+        if len(losses) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(Transport, "training_loss", signalled)
+    config = settings(images, output_dir=str(run), heldout="0.25", heldout_every=2)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == REQUEUE_EXIT and not (run / "heldout" / "step-0000004.json").exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(dataclasses.replace(config, resume="auto"))
+    assert written(run) == written(measured) and len(losses) == 4
 
 
 def test_losses_that_are_not_finite_cost_a_line(begin, monkeypatch, capsys):

@@ -114,9 +114,9 @@ def test_the_draws_are_the_images_own():
     t, end = calls[-1]
     second = torch.stack([torch.rand((), generator=generator(0, "end of the step", j)) for j in range(10, 16)])
     both = torch.stack([batch["t_uniform"], second])
-    assert torch.equal(end, both.amax(0))
+    assert torch.equal(t, both.amin(0))
     steps = torch.tensor([j % 2 == 1 for j in range(10, 16)])
-    assert torch.equal(t, torch.where(steps, both.amin(0), both.amax(0)))
+    assert torch.equal(end, torch.where(steps, both.amax(0), both.amin(0)))
     alone, _ = objective(model, {name: values[2:4] for name, values in batch.items()})
     torch.testing.assert_close(alone, losses[2:4])
     squared = metrics["squared_error"] * 4

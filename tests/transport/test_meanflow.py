@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import formulas
 import numpy as np
 import pytest
@@ -146,6 +148,34 @@ class Levels:
         return torch.zeros_like(x) + self.levels[y].reshape(-1, 1, 1, 1) + 0 * t.reshape(-1, 1, 1, 1)
 
 
+@pytest.mark.parametrize("omega, kappa", [(1.0, 0.0), (2.5, 0.0), (0.2, 0.7)])
+def test_the_derivative_goes_along_the_guided_velocity(omega, kappa):
+    """Of u = a(label)·x + b(label)·t, whose derivative along w is a·w + b: the target against the formula by hand."""
+    slopes = torch.tensor([0.5, -1.5, 2.0, 0.7], dtype=torch.float64)
+    rates = torch.tensor([1.0, 0.3, -2.0, 0.4], dtype=torch.float64)
+
+    def wide(values):
+        return values.reshape(-1, 1, 1, 1)
+
+    class Linear:
+        null_label = 3
+
+        def __call__(self, x, t, y=None, end=None):
+            return wide(slopes[y]) * x + wide(rates[y]) * wide(t)
+
+    source = torch.Generator().manual_seed(0)
+    x1, x0 = torch.randn(2, 3, 1, 2, 2, generator=source, dtype=torch.float64)
+    t, end = torch.tensor([0.1, 0.3, 0.6]).double(), torch.tensor([0.9, 0.3, 0.7]).double()
+    y, null = torch.tensor([0, 1, 2]), torch.full((3,), 3)
+    x = wide(t) * x1 + wide(1 - t) * x0
+    along = omega * (x1 - x0) + kappa * Linear()(x, t, y) + (1 - omega - kappa) * Linear()(x, t, null)
+    target = along + wide(end - t) * (wide(slopes[y]) * along + wide(rates[y]))
+    meanflow = MeanFlow(transport(), share=1.0, omega=omega, kappa=kappa)
+    dropped = torch.zeros(3, dtype=torch.bool)
+    found = meanflow.squared_error(Linear(), x1, t, end, x0, y=y, null_labels=null, dropped=dropped)
+    torch.testing.assert_close(found, (Linear()(x, t, y) - target).square().sum((1, 2, 3)))
+
+
 @pytest.mark.parametrize("omega, kappa", [(1.0, 0.0), (2.5, 0.0), (1.0, 0.5), (0.2, 0.8)])
 def test_guidance_in_the_target(omega, kappa):
     """ω·v + κ·u(label) + (1 − ω − κ)·u(no label), and v where the label is dropped."""
@@ -173,7 +203,7 @@ def test_a_share_of_the_images_takes_a_step():
     u = torch.tensor([[0.2, 0.7], [0.9, 0.4], [0.6, 0.1], [0.3, 0.5]])
     MeanFlow(transport(), share=0.25).training_loss(model, torch.zeros(4, 1, 2, 2), torch.zeros(4).long(), u=u)
     (of, _, _), (t, _, end) = model.calls
-    assert t.tolist() == pytest.approx([0.7, 0.9, 0.6, 0.3]) and end.tolist() == pytest.approx([0.7, 0.9, 0.6, 0.5])
+    assert t.tolist() == pytest.approx([0.2, 0.4, 0.1, 0.3]) and end.tolist() == pytest.approx([0.2, 0.4, 0.1, 0.5])
     assert len(of) == 1  # the derivative is taken of the image with a step alone
 
 
@@ -200,6 +230,8 @@ def test_mistakes():
         (lambda: MeanFlow(transport(), share=0.0), "`meanflow_share` must be above 0"),
         (lambda: MeanFlow(transport(), weight_floor=0.0), "`meanflow_weight_floor` above 0"),
         (lambda: MeanFlow(transport(), kappa=1.0), r"`meanflow_kappa` in \[0, 1\)"),
+        (lambda: MeanFlow(transport(), omega=math.inf), "`meanflow_omega` must be finite"),
+        (lambda: MeanFlow(transport(), weight_power=math.inf), "both finite"),
         (lambda: transport("vp"), "infinite there: use linear or gvp"),
         (lambda: transport(loss_weight="velocity"), "a velocity has none"),
         (lambda: transport().training_loss(Levels(), torch.zeros(1, 1, 1, 1)), "training_loss of a MeanFlow"),
