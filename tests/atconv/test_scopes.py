@@ -116,7 +116,7 @@ def test_mistakes():
         (dict(scope="world"), "`scope` must be one of image, window, token, not 'world'"),
         (dict(scope="token", backend="taps"), "does not go with `backend=taps`"),
         (dict(scope="window", routing=False), "does not go with `routing=false`"),
-        (dict(window=0), "`window` must be at least 1, not 0"),
+        (dict(scope="window", window=0), "`window` must be at least 1, not 0"),
     ):
         with pytest.raises(ValueError, match=words):
             ATConv(4, **options)
