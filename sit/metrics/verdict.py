@@ -67,10 +67,10 @@ def verdict(
         return f"not told apart{scope}"
     needed = seeds_needed(difference.spread, abs(difference.value), level=level)
     if needed is None:
-        return "not told apart: more training seeds than can be had would tell a difference of this size"
+        return "not told apart: more training seeds than can be had would tell it"
     more = max(1, needed - difference.count)
     plural = "" if more == 1 else "s"
-    return f"not told apart: {more} more training seed{plural} would tell a difference of this size at 80 % power"
+    return f"not told apart: {more} more training seed{plural} would tell it at 80 % power"
 
 
 def verdicts(differences: Mapping[Key, Difference], metric_of: Mapping[Key, str]) -> dict[Key, str]:

@@ -71,7 +71,7 @@ def test_verdicts_in_words():
     assert verdict(clear, lower=True) == "better" and verdict(clear, lower=False) == "worse"
     assert verdict(clear, lower=True, p_value=0.06).startswith("not told apart: ")
     needed = seeds_needed(0.2, 0.05)
-    said = f"not told apart: {needed - 3} more training seeds would tell a difference of this size at 80 % power"
+    said = f"not told apart: {needed - 3} more training seeds would tell it at 80 % power"
     assert verdict(unclear, lower=True) == said
     assert verdict(unclear, lower=True, further=False) == "not told apart"
     harder = seeds_needed(0.2, 0.05, level=0.01)
@@ -82,7 +82,7 @@ def test_verdicts_in_words():
     assert verdict(one_run, lower=True) == "better, for these weights only"
     assert verdict(Difference(0.0, 0.2, 10, "images"), lower=True) == "not told apart, for these weights only"
     wild = Difference(0.1, 1e9, 3, "training seeds")
-    said = "not told apart: more training seeds than can be had would tell a difference of this size"
+    said = "not told apart: more training seeds than can be had would tell it"
     assert verdict(wild, lower=True) == said
     assert verdict(Difference(0.0, 1.0, 3, "training seeds"), lower=True) == "not told apart"
 

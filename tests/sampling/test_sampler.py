@@ -171,7 +171,8 @@ def test_what_steps_counts(sampler, method, last_step, evaluations):
 def test_the_time_of_each_state(sampler, method, reverse):
     """Under the velocity 1 + t the ODE's state at t is x + t + t²/2; the SDE without noise goes by its Euler steps."""
     states = []
-    config = SamplerConfig(sampler=sampler, method=method, steps=8, diffusion_norm=0.0, last_step_size=0.1)
+    of_sde = dict(diffusion_norm=0.0, last_step_size=0.1) if sampler == "sde" else {}
+    config = SamplerConfig(sampler=sampler, method=method, steps=8, **of_sde)
     on_step = lambda step, total, x, t: states.append((float(t), x.clone()))  # noqa: E731
     rise = lambda x, t, y: (1 + t).view(-1, 1, 1, 1).expand_as(x)  # noqa: E731
     start = normal(*SHAPE)
