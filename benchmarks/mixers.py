@@ -2,7 +2,7 @@
 
     python benchmarks/mixers.py --json docs/performance/mixers.json
     python benchmarks/mixers.py --measured docs/performance/mixers.json \
-        --study docs/fashion-pixels-short/report/numbers.json --json docs/performance/mixers.json
+        --study docs/fashion-pixels/report/numbers.json --json docs/performance/mixers.json
 
 The second times nothing: it tells what was measured, with what a study has found since.
 

@@ -22,14 +22,14 @@ BEST_WITH = {"guidance": "guidance", "ema": "length of the averaged weights"}
 
 
 def markdown(study: Study, found: Mapping[str, Any], images: Mapping[str, str], against: str | None = None) -> str:
-    """The report's README.md; ``against`` as the command that writes it says it."""
+    """The report's README.md; ``against`` is the variant that it was asked to compare with."""
     variants = found.get("variants", {})
     first = next(iter(variants), None)
-    flags = f' --against "{against}"' if against is not None else ""
+    what = f", compared with {against}" if against is not None else ""
     lines = [
         f"# {study.path.stem}",
         "",
-        f"`python -m sit.study {study.path}{flags}`; {found['runs']['done']} of {found['runs']['of']} runs are done. "
+        f"`python -m sit.study {study.path}`{what}; {found['runs']['done']} of {found['runs']['of']} runs are done. "
         f"Trained on {'; '.join(found['machines'])}. All numbers: [numbers.json](numbers.json), from the JSONs in "
         "`runs/`.",
         "",
@@ -236,7 +236,7 @@ def _speeds(found: Mapping[str, Any]) -> str:
     apart = found.get("speeds")
     if apart is None:
         lack = found.get("speeds_lack")
-        why = f" (`speed.json` lacks {', '.join(lack)}: give `--measure-speed` again)" if lack else ""
+        why = f" (`speed.json` lacks {', '.join(lack)}: measure them with `measure_speed`)" if lack else ""
         return f"Speeds are medians over the rows of the runs' metrics: work beside a run is in them{why}."
     return (
         f"Speeds were measured apart, steps of all variants in turn in one process: `{apart['command']}`, on "

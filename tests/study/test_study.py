@@ -105,7 +105,7 @@ def test_speeds_measured_apart(done, tmp_path, monkeypatch, capsys):
     (out / "speed.json").write_text(json.dumps(told))
     run_study(Arguments(file, out=str(out), report_only=True))
     assert "speeds" not in json.loads((out / "report" / "numbers.json").read_text())
-    assert "`speed.json` lacks depthwise & table: give `--measure-speed`" in (out / "report" / "README.md").read_text()
+    assert "`speed.json` lacks depthwise & table: measure them with" in (out / "report" / "README.md").read_text()
     (out / "speed.json").write_text("[]")
     with pytest.raises(UserError, match=r"speed.json holds no speeds .* give `measure_speed`"):
         run_study(Arguments(file, out=str(out), report_only=True))
@@ -125,7 +125,7 @@ def test_a_report_against_another_variant(done, tmp_path):
     for metric in (LOSS, METRIC):
         ours, theirs = turned["differences"][metric]["attention"], usual["differences"][metric]["depthwise & table"]
         assert ours["value"] == pytest.approx(-theirs["value"]) and ours["error"] == pytest.approx(theirs["error"])
-    assert '--against "depthwise & table"' in (out / "report-depthwise-table" / "README.md").read_text()
+    assert "`, compared with depthwise & table; 4 of 4" in (out / "report-depthwise-table" / "README.md").read_text()
     shutil.rmtree(out / "report")
     for path in (out / "runs").glob("depthwise*"):
         path.unlink()
