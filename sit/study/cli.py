@@ -133,8 +133,9 @@ def run_study(arguments: Arguments) -> bool:
         if (state := known.state()).found:
             report(arguments, study, state)
         raise
-    if done or (state := known.state()).found:
-        report(arguments, study, known.state())
+    state = known.state()
+    if done or state.found:
+        report(arguments, study, state)
     return done
 
 

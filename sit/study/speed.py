@@ -71,7 +71,8 @@ def measured(study: Study) -> dict[str, Any] | None:
     file = study.out / FILE
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        _ = {str(name): float(pace) for name, pace in found["seconds_per_step"].items()}
+        for pace in found["seconds_per_step"].values():
+            float(pace)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

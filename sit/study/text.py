@@ -252,8 +252,8 @@ def _seconds(found: Mapping[str, Any], first: str, images: Mapping[str, str]) ->
     lines = [
         "## At equal seconds",
         "",
-        f"After {seconds['seconds']:.4g} seconds of training, when the first variant is done with all its steps. "
-        f"{_speeds(found)} Variants whose steps take at most {NEARLY:.0%} longer count with what they ended with; "
+        f"After {seconds['seconds']:.4g} seconds of training, when the training that ends first is done. "
+        f"{_speeds(found)} Those that take at most {NEARLY:.0%} longer count with what they ended with; "
         "those that take longer are then in the middle of their schedule of learning rates, and variants with `steps` "
         "of their own compare finished trainings.",
         "",
