@@ -27,7 +27,7 @@ from torch import nn
 from sit.mixers import build_mixer, parse_mixers
 from sit.mixers.forward_mode import plain_operations
 from sit.model import MODELS, check_model_name, create_model
-from sit.study.analysis import LOSS
+from sit.study.values import LOSS
 from sit.training.plan import multiply_accumulates
 from sit.transport.meanflow import MeanFlow
 from sit.transport.transport import Transport

@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from sit.study.analysis import Found, compare, mean
+from sit.study.analysis import compare, mean
 from sit.study.config import Evaluation
+from sit.study.values import Found
 
 Values = dict[str, dict[int, float]]
 """a value of the kind → seed → FID"""

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from sit.metrics.estimate import half_width
-from sit.study.analysis import LOSS, Found, loss_at, metrics_at
+from sit.study.values import LOSS, Found, loss_at, metrics_at
 
 RESAMPLES = 2000
 """of the bootstrap"""

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sit.study import plots, text
-from sit.study.analysis import LOSS, analyze, groups, of_one_measure
+from sit.study.analysis import analyze
 from sit.study.at_best import at_best
 from sit.study.config import Study
 from sit.study.relations import agreement, causes, points
 from sit.study.schedule import State
 from sit.study.speed import measured
+from sit.study.values import LOSS, groups, of_one_measure
 from sit.utils.errors import UserError
 from sit.utils.files import replaced_folder
 

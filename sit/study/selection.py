@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sit.study.analysis import loss_at
 from sit.study.config import Study
 from sit.study.runs import Run
+from sit.study.values import loss_at
 
 
 def heldout_loss(found: Mapping[str, Any]) -> float:

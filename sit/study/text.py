@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from sit.study.analysis import LOSS, NEARLY
+from sit.study.analysis import NEARLY
 from sit.study.config import Study
+from sit.study.values import LOSS
 from sit.utils.tables import markdown_table
 
 CAUSES = {

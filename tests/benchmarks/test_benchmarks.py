@@ -18,7 +18,7 @@ from PIL import Image
 
 from atconv import ATConv
 from sit.model import create_model
-from sit.study.analysis import LOSS
+from sit.study.values import LOSS
 from sit.utils.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sit.study.analysis import LOSS, Found, analyze, at_equal_seconds, groups, of_one_measure
+from sit.study.analysis import analyze, at_equal_seconds
 from sit.study.at_best import at_best
 from sit.study.config import Evaluation, Study, Variant
 from sit.study.relations import agreement, causes, correlation, points, spearman
+from sit.study.values import LOSS, Found, groups, of_one_measure
 
 FID = "FID"
 

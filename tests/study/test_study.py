@@ -20,13 +20,13 @@ from sit.metrics.generated import GeneratedImages
 from sit.metrics.image_sets import DataImages
 from sit.sampling.config import SamplerConfig
 from sit.study import one_run, record
-from sit.study.analysis import LOSS
 from sit.study.cli import Arguments, run_study
 from sit.study.config import read_study
 from sit.study.evaluation import evaluate_run
 from sit.study.runs import planned
 from sit.study.schedule import Known
 from sit.study.speed import training_step
+from sit.study.values import LOSS
 from sit.training.recipes import from_mapping
 from sit.training.run_folder import read_metrics
 from sit.utils.errors import UserError
