@@ -28,6 +28,7 @@ from small_programs import PROGRAMS, contents, make_checkpoint
 
 from sit.utils.cli import one_line_errors
 from sit.utils.errors import UserError, entry_point
+from sit.utils.forks import own_progress_lock
 from sit.utils.record import write_record
 
 LIMIT = 300
@@ -67,6 +68,7 @@ def run_limited(program: Callable[[Path], None], folder: Path, checkpoint: Path,
                 )  # a test has put others there
             os.close(reading)
             signal.alarm(LIMIT)
+            own_progress_lock()
             os.chdir(folder)
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

@@ -39,6 +39,7 @@ from fuzz_kinds import KINDS, Kind, digest
 
 from sit.utils.cli import one_line_errors
 from sit.utils.errors import UserError, entry_point
+from sit.utils.forks import own_progress_lock
 from sit.utils.record import write_record
 
 BAD = ("traceback", "hang", "killed")
@@ -123,6 +124,7 @@ def attempt(kind: Kind, expected: str | None, seconds: float) -> tuple[str, str]
         try:
             _limit_memory()
             _quiet()
+            own_progress_lock()
             outcome = _outcome(kind, expected)
             os.write(send, json.dumps(outcome).encode()[:60_000])
         finally:

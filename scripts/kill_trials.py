@@ -30,6 +30,7 @@ from small_programs import PROGRAMS, contents, make_checkpoint
 
 from sit.utils.cli import one_line_errors
 from sit.utils.errors import UserError, entry_point
+from sit.utils.forks import own_progress_lock
 from sit.utils.record import write_record
 
 LIMIT = 300
@@ -109,6 +110,7 @@ def run_forked(
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
             signal.alarm(LIMIT)
+            own_progress_lock()
             os.chdir(folder)
             count = count_operations(folder, kill_at, delay)
             try:

@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
+from sit.utils.forks import own_progress_lock
+
 ROOT = Path(__file__).parent.parent
 HOLD = """
 import sys, time
@@ -65,6 +67,7 @@ class Forked:
             setattr(sys, stream, os.fdopen(descriptor, "w", buffering=1, closefd=False))
         os.environ |= {"OMP_NUM_THREADS": "1", **self.environment}
         torch.set_num_threads(1)  # the threads of this pool are not in a fork
+        own_progress_lock()
         AcceleratorState._reset_state(reset_partial_state=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:

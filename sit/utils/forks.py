@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-from tqdm import TMonitor
+from tqdm import TMonitor, tqdm
 
 from sit.utils.signals import WATCHER
 
@@ -34,6 +34,15 @@ def can_fork() -> bool:
         return False
     harmless = (thread for thread in threading.enumerate() if isinstance(thread, TMonitor) or thread.name == WATCHER)
     return set(threading.enumerate()) == {threading.main_thread(), *harmless}
+
+
+def own_progress_lock() -> None:
+    """In a forked process: let its progress bars take turns by a lock of this process alone.
+
+    tqdm's own lock is shared among forks, so one that is killed while it draws would hold it, and all others that draw
+    would wait forever.
+    """
+    tqdm.set_lock(threading.RLock())
 
 
 class Forks:
@@ -65,6 +74,7 @@ class Forks:
     ) -> None:  # pragma: no cover (in another process)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the caller ends this process
         torch.set_num_threads(1)
+        own_progress_lock()
         while (number := self._next()) < len(self.jobs):
             try:
                 with inherited():

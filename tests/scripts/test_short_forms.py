@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 
@@ -18,6 +20,7 @@ import signal_trials
 import torch
 from processes import Forked
 from small_programs import PROGRAMS, contents
+from tqdm import tqdm
 
 from sit.latents.vae import load_vae
 from sit.utils.errors import UserError
@@ -79,6 +82,23 @@ def test_what_differs_between_two_ends_is_seen(tmp_path):
     torch.save({"state": [{"step": 1, "moment": torch.tensor([0.0, -0.0])}]}, two / "optimizer.pt")
     found = contents(two)["optimizer.pt"]
     assert {name for name in found if found[name] != same["optimizer.pt"][name]} == {"/state/0/moment"}
+
+
+def test_a_program_that_is_killed_while_it_draws_lets_others_draw(tmp_path, monkeypatch):
+    """tqdm's lock is shared among forks, and nobody would give it back."""
+
+    def killed(_):
+        with tqdm.get_lock():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def draws(_):
+        with tqdm(total=1) as bar:
+            bar.update()
+
+    tqdm.get_lock()  # it is made by the first who asks, and forks of this process get this one
+    monkeypatch.setattr(kill_trials, "LIMIT", 20)
+    assert kill_trials.run_forked(killed, tmp_path / "killed", tmp_path, kill_at=1) is None
+    assert kill_trials.run_forked(draws, tmp_path / "draws", tmp_path) == 0
 
 
 @pytest.mark.slow

@@ -127,6 +127,19 @@ def test_a_process_that_is_killed_is_told(two):
         run_apart([job] * 2, forks=True)
 
 
+def test_a_process_that_is_killed_while_it_draws_lets_others_draw(two):
+    lock = tqdm.get_lock().mp_lock
+
+    def job(tell):
+        with tqdm.get_lock():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RuntimeError, match="status -9"):
+        run_apart([job] * 2, forks=True)
+    assert lock.acquire(timeout=1)
+    lock.release()
+
+
 def test_processes_end_with_the_one_that_waits_for_them(tmp_path):
     """It is killed, and can't end them itself."""
 
