@@ -63,7 +63,7 @@ class Arguments:
     work_dir: str | None = None
     """keeps what is done: the same command goes on after a crash, and sit.compare reads it. Several may share one"""
     json: str | None = None
-    """a file for all the numbers"""
+    """a file for all the numbers, with the machine, the date and the command"""
     vae: str | None = None
     """a VAE's name on the Hub or folder, instead of the checkpoint's or the latent cache's"""
     classifier: str | None = None

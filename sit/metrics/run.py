@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ from sit.metrics.work_folder import WorkDirectory, folder_size
 from sit.sampling.config import height_and_width
 from sit.utils.compile import WORTH_IT, compile_for_sampling, should_compile
 from sit.utils.device import pick_device, process_state
-from sit.utils.files import atomic_write
 from sit.utils.precision import for_sampling
+from sit.utils.record import write_record
 from sit.utils.targets import check_room, check_target
 
 
@@ -70,8 +71,7 @@ def evaluate_samples(arguments: Arguments) -> None:
             report = measured.report()
             print(report)
             if arguments.json:
-                with atomic_write(arguments.json) as temporary:
-                    temporary.write_text(report.to_json(), encoding="utf-8")
+                write_record(arguments.json, device, asdict(report))
 
 
 def _check_targets(arguments: Arguments) -> None:

@@ -93,10 +93,10 @@ def test_a_report_that_can_not_be_written_in_the_end_costs_nothing(evaluate, tmp
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     from sit.metrics import run as work
 
-    def full(path):
+    def full(path, *_):
         raise UserError(f"the disk is full, so {path} was not written")
 
-    monkeypatch.setattr(work, "atomic_write", full)
+    monkeypatch.setattr(work, "write_record", full)
     with pytest.raises(SystemExit):
         evaluate.run("--json", tmp_path / "a.json")
     output = capsys.readouterr()
@@ -111,7 +111,9 @@ def test_several_features_of_one_pass_of_sampling(evaluate, classifier_of_three,
     both, alone = tmp_path / "both.json", tmp_path / "alone.json"
     evaluate.run("--features", "digits", f"classifier:{classifier_of_three}", "--json", both)
     assert sum(evaluate.made) == 24
-    numbers = {number["name"]: number["value"] for number in json.loads(both.read_text())["numbers"]}
+    told = json.loads(both.read_text())
+    assert f"--json {both}" in told["command"] and "threads" in told["machine"]
+    numbers = {number["name"]: number["value"] for number in told["numbers"]}
     for features in ("digits", f"classifier:{classifier_of_three}"):
         evaluate.run("--features", features, "--json", alone)
         for number in json.loads(alone.read_text())["numbers"]:
