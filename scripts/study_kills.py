@@ -2,8 +2,9 @@
 
     python scripts/study_kills.py --kills 10 --json docs/reliability/study-kills.json
 
-It trains six tiny runs on the embedded digits twice. Each kill is a SIGKILL to the study and to the runs that it has
-started, after a time drawn at random. What depends on the clock is left out of the comparison.
+It trains six tiny runs on the embedded digits. Each kill is a SIGKILL to the study and to the runs that it has started,
+after a time drawn at random; a study that comes to its end is compared, and another one begun until there were as many
+kills as wanted. What depends on the clock is left out of the comparison.
 """
 
 from __future__ import annotations
@@ -79,16 +80,18 @@ def children(process: int) -> list[int]:
     return found
 
 
-def killed(arguments: Arguments, longest: float, file: Path, out: Path) -> list[dict[str, float]]:
-    """Start the study and kill it, again and again, and let it come to its end.
+def killed(
+    moments: random.Random, most: int, longest: float, file: Path, out: Path, jobs: int
+) -> list[dict[str, float]]:
+    """Start the study and kill it, again and again, until it comes to its end or was killed ``most`` times.
 
     Returns:
         Of each kill the seconds after which it came, how many processes it ended, and how many runs were done.
     """
-    moments, kills = random.Random(arguments.seed), []
+    kills: list[dict[str, float]] = []
     while True:
-        process = subprocess.Popen(command(file, out, arguments.jobs), stderr=subprocess.DEVNULL)
-        wait = moments.uniform(0, longest) if len(kills) < arguments.kills else None
+        process = subprocess.Popen(command(file, out, jobs), stderr=subprocess.DEVNULL)
+        wait = moments.uniform(0, longest) if len(kills) < most else None
         try:
             process.wait(wait)
         except subprocess.TimeoutExpired:
@@ -129,13 +132,20 @@ def run(arguments: Arguments) -> None:
         subprocess.run(command(file, Path(place) / "whole", arguments.jobs), stderr=subprocess.DEVNULL, check=True)
         seconds = time.monotonic() - start
         print(f"undisturbed in {seconds:.0f} s", flush=True)
-        kills = killed(arguments, arguments.longest or seconds / 2, file, Path(place) / "killed")
-        equal = numbers(Path(place) / "whole") == numbers(Path(place) / "killed")
+        expected, studies, equal = numbers(Path(place) / "whole"), [], True
+        moments, left = random.Random(arguments.seed), arguments.kills
+        while left and equal:
+            out = Path(place) / f"killed-{len(studies)}"
+            studies.append(killed(moments, left, arguments.longest or seconds / 2, file, out, arguments.jobs))
+            equal = numbers(out) == expected
+            left -= len(studies[-1])
         if arguments.json is not None:
-            write_record(arguments.json, "cpu", {"kills": kills, "undisturbed_seconds": seconds, "same_numbers": equal})
+            found = {"studies": studies, "undisturbed_seconds": round(seconds, 1), "same_numbers": equal}
+            write_record(arguments.json, "cpu", found)
+        kills = f"after {arguments.kills - left} kills of {len(studies)} studies"
         if not equal:
-            raise UserError(f"after {len(kills)} kills the report has other numbers")
-        print(f"after {len(kills)} kills the report has the same numbers")
+            raise UserError(f"{kills} the report has other numbers")
+        print(f"{kills} the reports have the same numbers")
 
 
 @entry_point

@@ -17,6 +17,7 @@ import pairs
 import peers_timm
 import pytest
 import signal_trials
+import study_kills
 import torch
 from processes import Forked
 from small_programs import PROGRAMS, contents
@@ -118,6 +119,40 @@ def test_a_full_disk_ends_in_one_line_and_another_start_ends_as_without(checkpoi
     assert [trial["wrong"] for trial in found] == [[], []]
     said = [trial["said"] for trial in found]
     assert len(set(said)) == 2 and all("the limit on the size of files is reached" in line for line in said)
+
+
+STUDY = """
+import json, pathlib, sys, time
+out = pathlib.Path(sys.argv[1])
+(out / "runs").mkdir(parents=True, exist_ok=True)
+(out / "report").mkdir(exist_ok=True)
+(out / "starts").open("a").write("started\\n")
+while len(list((out / "runs").iterdir())) < 4:
+    time.sleep(0.1)
+    (out / "runs" / f"{len(list((out / 'runs').iterdir()))}.json").touch()
+starts = len((out / "starts").read_text().split())
+numbers = {"seconds": time.time(), "fid": starts if "forgets" in sys.argv else 1}
+(out / "report" / "numbers.json").write_text(json.dumps(numbers))
+"""
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_studies_are_killed_as_often_as_wanted(tmp_path, monkeypatch, forgets):
+    """By a small program in place of a study: one that goes on, and one whose report depends on its kills."""
+
+    def command(file, out, jobs):
+        return [sys.executable, "-c", STUDY, str(out), *["forgets"] * forgets]
+
+    monkeypatch.setattr(study_kills, "command", command)
+    arguments = study_kills.Arguments(kills=4, longest=0.4, json=tmp_path / "kills.json")
+    if forgets:
+        with pytest.raises(UserError, match="after [1-4] kills of 1 studies the report has other numbers"):
+            study_kills.run(arguments)
+        return
+    study_kills.run(arguments)
+    told = json.loads((tmp_path / "kills.json").read_text())
+    assert told["same_numbers"] and sum(map(len, told["studies"])) == 4
+    assert all(0 <= kill["runs_done"] <= 4 and kill["processes"] == 1 for study in told["studies"] for kill in study)
 
 
 def test_another_end_on_a_full_disk_is_told():
