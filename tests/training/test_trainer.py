@@ -165,13 +165,17 @@ def test_accumulated_micro_batches_are_one_batch(finished, tmp_path):
 
 
 @pytest.mark.distributed
-def test_two_processes_are_one(tmp_path):
+@pytest.mark.parametrize("objective", ["interpolant", "MeanFlow"])
+def test_two_processes_are_one(tmp_path, objective):
     """20 steps over gloo on two processes and on one: the same losses, and the same order of images.
 
     And the same held-out losses, of five images, which two processes can't share equally.
     """
     common = ["--steps", "20", "--batch-size", "16", "--model", "SiT-XS/4", "--log-every", "1", "--preview-every", "0",
               "--cpu-threads", "1", "--heldout", "0.01", "--heldout-images", "5", "--trackers"]  # fmt: skip
+    if objective == "MeanFlow":  # with a guided velocity, and times and second times of each image
+        common = ["--prediction", "average-velocity", "--meanflow-omega", "2", "--meanflow-kappa", "0.5",
+                  "--mixer", "depthwise", *common]  # fmt: skip
     losses, heldout = [], []
     for processes in (1, 2):
         run = tmp_path / str(processes)
