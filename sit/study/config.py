@@ -62,10 +62,26 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Way:
+    """How a checkpoint is evaluated.
+
+    Attributes:
+        sampler: how its samples are made.
+        ema: relative length of the averaged weights; None takes those that the checkpoint stores.
+        guide_step: the step of the same run's checkpoint to guide away from; None guides away from the null label.
+    """
+
+    sampler: SamplerConfig
+    ema: float | None = None
+    guide_step: int | None = None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """How finished runs are evaluated, as eval_fid.py's arguments of these names say; ``every`` is in steps.
 
-    ``guidance`` and ``ema`` are scales and relative lengths that the last step is evaluated with besides.
+    The last step is evaluated besides with each of ``guidance`` (scales), of ``ema`` (relative lengths) and of
+    ``autoguidance`` (scales), which guides away from the same run's checkpoint of ``guide_step``.
     """
 
     reference: str
@@ -80,32 +96,47 @@ class Evaluation:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     guidance: tuple[float, ...] = ()
     ema: tuple[float, ...] = ()
+    autoguidance: tuple[float, ...] = ()
+    guide_step: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "every", "batch_size"):
+        for name in ("num_samples", "every", "batch_size", "guide_step"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"evaluate: {name} must be at least 1, not {value}")
-        for name in ("guidance", "ema"):
+        for name in ("guidance", "ema", "autoguidance"):
             values = getattr(self, name)
             if any(value <= 0 for value in values) or len(set(values)) < len(values):
                 raise UserError(f"evaluate: {name} must be positive numbers, each once, not {list(values)}")
         if self.sampler.cfg_scale in self.guidance:
             raise UserError(f"evaluate: guidance: {self.sampler.cfg_scale:g} is the sampler's own")
+        if 1 in self.autoguidance:
+            raise UserError("evaluate: autoguidance: 1 is without a guide, as everything else is evaluated")
+        if bool(self.autoguidance) != (self.guide_step is not None):
+            raise UserError("evaluate: autoguidance (scales) and guide_step (a run's own checkpoint) need each other")
         _ = self.others  # a sampler that takes no guidance is told
 
     @property
-    def others(self) -> dict[str, tuple[float | None, SamplerConfig]]:
-        """What the last step is evaluated with besides, by name: the length of the average, and the sampler."""
-        scaled = {
-            f"guidance {scale:g}": (None, dataclasses.replace(self.sampler, cfg_scale=scale)) for scale in self.guidance
+    def others(self) -> dict[str, Way]:
+        """How the last step is evaluated besides, by name: the kind, and its value."""
+
+        def scaled(scale: float) -> SamplerConfig:
+            return dataclasses.replace(self.sampler, cfg_scale=scale)
+
+        step = self.guide_step
+        return {
+            **{f"guidance {scale:g}": Way(scaled(scale)) for scale in self.guidance},
+            **{f"ema {length:g}": Way(self.sampler, ema=length) for length in self.ema},
+            **{
+                f"autoguidance {scale:g} by step {step}": Way(scaled(scale), guide_step=step)
+                for scale in self.autoguidance
+            },
         }
-        return scaled | {f"ema {length:g}": (length, self.sampler) for length in self.ema}
 
     @property
     def usual(self) -> dict[str, str]:
-        """The guidance and the average of everything else, in the words of :attr:`others`."""
-        return {"guidance": f"{self.sampler.cfg_scale:g}", "ema": "as trained"}
+        """How everything else is evaluated, in the words of :attr:`others`."""
+        return {"guidance": f"{self.sampler.cfg_scale:g}", "ema": "as trained", "autoguidance": "no guide"}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from sit.metrics.generated import GeneratedImages
 from sit.metrics.statistics_files import open_reference
 from sit.metrics.work_folder import WorkDirectory
 from sit.sampling.images import balanced_labels, sample_images
-from sit.study.config import Evaluation, Study
+from sit.study.config import Evaluation, Study, Way
 from sit.study.runs import Run
 from sit.training.config import TrainConfig
 from sit.training.plan import describe_data
@@ -87,12 +87,13 @@ def evaluate_run(
     if settings is None:
         raise ValueError("the study evaluates nothing")
     have: dict[str, Any] = before or {"steps": {}}
-    wanted = [(str(step), step, None, settings.sampler) for step in steps]
-    wanted += [(name, steps[-1], *way) for name, way in settings.others.items()]
+    wanted = [(str(step), step, Way(settings.sampler)) for step in steps]
+    wanted += [(name, steps[-1], way) for name, way in settings.others.items()]
     found = have["steps"] | have.get("others", {})
-    missing = [way for way in wanted if way[0] not in found]
+    missing = [one for one in wanted if one[0] not in found]
+    needed = {steps[-1], *(step for _, step, _ in missing), *(way.guide_step for *_, way in missing if way.guide_step)}
     checkpoints = {step: place for step, place in find_checkpoints(run.training(study)) if is_complete(place)}
-    if absent := [step for step in sorted({steps[-1], *(way[1] for way in missing)}) if step not in checkpoints]:
+    if absent := [step for step in sorted(needed) if step not in checkpoints]:
         raise UserError(
             f"{run.training(study)} has no checkpoint of step {absent[0]} to evaluate; evaluate it on the machine "
             f"where it was trained, or remove {run.json(study)} to train it again"
@@ -105,9 +106,11 @@ def evaluate_run(
         if process_state().is_main_process:
             _share(study.out / "work" / "reference", work)
         process_state().wait_for_everyone()
-        for name, step, ema, sampler in missing:
-            loaded = load_for_sampling(checkpoints[step], ema=ema, device=device, dtype=dtype)
-            samples = GeneratedImages(loaded, settings.num_samples, seed=evaluation_seed(run.config), config=sampler)
+        for name, step, way in missing:
+            guide = None if way.guide_step is None else checkpoints[way.guide_step]
+            loaded = load_for_sampling(checkpoints[step], ema=way.ema, device=device, dtype=dtype, guide=guide)
+            seed = evaluation_seed(run.config)
+            samples = GeneratedImages(loaded, settings.num_samples, seed=seed, config=way.sampler)
             measured = measure(samples, against, work)
             report = None if measured is None else measured.report()
             found[name] = [] if report is None else [dataclasses.asdict(number) for number in report.numbers]

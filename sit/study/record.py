@@ -30,7 +30,7 @@ HOW_IT_RUNS = {
     "project", "eval_every", "eval_samples", "eval_reference", "repa_images",
 }  # fmt: skip
 """Fields of TrainConfig in which runs of one study may differ: where, how and how closely watched they were made."""
-HOW_IT_IS_EVALUATED = {"every", "batch_size", "guidance", "ema"}
+HOW_IT_IS_EVALUATED = {"every", "batch_size", "guidance", "ema", "autoguidance", "guide_step"}
 """The same of Evaluation's."""
 PLACES = ("data", "vae", "heldout", "reference", "features", "classifier", "inception_weights", "dinov2_weights")
 """Settings that name a place, which may be another on another machine: what stands before a colon is compared, or the

@@ -122,6 +122,12 @@ def _make_run(study: Study, variant: Variant, choice: int | None, cause: Cause, 
     return Run(name, variant.name, cause, seed, choice, config, compared=True)
 
 
+def _is_kept(config: TrainConfig, step: int) -> bool:
+    """Whether the checkpoint of a step before the last is there in the end."""
+    kept = not config.keep_last or (config.keep_every is not None and step % config.keep_every == 0)
+    return kept and step % config.checkpoint_every == 0
+
+
 def _check_steps(study: Study, variant: Variant, config: TrainConfig) -> None:
     """Raise UserError unless there will be checkpoints and held-out losses where the study reads them."""
     where = f"`study={study.path}`: {variant.name}"
@@ -134,6 +140,12 @@ def _check_steps(study: Study, variant: Variant, config: TrainConfig) -> None:
     if study.evaluate and study.evaluate.ema and not config.posthoc_ema:
         raise UserError(
             f"{where}: evaluate: ema puts averages together from snapshots: set posthoc_ema, such as [0.05, 0.1]"
+        )
+    guide = study.evaluate.guide_step if study.evaluate else None
+    if guide is not None and not (guide < config.steps and _is_kept(config, guide)):
+        raise UserError(
+            f"{where}: evaluate: guide_step must be one of a checkpoint that is kept before step {config.steps}, not "
+            f"{guide}: let checkpoint_every and keep_every divide it"
         )
     for length in study.evaluate.ema if study.evaluate else ():
         try:

@@ -18,7 +18,11 @@ CAUSES = {
     "noise": "noise of the loss",
 }
 """what the seeds vary, in words"""
-BEST_WITH = {"guidance": "guidance", "ema": "length of the averaged weights"}
+BEST_WITH = {
+    "guidance": "guidance",
+    "ema": "length of the averaged weights",
+    "autoguidance": "guidance by a checkpoint of its own",
+}
 """what each variant may be at its best with"""
 
 

@@ -159,6 +159,13 @@ def test_checkpoints_are_where_they_are_evaluated(study):
         (BASE + VARIANTS + "evaluate: {reference: digits, guidance: [0]}", "guidance must be positive numbers, each"),
         (BASE + VARIANTS + "evaluate: {reference: digits, ema: [0.1, 0.1]}", "ema must be positive numbers, each once"),
         (BASE + VARIANTS + "evaluate: {reference: digits, guidance: [1.0]}", "guidance: 1 is the sampler's own"),
+        (BASE + VARIANTS + "evaluate: {reference: digits, autoguidance: [1.0]}", "autoguidance: 1 is without a guide"),
+        (BASE + VARIANTS + "evaluate: {reference: digits, autoguidance: [2]}", "guide_step .* need each other"),
+        (BASE + VARIANTS + "evaluate: {reference: digits, guide_step: 2}", "guide_step .* need each other"),
+        (BASE + VARIANTS + "evaluate: {reference: digits, every: 2, autoguidance: [2], guide_step: 3}",
+         "A: evaluate: guide_step must be one of a checkpoint that is kept before step 6, not 3"),
+        (BASE + VARIANTS + "evaluate: {reference: digits, every: 2, autoguidance: [2], guide_step: 6}",
+         "guide_step must be one of a checkpoint that is kept before step 6, not 6"),
         (BASE + VARIANTS + "evaluate: {reference: digits, ema: [0.1]}", "A: evaluate: ema .*: set posthoc_ema"),
         ((BASE + VARIANTS).replace("steps: 6,", "steps: 6, posthoc_ema: [0.05, 0.1],")
          + "evaluate: {reference: digits, ema: [0.9]}", "A: evaluate: ema: a relative length must lie between"),

@@ -246,7 +246,9 @@ def test_other_guidance_and_averages_are_evaluated_afterwards(done, tmp_path, mo
     """Of runs that are done, and nothing but them; the numbers are those of an evaluation by itself."""
     shutil.copytree(done, tmp_path / "out")
     (tmp_path / "digits.yaml").write_text(
-        STUDY.replace("  num_samples", "  guidance: [2.0]\n  ema: [0.1]\n  num_samples")
+        STUDY.replace(
+            "  num_samples", "  guidance: [2.0]\n  ema: [0.1]\n  autoguidance: [2.0]\n  guide_step: 2\n  num_samples"
+        )
     )
     study = read_study(tmp_path / "digits.yaml", str(tmp_path / "out"))
     assert len(Known(study).state().missing(study)) == 4
@@ -258,11 +260,16 @@ def test_other_guidance_and_averages_are_evaluated_afterwards(done, tmp_path, mo
         lambda images, *args, **kwargs: sampled.append(kwargs["config"].cfg_scale) or real(images, *args, **kwargs),
     )  # fmt: skip
     assert run_study(Arguments(str(tmp_path / "digits.yaml"), out=str(study.out), jobs=0))
-    assert sampled == [2.0, 1.0] * 4
+    assert sampled == [2.0, 1.0, 2.0] * 4
     before, now = (json.loads((out / "runs" / f"{NAMES[0]}.json").read_text()) for out in (done, study.out))
     assert now["evaluation"]["steps"] == before["evaluation"]["steps"] and before["evaluation"]["others"] == {}
-    for way, ema, scale in (("guidance 2", None, 2.0), ("ema 0.1", 0.1, 1.0)):
-        loaded = load_for_sampling(study.out / "work" / NAMES[0] / "run", ema=ema)
+    place = study.out / "work" / NAMES[0] / "run"
+    for way, ema, scale, guide in (
+        ("guidance 2", None, 2.0, None),
+        ("ema 0.1", 0.1, 1.0, None),
+        ("autoguidance 2 by step 2", None, 2.0, place / "checkpoints" / "step-0000002"),
+    ):
+        loaded = load_for_sampling(place, ema=ema, guide=guide)
         config = SamplerConfig("ode", 1, "euler", cfg_scale=scale)
         samples = GeneratedImages(loaded, 40, seed=now["evaluation"]["seed"], config=config)
         cpu = torch.device("cpu")
@@ -270,15 +277,17 @@ def test_other_guidance_and_averages_are_evaluated_afterwards(done, tmp_path, mo
         found = {number["name"]: number["value"] for number in now["evaluation"]["others"][way]}
         assert found == {number.name: pytest.approx(number.value) for number in report.numbers}
     text = (study.out / "report" / "README.md").read_text()
-    assert "## Each variant at its best guidance" in text and "best length of the averaged weights" in text
+    for best in ("guidance", "length of the averaged weights", "guidance by a checkpoint of its own"):
+        assert f"## Each variant at its best {best}\n" in text
     (tmp_path / "digits.yaml").write_text(STUDY.replace("  num_samples", "  guidance: [3.0]\n  num_samples"))
     another = read_study(tmp_path / "digits.yaml", str(study.out))
     kept = evaluate_run(planned(another, {})[0], another, [2, 4], torch.device("cpu"), now["evaluation"])["others"]
-    assert set(kept) == {"guidance 2", "ema 0.1", "guidance 3"}, "what the study asks no more for stays"
+    asked = {"guidance 2", "ema 0.1", "autoguidance 2 by step 2"}
+    assert set(kept) == asked | {"guidance 3"}, "what the study asks no more for stays"
     shutil.rmtree(study.out / "work" / NAMES[0] / "run" / "checkpoints")
     (study.out / "runs" / f"{NAMES[0]}.json").write_bytes((done / "runs" / f"{NAMES[0]}.json").read_bytes())
     run = Known(study).state().runs[0]
-    with pytest.raises(UserError, match="has no checkpoint of step 4 to evaluate"):
+    with pytest.raises(UserError, match="has no checkpoint of step 2 to evaluate"):
         evaluate_run(run, study, [2, 4], torch.device("cpu"), before["evaluation"])
 
 
