@@ -198,6 +198,8 @@ def found_by_studies(files: tuple[Path, ...]) -> dict[str, dict[str, tuple[float
 def told_again(arguments: Arguments, file: Path) -> tuple[dict[str, Any], list[Row]]:
     """What a JSON of this program has, with what the studies have found: all but its rows, and the rows.
 
+    By which command and when it was told again stands under ``told_again``, beside the measurement's own.
+
     Raises:
         UserError: it is none.
     """
@@ -211,7 +213,8 @@ def told_again(arguments: Arguments, file: Path) -> tuple[dict[str, Any], list[R
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"`measured={file}` is no JSON of benchmarks/mixers.py ({error!r})") from error
-    return figures, rows
+    now = record(pick_device(arguments.device))
+    return figures | {"told_again": {name: now[name] for name in ("date", "command")}}, rows
 
 
 def compare(arguments: Arguments) -> list[Row]:

@@ -199,6 +199,19 @@ def table(found: Mapping[int, Mapping[str, Any]], arguments: Arguments, measure:
     return markdown_table(["network", "share of the steps", *seeds, "mean", "less scratch's, paired"], rows, align="lr")
 
 
+def distilling(found: Mapping[int, Mapping[str, Any]], names: Mapping[str, str]) -> str:
+    """What distilling changes by share: with it less without it, paired by seed, ± as in :func:`table`."""
+    rows = []
+    for share in next(iter(found.values()))[next(iter(ARMS))]:
+        differences = []
+        for measure in names:
+            values = [{seed: getattr(of[arm][share], measure) for seed, of in found.items()} for arm in ARMS]
+            difference = over_seeds(*values)
+            differences.append(f"{difference.value:+.4f} ± {difference.error:.4f}")
+        rows.append([share, *differences])
+    return markdown_table(["share of the steps", *names.values()], rows)
+
+
 def run(arguments: Arguments) -> None:
     """Train what is missing, print the tables, and keep all numbers as JSON."""
     found = {seed: of_seed(arguments, seed) for seed in range(arguments.seeds)}
@@ -215,6 +228,8 @@ def run(arguments: Arguments) -> None:
             }
             for arm in ARMS
         }
+    if arguments.seeds > 1:
+        print(f"Distilled less not distilled, paired by seed:\n\n{distilling(found, names)}\n")
     print("The least share of the steps with at most the value from scratch:\n")
     said = [
         [names[measure], arm, *("none" if share is None else f"{share:g}" for share in by_seed.values())]

@@ -34,7 +34,7 @@ CONTROLS = {"steps": "Steps", "cfg_scale": "Guidance scale", "method": "Method",
 """settings of the sampler → what the page calls them"""
 
 
-NO_GRADIO = "the page needs Gradio: pip install 'sit-atconv[demo]', or pip install gradio"
+NO_GRADIO = "the page needs Gradio: pip install gradio"
 
 
 BEFORE = "Press *Generate* first."

@@ -341,6 +341,7 @@ def test_measured_mixers_with_what_a_study_found_later(run, tmp_path, monkeypatc
     mixers.main()
     now = json.loads((tmp_path / "b.json").read_text())
     assert now["rows"][0].pop("found") == {"some, D": [0.25, None]} and before["rows"][0].pop("found") == {}
+    assert f"--study {report}" in now.pop("told_again")["command"]
     assert now == before
     assert capsys.readouterr().out.replace(" 0.2500 (some, D) |", "  |") == out
     (tmp_path / "b.json").write_text("{}")

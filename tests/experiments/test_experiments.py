@@ -145,6 +145,12 @@ def test_transplants_of_fashion(fashion, classifier_of_three, tmp_path, capsys, 
     half = stats.t.ppf(0.975, 1) * abs(losses[0] - losses[1]) / 2
     assert f"| {sum(losses) / 2:.4f} ± {half:.4f} |" in printed
     assert "FID after" in printed and found["donor"]["fid"] > 0
+    values = [
+        of["transplant, distilled"]["0.5"]["heldout_loss"] - of["transplant"]["0.5"]["heldout_loss"]
+        for of in record["found"].values()
+    ]
+    half = stats.t.ppf(0.975, 1) * abs(values[0] - values[1]) / 2
+    assert f"| 0.5 | {sum(values) / 2:+.4f} ± {half:.4f} |" in printed.partition("Distilled less")[2]
     monkeypatch.setattr(training_runs, "train", None)  # called, it would fail
     monkeypatch.setattr(transplant.GeneratedImages, "batch", None)
     transplant.run(arguments)
