@@ -218,8 +218,8 @@ def _after(record: Mapping[str, Any], metric: str, steps: float) -> float | None
         points = list(zip(heldout["steps"], heldout["loss"], strict=True))
     else:
         measured = (record["evaluation"] or {"steps": {}})["steps"]
-        values = {int(step): metrics_at(record, int(step))[metric] for step in measured}
-        points = sorted((step, math.log(value)) for step, value in values.items() if value > 0)
+        values = {int(step): metrics_at(record, int(step)).get(metric) for step in measured}
+        points = sorted((step, math.log(value)) for step, value in values.items() if value is not None and value > 0)
     if not points or not points[0][0] <= steps * (1 + 1e-9) or steps > points[-1][0] * (1 + 1e-9):
         return None
     value = float(np.interp(steps, *zip(*points, strict=True)))

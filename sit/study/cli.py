@@ -6,6 +6,7 @@ finished run leaves a small JSON in ``OUT/runs``, from which the study goes on o
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -60,6 +61,8 @@ class Arguments:
         modes += ["run"] if self.run is not None else []
         if len(modes) > 1:
             raise UserError(f"`{modes[0]}` and `{modes[1]}` exclude each other")
+        if self.jobs == 0 and self.seconds_per_step is not None and not self.dry_run:
+            raise UserError("`seconds_per_step` plays no part with `jobs=0`: leave it out")
         mode = modes[0] if modes else None
         for name, without in PLAY_NO_PART.items():
             if mode in without and getattr(self, name) not in (None, ()):
@@ -130,8 +133,9 @@ def run_study(arguments: Arguments) -> bool:
         else:
             done = carry_out_here(study, only=arguments.only, hours=arguments.hours)
     except UserError:
-        if (state := known.state()).found:
-            report(arguments, study, state)
+        with contextlib.suppress(UserError):  # what went wrong first is what is told
+            if (state := known.state()).found:
+                report(arguments, study, state)
         raise
     state = known.state()
     if done or state.found:

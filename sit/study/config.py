@@ -15,8 +15,9 @@ from sit.utils.choices import Precision
 from sit.utils.errors import UserError
 from sit.utils.reading import read_yaml, typed
 
-MEASURES = ("prediction", "interpolant", "loss_weight", "train_eps")
-"""Fields of TrainConfig that say what the held-out loss is the loss of."""
+MEASURES = ("prediction", "interpolant", "loss_weight", "train_eps", "meanflow_omega", "meanflow_kappa")
+"""Fields of TrainConfig that say what the held-out loss is the loss of; a network with guidance inside its objective
+learns another velocity than it is measured by."""
 IMAGES = ("data", "vae", "image_size", "heldout", "heldout_images")
 """Those that say of which images; a run's JSON has their fingerprint."""
 Cause = Literal["seed", "weights", "order", "noise"]
@@ -155,6 +156,7 @@ class Study:
         keep_checkpoints: whether a run's checkpoints stay when its JSON has all that the study wants of them.
         processes: processes of one training, started by ``accelerate launch`` where there are several.
         out: folder of the study.
+        text: what the file said when it was read.
     """
 
     path: Path
@@ -168,6 +170,7 @@ class Study:
     keep_checkpoints: bool
     processes: int
     out: Path
+    text: str = field(default="", repr=False)
     made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """what is made of it, so that it is made once"""
 
@@ -234,8 +237,9 @@ def read_study(path: str | Path, out: str | None = None) -> Study:
         file = _make(_File, read_yaml(Path(path), source), source)
         study = Study(
             path=Path(path),
+            text=Path(path).read_text(encoding="utf-8"),
             recipe=file.recipe,
-            settings=file.settings,
+            settings=_with_underscores(file.settings, "settings"),
             variants=tuple(_variant(entry) for entry in file.variants),
             seeds=file.seeds,
             vary=file.vary if isinstance(file.vary, tuple) else (file.vary,),
@@ -265,10 +269,22 @@ def _make(cls: type[T], values: Any, source: str) -> T:
     return cls(**found)
 
 
+def _with_underscores(settings: dict[str, Any], place: str) -> dict[str, Any]:
+    """The settings under their fields' names, which may be written with hyphens as flags are."""
+    found: dict[str, Any] = {}
+    for spelled, value in settings.items():
+        name = str(spelled).replace("-", "_")
+        if name in found:
+            raise UserError(f"{place}: {name} is there twice, as {spelled} too")
+        found[name] = value
+    return found
+
+
 def _variant(entry: Any) -> Variant:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise UserError(f"variants: each is a mapping with a name and settings, not {entry!r}")
     settings = {name: value for name, value in entry.items() if name not in ("name", "seeds")}
+    settings = _with_underscores(settings, f"variants: {entry['name']}")
     seeds = entry.get("seeds")
     if seeds is not None and not (isinstance(seeds, list) and all(type(seed) is int for seed in seeds) and seeds):
         raise UserError(f"variants: {entry['name']}: seeds must be a list of integers, not {seeds!r}")
@@ -276,7 +292,7 @@ def _variant(entry: Any) -> Variant:
 
 
 def _selection(values: dict[str, Any]) -> Selection:
-    values = dict(values)
+    values = _with_underscores(values, "select")
     seed = values.pop("seed", None)
     if type(seed) is not int:
         raise UserError(f"select: needs seed, the training seed of the runs that decide, not {seed!r}")

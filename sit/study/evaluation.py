@@ -122,7 +122,7 @@ def evaluate_run(
         "settings": dataclasses.asdict(settings),
         "seed": evaluation_seed(run.config),
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
-        "steps": {str(step): found[str(step)] for step in steps},
+        "steps": have["steps"] | {str(step): found[str(step)] for step in steps},
         "others": have.get("others", {}) | {name: found[name] for name in settings.others},
     }
 

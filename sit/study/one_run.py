@@ -16,6 +16,7 @@ from sit.training.heldout import HeldOutLoss
 from sit.training.non_finite import Diverged
 from sit.training.trainer import train
 from sit.utils.device import process_state
+from sit.utils.errors import UserError
 from sit.utils.lock import locked
 from sit.utils.signals import TRAINING, handled
 
@@ -26,11 +27,17 @@ def do(run: Run, study: Study) -> None:
     A training that diverges is a result: its JSON says so, nothing of it is evaluated, and it is not made again.
 
     Raises:
-        UserError: another program is at it, it was begun with other settings, or as the training and the evaluation.
+        UserError: another program is at it, it was begun with other settings, there are not as many processes as the
+            study says, or as the training and the evaluation.
         SystemExit: a signal asked for the end; what was done is kept and the status is
             :data:`~sit.utils.signals.TRAINING`'s.
     """
     state = process_state()
+    if study.processes > 1 and state.num_processes != study.processes:
+        raise UserError(
+            f"`study={study.path}`: processes: {study.processes}, and this is a program of {state.num_processes}: give "
+            "`jobs` of at least 1, which launches them, or the command of `print_commands`"
+        )
     with contextlib.ExitStack() as held:
         if state.is_main_process:
             held.enter_context(locked(run.work(study), "out"))

@@ -12,17 +12,22 @@ from sit.study.config import Study
 from sit.study.progress import in_words, remaining_hours, seconds_of_a_step, steps_done
 from sit.study.runs import Run
 from sit.study.schedule import State
+from sit.training.config import TrainConfig
 from sit.training.muon import hidden_matrices
 from sit.training.plan import describe_data
+from sit.training.posthoc_ema import snapshot_steps
 from sit.utils.errors import UserError
 from sit.utils.sizes import size_text
 from sit.utils.tables import text_table
 
-BYTES = 20
-"""of a checkpoint, for each parameter, in float32: averaged weights, twice (to sample from and to go on with), raw
-weights, and AdamW's two moments"""
+BYTES = 16
+"""of a checkpoint, for each parameter, in float32: averaged weights, raw weights, and AdamW's two moments"""
 MOMENT = 4
 """of them that a matrix of Muon's, which has one moment, does without"""
+AVERAGE = 4
+"""in addition for each average that others are put together from"""
+SNAPSHOT = 2
+"""of a snapshot of such an average, for each parameter, in float16"""
 
 
 def plan(study: Study, state: State, jobs: int, seconds_per_step: float | None, only: tuple[str, ...] = ()) -> str:
@@ -38,12 +43,12 @@ def plan(study: Study, state: State, jobs: int, seconds_per_step: float | None, 
     runs = state.wanted(only)
     missing = state.missing(study, only)
     unknown = 0 if only else state.unknown
-    sizes = {variant.name: 0.0 for variant in study.variants}
+    counts: dict[str, tuple[int, int]] = {}
     rows: list[tuple[str, ...]] = [("run", "state", "steps", "hours", "disk")]
-    total, trainings = 0.0, []
+    total, trainings = 0, list[float]()
     for run in runs:
-        sizes[run.variant] = sizes[run.variant] or checkpoint_bytes(run)
-        size = sizes[run.variant] * checkpoints_kept(run)
+        counts[run.variant] = counts.get(run.variant) or parameter_counts(run)
+        size = disk_bytes(run.config, *counts[run.variant])
         total += size
         pace = seconds_of_a_step(run, state.runs, state.found, seconds_per_step)
         hours = "?" if pace is None else f"{pace * run.config.steps / 3600:.2f}"
@@ -63,8 +68,8 @@ def plan(study: Study, state: State, jobs: int, seconds_per_step: float | None, 
         f"{trained}{in_words(left)} with {jobs} at a time" + ("" if left is not None else ": no run has measured it")
     )
     if runs:
-        total += total / len(runs) * unknown
-    lines.append(f"disk: {size_text(total)} of checkpoints in {study.out / 'work'}")
+        total += total * unknown // len(runs)
+    lines.append(f"disk: {size_text(total)} of checkpoints and snapshots in {study.out / 'work'}")
     return "\n".join(lines)
 
 
@@ -79,8 +84,8 @@ def how_far(run: Run, study: Study, state: State) -> str:
     return f"at step {step:,}" if step else "missing"
 
 
-def checkpoint_bytes(run: Run) -> float:
-    """Bytes of a checkpoint of a run, counted on the meta device.
+def parameter_counts(run: Run) -> tuple[int, int]:
+    """The parameters of a run's network, and those with one moment, which are Muon's; counted on the meta device.
 
     Raises:
         UserError: the network can't be made for the data; the message names the variant.
@@ -92,13 +97,20 @@ def checkpoint_bytes(run: Run) -> float:
     except UserError as error:
         raise UserError(f"{run.variant}: {error}") from error
     with_one = sum(p.numel() for p in hidden_matrices(network)) if run.config.optimizer == "muon" else 0
-    return BYTES * sum(parameter.numel() for parameter in network.parameters()) - MOMENT * with_one
+    return sum(parameter.numel() for parameter in network.parameters()), with_one
 
 
-def checkpoints_kept(run: Run) -> int:
+def disk_bytes(config: TrainConfig, parameters: int, with_one: int) -> int:
+    """Bytes of the checkpoints and of the averages' snapshots that a run leaves."""
+    averages = len(config.posthoc_ema)
+    checkpoint = (BYTES + AVERAGE * averages) * parameters - MOMENT * with_one
+    return checkpoint * checkpoints_kept(config) + SNAPSHOT * averages * parameters * len(snapshot_steps(config))
+
+
+def checkpoints_kept(config: TrainConfig) -> int:
     """How many checkpoints a run leaves."""
-    config = run.config
+    steps = sorted({*range(config.checkpoint_every, config.steps + 1, config.checkpoint_every), config.steps})
     if not config.keep_last:
-        return -(-config.steps // config.checkpoint_every)
-    for_good = config.steps // config.keep_every if config.keep_every else 0
-    return for_good + config.keep_last
+        return len(steps)
+    for_good = [step for step in steps if config.keep_every and step % config.keep_every == 0]
+    return len({*for_good, *steps[-config.keep_last :]})

@@ -13,6 +13,7 @@ from typing import Any
 import accelerate
 import torch
 
+from sit.data.torchvision import TORCHVISION
 from sit.study.config import Study
 from sit.study.runs import Run
 from sit.training.recipes import from_mapping, load_run_settings
@@ -26,15 +27,14 @@ FORMAT = 1
 HOW_IT_RUNS = {
     "output_dir", "resume", "trackers", "log_every", "preview_every", "preview_steps", "preview_cfg_scale",
     "checkpoint_every", "keep_last", "keep_every", "cpu_threads", "workers", "tf32", "compile",
-    "gradient_checkpointing", "gradient_accumulation", "non_finite_limit", "sample_eps", "heldout_every",
+    "gradient_checkpointing", "gradient_accumulation", "non_finite_limit", "heldout_every",
     "project", "eval_every", "eval_samples", "eval_reference", "repa_images",
 }  # fmt: skip
 """Fields of TrainConfig in which runs of one study may differ: where, how and how closely watched they were made."""
 HOW_IT_IS_EVALUATED = {"every", "batch_size", "guidance", "ema", "autoguidance", "guide_step"}
 """The same of Evaluation's."""
 PLACES = ("data", "vae", "heldout", "reference", "features", "classifier", "inception_weights", "dinov2_weights")
-"""Settings that name a place, which may be another on another machine: what stands before a colon is compared, or the
-last part of the path."""
+"""Settings that name a place, which may be another on another machine: see :func:`_without_folders`."""
 
 
 def check_begun(run: Run, study: Study) -> None:
@@ -139,7 +139,7 @@ def read(run: Run, study: Study) -> dict[str, Any] | None:
 def _check_same(path: Path, done: str, then: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
         before = then.get(name)  # what an earlier program did not know was not set
-        same = _last_part(before) == _last_part(value) if name in PLACES else before == value
+        same = _without_folders(before) == _without_folders(value) if name in PLACES else before == value
         if not same:
             raise UserError(
                 f"{path} was {done} with {name} {before}, and the study says {value}: remove it, rename the "
@@ -147,10 +147,15 @@ def _check_same(path: Path, done: str, then: dict[str, Any], now: dict[str, Any]
             )
 
 
-def _last_part(place: str | None) -> tuple[str, str]:
-    """What stays the same of ``fashion-mnist:/data/sets`` or ``vaes/fashion`` when the folder is another."""
-    kind, colon, _ = str(place).partition(":")
-    return (kind, "") if colon else ("", Path(str(place)).name)
+def _without_folders(place: Any) -> str:
+    """What stays the same of a place on another machine: the last part of its path, with kind, split and options.
+
+    torchvision's sets are the same whatever folder they are in, so of them the kind alone.
+    """
+    kind, colon, rest = str(place).partition(":")
+    if not colon:
+        return Path(kind).name
+    return kind if kind in TORCHVISION else f"{kind}:{Path(rest).name}"
 
 
 def is_finished(run: Run, study: Study, found: dict[str, Any] | None) -> bool:

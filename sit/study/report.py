@@ -11,7 +11,7 @@ from typing import Any
 from sit.study import plots, text
 from sit.study.analysis import analyze
 from sit.study.at_best import at_best
-from sit.study.config import Study
+from sit.study.config import Selection, Study
 from sit.study.relations import agreement, causes, points
 from sit.study.schedule import State
 from sit.study.speed import measured
@@ -72,9 +72,17 @@ def selection(study: Study, state: State) -> dict[str, Any]:
             "losses": {study.select.label(choice): finite(loss) for choice, loss in losses.items()},
             "chosen": None if best is None else study.select.label(best),
             "settings": None if best is None else study.select.choices[best],
-            "at_edge": best in (0, len(study.select.choices) - 1) and len(study.select.choices) > 1,
+            "at_edge": best is not None and at_edge(study.select, best),
         }
     return found
+
+
+def at_edge(selection: Selection, choice: int) -> bool:
+    """Whether the choice's first setting, a number, is the least or the greatest of those that were tried."""
+    values = [next(iter(settings.values())) for settings in selection.choices]
+    if len(values) < 2 or not all(isinstance(value, int | float) for value in values):
+        return False
+    return values[choice] in (min(values), max(values))
 
 
 def finite(found: Any) -> Any:
@@ -113,8 +121,9 @@ def write_report(study: Study, state: State, against: str | None = None) -> Path
     if against is not None:
         study = study.against(against)
         folder = study.out / f"report-{study.variants[0].slug}"
-        if not any(run.compared and run.variant == against and run.name in state.found for run in state.runs):
-            raise UserError(f"`against={against}`: no run of it is done yet")
+        own = (state.found[run.name] for run in state.runs if run.variant == against and run.name in state.found)
+        if all(one.get("failed") for one in own):
+            raise UserError(f"`against={against}`: no run of it is done yet that did not diverge")
     check_folder(study, folder)
     found = numbers(study, state)
     with replaced_folder(folder) as place:

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sit.checkpoint.posthoc_ema import gamma_of
+from sit.checkpoint.posthoc_ema import LIMIT, coefficients
 from sit.mixers import parse_mixers
 from sit.model import check_model_name
-from sit.study.config import IMAGES, MEASURES, Cause, Study, Variant
+from sit.sampling.config import check_guide
+from sit.study.config import IMAGES, MEASURES, Cause, Study, Variant, Way
 from sit.training.config import TrainConfig
+from sit.training.posthoc_ema import snapshot_steps
 from sit.utils.errors import UserError
 
 
@@ -137,25 +139,51 @@ def _check_steps(study: Study, variant: Variant, config: TrainConfig) -> None:
             f"{where}: evaluate: every {every} steps needs checkpoints there: checkpoint_every must divide it, and "
             f"keep_every be {every} or keep_last 0"
         )
-    if study.evaluate and study.evaluate.ema and not config.posthoc_ema:
-        raise UserError(
-            f"{where}: evaluate: ema puts averages together from snapshots: set posthoc_ema, such as [0.05, 0.1]"
-        )
     guide = study.evaluate.guide_step if study.evaluate else None
     if guide is not None and not (guide < config.steps and _is_kept(config, guide)):
         raise UserError(
             f"{where}: evaluate: guide_step must be one of a checkpoint that is kept before step {config.steps}, not "
             f"{guide}: let checkpoint_every and keep_every divide it"
         )
-    for length in study.evaluate.ema if study.evaluate else ():
-        try:
-            gamma_of(length)
-        except ValueError as error:
-            raise UserError(f"{where}: evaluate: ema: {error}") from error
-    guided = study.evaluate is not None and (study.evaluate.guidance or study.evaluate.sampler.cfg_scale != 1)
-    if guided and not config.class_dropout:
-        raise UserError(f"{where}: evaluate: guidance is away from no label, and class_dropout is 0: none is learned")
+    _check_ways(study, where, config)
     if study.select is not None and (moved := sorted(study.select.choices[0].keys() & {*MEASURES, *IMAGES})):
         raise UserError(f"{where}: select compares held-out losses, which are not comparable where {moved[0]} differs")
     if study.select is not None and config.heldout == "none":
         raise UserError(f"{where}: select chooses by the held-out loss: set heldout")
+
+
+def _check_ways(study: Study, where: str, config: TrainConfig) -> None:
+    """Raise UserError unless a network trained so can be evaluated in all the ways that the study asks for."""
+    if study.evaluate is None:
+        return
+    for way in (Way(study.evaluate.sampler), *study.evaluate.others.values()):
+        try:
+            sampler = way.sampler.resolve(config.averages)
+            check_guide(None if way.guide_step is None else f"the checkpoint of step {way.guide_step}", sampler)
+        except UserError as error:
+            raise UserError(f"{where}: evaluate: {error}") from error
+        if sampler.cfg_scale != 1 and way.guide_step is None and not config.class_dropout:
+            raise UserError(
+                f"{where}: evaluate: guidance is away from no label, and class_dropout is 0: none is learned"
+            )
+        if way.ema is not None:
+            _check_length(where, config, way.ema)
+
+
+def _check_length(where: str, config: TrainConfig, length: float) -> None:
+    """Raise UserError unless the average of that length can be put together from the snapshots that there will be."""
+    if not config.posthoc_ema:
+        raise UserError(
+            f"{where}: evaluate: ema puts averages together from snapshots: set posthoc_ema, such as [0.05, 0.1]"
+        )
+    stored = [(sigma, step) for step in snapshot_steps(config) for sigma in config.posthoc_ema]
+    try:
+        _, error = coefficients(stored, length, config.steps)
+    except ValueError as reason:
+        raise UserError(f"{where}: evaluate: ema: {reason}") from reason
+    if error > LIMIT:
+        raise UserError(
+            f"{where}: evaluate: ema: {length:g} can't be reached from {len(stored)} snapshots of "
+            f"{', '.join(f'{sigma:g}' for sigma in config.posthoc_ema)}: the profile would be {100 * error:.0f} % off, "
+            f"more than {100 * LIMIT:.0f} %; take a length nearer to those, or lower posthoc_ema_every"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import shutil
@@ -116,6 +117,34 @@ def command(run: Run, study: Study, out: str | None) -> list[str]:
     return [*python, "sit.study", str(study.path), "--run", run.name, *(("--out", out) if out else ())]
 
 
+@contextlib.contextmanager
+def as_it_was_read(study: Study) -> Iterator[Study]:
+    """The study with a file of its own in its folder until the block ends, for the processes of its runs to read.
+
+    Its own file may be edited meanwhile, for the next time that the command is given.
+    """
+    folder = study.out / "work"
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / f".{study.path.stem}.{os.getpid()}.yaml"
+    copy.write_text(study.text, encoding="utf-8")
+    try:
+        yield dataclasses.replace(study, path=copy)
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def ended_with(active: list[Job]) -> Iterator[None]:
+    """However the block ends, its jobs have ended by then: those that still go on are asked to save themselves."""
+    try:
+        yield
+    finally:
+        for job in active:
+            job.signal(signal.SIGTERM)
+        while not all([job.is_over() for job in active]):
+            time.sleep(POLL)
+
+
 @dataclass
 class Job:
     """A run that goes on in a process group of its own."""
@@ -217,7 +246,7 @@ def carry_out(
         jobs: runs at a time.
         only: names of runs or variants; empty for all.
         hours: after which no run is begun, and those that go on are asked to save themselves; None for no limit.
-        out: the folder that was given on the command line, for the processes' own.
+        out: the folder that was given on the command line.
         seconds_per_step: for the time that remains, where nothing is measured yet.
 
     Returns:
@@ -226,10 +255,10 @@ def carry_out(
     Raises:
         UserError: runs failed, or a JSON is not of this study.
     """
-    known, active, failed = Known(study), [], {}
+    known, active, failed = Known(study), list[Job](), dict[str, str]()
     progress = Progress(study, jobs, seconds_per_step)
     stop = Stop(None if hours is None else time.monotonic() + 3600 * hours)
-    with heeding_signals(stop):
+    with heeding_signals(stop), as_it_was_read(study) as unchanging, ended_with(active):
         while True:
             for job in [job for job in active if job.is_over()]:
                 active.remove(job)
@@ -251,7 +280,7 @@ def carry_out(
                 if stop or len(active) >= jobs:
                     break
                 if not is_held(run, study):
-                    active.append(start(run, study, out, free_slot(active)))
+                    active.append(start(run, unchanging, out or str(study.out), free_slot(active)))
             progress.show(state, [job.run for job in active], stopping=bool(stop))
             time.sleep(POLL)
     progress.close(state)

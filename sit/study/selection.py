@@ -8,7 +8,8 @@ from typing import Any
 
 from sit.study.config import Study
 from sit.study.runs import Run
-from sit.study.values import loss_at
+from sit.study.values import loss_at, measure_of
+from sit.utils.errors import UserError
 
 
 def heldout_loss(found: Mapping[str, Any]) -> float:
@@ -24,13 +25,33 @@ def tried(study: Study, runs: list[Run], found: Mapping[str, Mapping[str, Any]])
         study: the study.
         runs: those that are known.
         found: run's name → its JSON.
+
+    Raises:
+        UserError: runs that decide about a variant have losses of different images.
     """
     losses: dict[str, dict[int, float]] = {variant.name: {} for variant in study.variants}
+    measures: dict[str, tuple[Run, Any]] = {}
     if study.select is not None:
         for run in runs:
             if run.choice is not None and (run.cause, run.seed) == ("seed", study.select.seed) and run.name in found:
+                _check_measure(run, study, found, measures)
                 losses[run.variant][run.choice] = heldout_loss(found[run.name])
     return losses
+
+
+def _check_measure(
+    run: Run, study: Study, found: Mapping[str, Mapping[str, Any]], measures: dict[str, tuple[Run, Any]]
+) -> None:
+    """Raise UserError unless the run's held-out loss is of what the variant's first is of."""
+    if found[run.name]["heldout"] is None:
+        return
+    measure = measure_of(found[run.name])
+    first, its_own = measures.setdefault(run.variant, (run, measure))
+    if measure != its_own:
+        raise UserError(
+            f"{run.json(study)} has a held-out loss of other images than {first.json(study)}: nothing can be chosen by "
+            "them; remove one, and its run is made again"
+        )
 
 
 def chosen(study: Study, losses: Mapping[str, Mapping[int, float]]) -> dict[str, int]:

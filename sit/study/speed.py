@@ -17,10 +17,12 @@ from sit.model import create_model
 from sit.study.config import Study
 from sit.training.config import TrainConfig
 from sit.training.distributed import compile_for_training
-from sit.training.ema import averaged_parameters, moving_average
+from sit.training.ema import averaged_parameters, moving_average, trained_parameters
+from sit.training.frozen import freeze
 from sit.training.objective import TransportObjective
 from sit.training.optimization import gradient_norm, make_optimizer
 from sit.training.plan import describe_data
+from sit.training.posthoc_ema import PowerAverage
 from sit.transport.transport import Transport
 from sit.utils.compile import should_compile
 from sit.utils.device import process_state
@@ -39,7 +41,7 @@ def measure(study: Study, repeats: int = REPEATS) -> Path:
     """Time a training step of each variant, on random latents, interleaved; the medians go to ``OUT/speed.json``.
 
     A step is what a run's process does with a batch that lies ready: forward and backward pass, the norm of the
-    gradient, optimizer and moving average. With REPA, distillation or MeanFlow it would be another: those are refused.
+    gradient, optimizer and moving averages. With REPA, distillation or MeanFlow it would be another: those are refused.
 
     Raises:
         UserError: a variant's objective is not the plain one, or variants differ in threads or TF32, which are the
@@ -86,13 +88,15 @@ def training_step(config: TrainConfig, device: torch.device, name: str) -> Calla
         raise UserError(f"`measure_speed`: {name} minimizes more than the plain objective, whose step is timed")
     shape, classes, _, _ = describe_data(config)
     network = create_model(config.model, 0, **config.network_options(shape, classes)).to(device).train()
+    freeze(network, config.freeze, config.train_only)
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if should_compile(config.compile, device, print):
         compile_for_training(network, False)
     objective = TransportObjective(Transport(**config.transport_options()), config.class_dropout, null_label=classes)
     optimizer, averaged = make_optimizer(network, config), averaged_parameters(network)
-    ema = moving_average(averaged, config.ema_decay, config.ema_warmup)
+    averages = [moving_average(averaged, config.ema_decay, config.ema_warmup)]
+    averages += [PowerAverage(averaged, sigma) for sigma in config.posthoc_ema]
     size = config.batch_size // config.gradient_accumulation
     batch = {
         "latents": torch.randn(size, *shape, device=device),
@@ -108,9 +112,10 @@ def training_step(config: TrainConfig, device: torch.device, name: str) -> Calla
             with torch.autocast(device.type, dtype=low, enabled=low is not None):
                 loss, _ = objective(network, batch)
             loss.mean().backward()
-        gradient_norm(list(network.parameters()), config.max_grad_norm)
+        gradient_norm(trained_parameters(network), config.max_grad_norm)
         optimizer.step()
-        ema.step(averaged)
+        for average in averages:
+            average.step(averaged)
         optimizer.zero_grad()
 
     return step

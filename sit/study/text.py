@@ -181,7 +181,8 @@ def _at_best(found: Mapping[str, Any], first: str) -> list[str]:
         lines += [
             f"## Each variant at its best {title}",
             "",
-            f"{fid} at the last step; the best by the mean over the seeds (bold). Everything else in this report is "
+            f"{fid} at the last step, mean over training seeds ± half the width of its 95 % interval; the best by the "
+            "mean (bold), a choice that the intervals leave out. Everything else in this report is "
             f"with {usual}. The order by mean {fid} is "
             + ("the same" if same else f"{', '.join(order['usual'])} there, and {', '.join(order['best'])} at the best")
             + ".",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sit.study.config import MEASURES, Study
+from sit.training.config import TrainConfig
 
 LOSS = "Loss, held out"
 """what the held-out loss is called among the metrics"""
@@ -60,8 +61,10 @@ def at_the_end(record: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def measure_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a run's held-out loss is of: losses are compared where this is the same."""
-    heldout = record["heldout"] or {"images": None, "times": None}
-    return heldout["images"], heldout["times"], *(record["config"].get(name) for name in MEASURES)
+    heldout = record["heldout"] or {}
+    usual = TrainConfig()  # what an earlier program did not know was as it is now by default
+    settings = (record["config"].get(name, getattr(usual, name)) for name in MEASURES)
+    return heldout.get("images"), heldout.get("times"), *settings
 
 
 def of_one_measure(

@@ -19,7 +19,7 @@ from sit.training.frozen import freeze
 from sit.training.heldout import EIGHTHS, heldout_is_due
 from sit.training.meanflow import check_meanflow
 from sit.training.muon import hidden_matrices
-from sit.training.posthoc_ema import snapshot_count
+from sit.training.posthoc_ema import snapshot_steps
 from sit.transport.meanflow import MeanFlow
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
@@ -97,7 +97,7 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
             ("held-out loss", f"at most {config.heldout_images:,} images x {len(EIGHTHS)} times x {times}: {cost}")
         )
     if averages:
-        count, size = snapshot_count(config), 2 * averages * parameters  # float16
+        count, size = len(snapshot_steps(config)), 2 * averages * parameters  # float16
         disk = f"{count} snapshots of {size / 2**30:.3g} GiB = {count * size / 2**30:.3g} GiB of disk"
         rows.append(("post-hoc EMA", f"{2 * size / 2**30:.2f} GiB of that state; {disk}"))
     if images_per_second:

@@ -46,10 +46,9 @@ def snapshot_is_due(step: int, config: TrainConfig) -> bool:
     return bool(config.posthoc_ema) and (step % every == 0 or step == config.steps)
 
 
-def snapshot_count(config: TrainConfig) -> int:
-    """How many snapshots a whole run makes."""
-    every = config.posthoc_ema_every or config.checkpoint_every
-    return -(-config.steps // every) if config.posthoc_ema else 0
+def snapshot_steps(config: TrainConfig) -> list[int]:
+    """The steps after which a whole run makes snapshots."""
+    return [step for step in range(1, config.steps + 1) if snapshot_is_due(step, config)]
 
 
 def write_snapshot(run: Path, step: int, state: TrainingState, accelerator: Accelerator) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,7 +16,8 @@ from sit.model import create_model
 from sit.study import record
 from sit.study.cli import main
 from sit.study.config import read_study
-from sit.study.plan import checkpoint_bytes, plan
+from sit.study.plan import disk_bytes, parameter_counts, plan
+from sit.study.report import at_edge
 from sit.study.runs import planned, to_be_known
 from sit.study.schedule import Known, command_lines
 from sit.study.selection import chosen, tried
@@ -75,6 +78,77 @@ def test_each_variant_goes_on_with_its_lowest_held_out_loss(study):
     assert chosen(of, tried(of, runs, found))["A"] == 0
     found["A-0.002-seed3"]["failed"] = "it diverged"
     assert chosen(of, tried(of, runs, found)) == {"B": 0}, "of two failures none is chosen"
+
+
+def test_losses_of_other_images_choose_nothing(study):
+    of = study(BASE + VARIANTS + "select: {seed: 3, learning_rate: [2e-3, 0.5]}\n")
+    runs = planned(of, {})
+    found = {
+        run.name: {
+            "heldout": {"steps": [run.config.steps], "loss": [0.3], "images": images},
+            "config": {"steps": run.config.steps},
+        }
+        for run, images in zip(runs, "aabc", strict=True)
+    }
+    with pytest.raises(UserError, match=r"B-0.5-seed3.json has a held-out loss of other images than .*B-0.002-seed3"):
+        tried(of, runs, found)
+    found["B-0.5-seed3"]["heldout"]["images"] = "b"
+    assert tried(of, runs, found)["B"] == {0: 0.3, 1: 0.3}
+
+
+@pytest.mark.parametrize(
+    "column, choice, edge",
+    [
+        ("learning_rate: [2e-3, 1e-3, 4e-3]", 0, False),
+        ("learning_rate: [2e-3, 1e-3, 4e-3]", 1, True),
+        ("learning_rate: [2e-3, 1e-3, 4e-3]", 2, True),
+        ("optimizer: [adamw, muon]", 0, False),
+        ("learning_rate: [2e-3]", 0, False),
+    ],
+)
+def test_the_edge_of_what_was_tried_is_the_least_and_the_greatest(study, column, choice, edge):
+    """Not the first and the last; and words have none."""
+    of = study(BASE + VARIANTS + f"select: {{seed: 3, {column}}}\n")
+    assert at_edge(of.select, choice) is edge
+
+
+@pytest.mark.parametrize(
+    "there, here, same",
+    [
+        ("fashion-mnist:/data/sets", "fashion-mnist:data", True),
+        ("fashion-mnist:data", "fashion-mnist-test:data", False),
+        ("classifier:a/b/net", "classifier:/x/net", True),
+        ("classifier:nets/A", "classifier:nets/B", False),
+        ("vaes/fashion", "/elsewhere/vaes/fashion", True),
+        ("digits:train", "digits:heldout", False),
+        ("datasets:x/set@validation", "datasets:x/set@test", False),
+        ("lmdb:/d/ffhq.lmdb@256", "lmdb:/e/ffhq.lmdb@256", True),
+        ("flat:/d/ffhq", "flat:/d/celeba", False),
+        ("none:channels=1", "none:channels=1:scale=1.42", False),
+        (None, "digits", False),
+    ],
+)
+def test_a_place_on_another_machine_is_the_same_place_where_nothing_but_its_folder_differs(study, there, here, same):
+    of = study(BASE + VARIANTS + f"evaluate: {{reference: '{here}'}}\n")
+    run = planned(of, {})[0]
+    settings = dataclasses.asdict(of.evaluate) | {"reference": there}
+    stored = {"format": record.FORMAT, "config": dataclasses.asdict(run.config), "evaluation": {"settings": settings}}
+    stored = json.loads(json.dumps(stored))
+    run.json(of).parent.mkdir(parents=True)
+    record.write(run.json(of), stored)
+    with contextlib.nullcontext() if same else pytest.raises(UserError, match="was evaluated with reference"):
+        assert record.read(run, of) == stored
+
+
+def test_where_sampling_begins_is_not_how_a_run_was_watched(study):
+    """It decides what the samples are."""
+    of = study((BASE + VARIANTS).replace("steps: 6,", "steps: 6, prediction: noise, sample_eps: 1e-3,"))
+    run = planned(of, {})[0]
+    stored = {"format": record.FORMAT, "config": dataclasses.asdict(run.config), "evaluation": None}
+    run.json(of).parent.mkdir(parents=True)
+    record.write(run.json(of), stored | {"config": stored["config"] | {"sample_eps": 1e-2}})
+    with pytest.raises(UserError, match="was made with sample_eps 0.01"):
+        record.read(run, of)
 
 
 def test_one_cause_varied_alone(study):
@@ -158,6 +232,20 @@ def test_checkpoints_are_where_they_are_evaluated(study):
         (BASE + VARIANTS + "evaluate: {reference: digits, num_samples: 0}", "num_samples must be at least 1, not 0"),
         (BASE + VARIANTS + "evaluate: {reference: digits, guidance: [0]}", "guidance must be positive numbers, each"),
         (BASE + VARIANTS + "evaluate: {reference: digits, ema: [0.1, 0.1]}", "ema must be positive numbers, each once"),
+        (BASE.replace("steps: 6", "seed-weights: 5") + VARIANTS, "settings: seed_weights is the study's own to set"),
+        (BASE + "variants: [{name: A, eval-every: 3}]", "A: eval_every is the study's own to set; give evaluate"),
+        (BASE.replace("steps: 6", "log-every: 5, log_every: 5") + VARIANTS, "settings: log_every is there twice"),
+        (BASE + VARIANTS + "select: {seed: 3, loss-weight: [none, velocity]}", "not comparable where loss_weight diff"),
+        (BASE + VARIANTS + "select: {seed: 3, meanflow_omega: [1.0, 2.0]}", "not comparable where meanflow_omega diff"),
+        (BASE + "variants: [{name: A, prediction: average-velocity}]\nevaluate: {reference: digits, guidance: [2]}",
+         "A: evaluate: .*cfg_scale"),
+        (BASE + "variants: [{name: A, prediction: average-velocity}]\n"
+         "evaluate: {reference: digits, sampler: {steps: 1}, every: 2, autoguidance: [2], guide_step: 2}",
+         "A: evaluate: .*"),
+        (BASE + VARIANTS + "evaluate: {reference: digits, sampler: {sampler: meanflow, steps: 1}}",
+         "A: evaluate: `sampler=meanflow`: this network predicts no average velocity"),
+        (BASE.replace("steps: 6", "steps: 6, posthoc_ema: [0.05]") + VARIANTS
+         + "evaluate: {reference: digits, ema: [0.25]}", "A: evaluate: ema: 0.25 can't be reached from 1 snapshots"),
         (BASE + VARIANTS + "evaluate: {reference: digits, guidance: [1.0]}", "guidance: 1 is the sampler's own"),
         (BASE + VARIANTS + "evaluate: {reference: digits, autoguidance: [1.0]}", "autoguidance: 1 is without a guide"),
         (BASE + VARIANTS + "evaluate: {reference: digits, autoguidance: [2]}", "guide_step .* need each other"),
@@ -199,6 +287,7 @@ def test_a_mistake_in_the_file_is_one_line_that_names_it(tmp_path, monkeypatch, 
         (["{file}", "--only", "C"], "error: --only C: no run and no variant is called so; the runs: A, A-seed3"),
         (["{file}", "--report-only", "--only", "A"], "error: --only plays no part with --report-only: leave it out"),
         (["{file}", "--dry-run", "--hours", "1"], "error: --hours plays no part with --dry-run: leave it out"),
+        (["{file}", "--jobs", "0", "--seconds-per-step", "1"], "error: --seconds-per-step plays no part with --jobs 0"),
         (["{file}", "--against", "C"], "error: .*mine.yaml`?: no variant is called 'C'; there are A"),
         (["{file}", "--report-only"], "no run of .*mine.yaml is done yet: there is nothing to report"),
     ],
@@ -231,7 +320,7 @@ def test_the_plan_and_the_commands(study, tmp_path, capsys):
 
 @pytest.mark.parametrize("optimizer", ("adamw", "muon"))
 def test_what_a_checkpoint_holds(study, optimizer):
-    """Three copies of the weights, and the optimizer's state as it is after a step; its counters are a few bytes."""
+    """Two copies of the weights, and the optimizer's state as it is after a step; its counters are a few bytes."""
     (run,) = planned(
         study(f"{BASE}variants:\n  - {{name: A, mixer: attention, optimizer: {optimizer}, seeds: [3]}}\n"), {}
     )
@@ -240,11 +329,12 @@ def test_what_a_checkpoint_holds(study, optimizer):
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     made.step()
-    kept = 3 * sum(p.numel() for p in network.parameters())
+    kept = 2 * sum(p.numel() for p in network.parameters())
     kept += sum(
         value.numel() for of in made.state_dict()["state"].values() for value in of.values() if torch.is_tensor(value)
     )
-    assert checkpoint_bytes(run) == pytest.approx(4 * kept, rel=1e-3)
+    config = dataclasses.replace(run.config, keep_last=1, keep_every=None)
+    assert disk_bytes(config, *parameter_counts(run)) == pytest.approx(4 * kept, rel=1e-3)
 
 
 def test_numbers_without_a_point_are_numbers(tmp_path):

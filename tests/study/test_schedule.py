@@ -141,6 +141,37 @@ def test_after_the_time_limit_runs_save_themselves_and_none_is_begun(study, monk
     assert [path.parent.name for path in (study.out / "work").glob("*/begun")] == ["A-0.002-seed0"]
 
 
+def test_a_file_that_is_edited_meanwhile_counts_the_next_time(study, monkeypatch):
+    """The processes of runs read what the command had read; nothing of it stays."""
+    finish, read = finishing(study), []
+
+    def command(run, of, out):
+        read.append((of.path.read_text(), out))
+        study.path.write_text("recipe: another")
+        return finish(run)
+
+    monkeypatch.setattr(schedule, "command", command)
+    assert carry_out(study, jobs=1, only=("A",)) and len(read) == 3
+    assert set(read) == {(STUDY, str(study.out))}
+    assert not list((study.out / "work").glob(".*"))
+
+
+def test_an_error_leaves_no_run_going_on(study, monkeypatch):
+    monkeypatch.setattr(schedule, "command", lambda run, *_: [sys.executable, "-c", WAIT, str(run.work(study))])
+    started = []
+    real = schedule.start
+    monkeypatch.setattr(schedule, "start", lambda *words: started.append(real(*words)) or started[-1])
+
+    def show(progress, state, active, stopping):
+        if len(list((study.out / "work").glob("*/begun"))) == 2:
+            raise UserError("the disk is full")
+
+    monkeypatch.setattr(Progress, "show", show)
+    with pytest.raises(UserError, match="the disk is full"):
+        carry_out(study, jobs=2)
+    assert [job.process.returncode for job in started] == [85, 85], "they were asked to save themselves"
+
+
 def test_a_run_that_another_program_is_at_is_waited_for(study, monkeypatch):
     """Another process holds it; a lock of this one would not count."""
     run = schedule.Known(study).state().runs[0]

@@ -23,6 +23,7 @@ from sit.study import one_run, record
 from sit.study.cli import Arguments, run_study
 from sit.study.config import read_study
 from sit.study.evaluation import evaluate_run
+from sit.study.plan import disk_bytes, parameter_counts
 from sit.study.runs import planned
 from sit.study.schedule import Known
 from sit.study.speed import training_step
@@ -131,6 +132,12 @@ def test_a_report_against_another_variant(done, tmp_path):
         path.unlink()
     with pytest.raises(UserError, match="`against=depthwise & table`: no run of it is done yet"):
         run_study(Arguments(file, out=str(out), report_only=True, against="depthwise & table"))
+    for name in NAMES[1::2]:
+        (out / "runs" / f"{name}.json").write_bytes((done / "runs" / f"{name}.json").read_bytes())
+        diverged = json.loads((out / "runs" / f"{name}.json").read_text()) | {"failed": "it diverged"}
+        (out / "runs" / f"{name}.json").write_text(json.dumps(diverged))
+    with pytest.raises(UserError, match="`against=depthwise & table`: no run of it is done yet that did not diverge"):
+        run_study(Arguments(file, out=str(out), report_only=True, against="depthwise & table"))
 
 
 def test_a_step_whose_speed_is_measured_trains(done):
@@ -141,9 +148,33 @@ def test_a_step_whose_speed_is_measured_trains(done):
     before = [parameter.detach().clone() for parameter in network.parameters()]
     step()
     assert any(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    averages = dict(zip(step.__code__.co_freevars, step.__closure__, strict=True))["averages"].cell_contents
+    assert [average.optimization_step for average in averages] == [1, 1, 1], "the plain one and two of the study's"
+    part = from_mapping({"train_only": ["final_layer*"]}, "here", study.config(study.variants[0], None))
+    step = training_step(part, torch.device("cpu"), "attention")
+    network = next(cell.cell_contents for cell in step.__closure__ if hasattr(cell.cell_contents, "parameters"))
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    step()
+    moved = {name for name, parameter in network.named_parameters() if not torch.equal(before[name], parameter)}
+    assert moved and all(name.startswith("final_layer") for name in moved), "what is frozen takes no part"
     repa = from_mapping({"repa": "dinov2"}, "here", study.config(study.variants[0], None))
     with pytest.raises(UserError, match="minimizes more than the plain objective"):
         training_step(repa, torch.device("cpu"), "attention")
+
+
+def test_the_disk_that_a_run_takes_is_what_was_told(done):
+    """Checkpoints and snapshots; beside the weights there are configurations, and a padding of each file."""
+    run = planned(study_of(done), {})[0]
+    places = [done / "work" / run.name / "run" / name for name in ("checkpoints", "posthoc-ema")]
+    sizes = [sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) for place in places]
+    assert min(sizes) > 0 and disk_bytes(run.config, *parameter_counts(run)) == pytest.approx(sum(sizes), rel=0.05)
+
+
+def test_as_many_processes_as_the_study_says(done, tmp_path):
+    (tmp_path / "digits.yaml").write_text(STUDY + "processes: 2\n")
+    arguments = Arguments(str(tmp_path / "digits.yaml"), out=str(tmp_path / "out"), jobs=0)
+    with pytest.raises(UserError, match="processes: 2, and this is a program of 1: give `jobs` of at least 1"):
+        run_study(arguments)
 
 
 def test_a_run_leaves_what_the_report_needs(done):
@@ -284,6 +315,8 @@ def test_other_guidance_and_averages_are_evaluated_afterwards(done, tmp_path, mo
     kept = evaluate_run(planned(another, {})[0], another, [2, 4], torch.device("cpu"), now["evaluation"])["others"]
     asked = {"guidance 2", "ema 0.1", "autoguidance 2 by step 2"}
     assert set(kept) == asked | {"guidance 3"}, "what the study asks no more for stays"
+    fewer = evaluate_run(planned(another, {})[0], another, [4], torch.device("cpu"), now["evaluation"])
+    assert fewer["steps"] == now["evaluation"]["steps"], "of steps too"
     shutil.rmtree(study.out / "work" / NAMES[0] / "run" / "checkpoints")
     (study.out / "runs" / f"{NAMES[0]}.json").write_bytes((done / "runs" / f"{NAMES[0]}.json").read_bytes())
     run = Known(study).state().runs[0]
@@ -379,7 +412,12 @@ def test_a_json_of_something_else_is_refused(done, tmp_path):
 
 
 def test_another_machines_folders_are_other_places(done, tmp_path):
-    (tmp_path / "digits.yaml").write_text(STUDY.replace("digits:heldout", "digits:train"))
     shutil.copytree(done / "runs", tmp_path / "runs")
+    for place in (tmp_path / "runs").glob("*.json"):
+        place.write_text(place.read_text().replace('"output_dir": "', '"output_dir": "/elsewhere'))
+    (tmp_path / "digits.yaml").write_text(STUDY)
     study = read_study(tmp_path / "digits.yaml", str(tmp_path))
     assert Known(study).state().missing(study) == []
+    (tmp_path / "digits.yaml").write_text(STUDY.replace("digits:heldout", "digits:train"))
+    with pytest.raises(UserError, match="was made with data digits:heldout, and the study says digits:train"):
+        Known(read_study(tmp_path / "digits.yaml", str(tmp_path))).state()
