@@ -169,7 +169,7 @@ def compare(arguments: Arguments) -> Path | None:
         newest: dict[str, Loaded] = {}
         for name, members in groups.items():
             for run in members:
-                of_run = measured.setdefault(name, {}).setdefault(run.config.seed, {})
+                of_run = measured.setdefault(name, {})[run.config.seed] = {}
                 for step, checkpoint in run.checkpoints:
                     state.print(f"{run.folder}, step {step}")
                     loaded = load_for_sampling(checkpoint, ema=arguments.ema, device=device, dtype=dtype)

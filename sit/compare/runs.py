@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,8 +54,10 @@ def open_run(path: str, at_steps: tuple[int, ...]) -> Run:
 def open_runs(paths: tuple[str, ...], at_steps: tuple[int, ...]) -> list[Run]:
     """Open all runs, and name them by what tells them apart; runs that differ by their seed alone share a name.
 
+    If any two of one model and mixer differ by more, or by nothing, every run is named by the end of its folder too.
+
     Raises:
-        UserError: there is none, or they were trained on different images.
+        UserError: there is none, one is given twice, or they were trained on different images.
     """
     if not paths:
         raise UserError("give at least one run's folder")
@@ -67,9 +70,31 @@ def open_runs(paths: tuple[str, ...], at_steps: tuple[int, ...]) -> list[Run]:
     if any(replace(run.config, seed=0, output_dir=None, resume=None) != different[run.name] for run in runs) or (
         len({(run.name, run.config.seed) for run in runs}) < len(runs)
     ):  # they are not repetitions of each other with other seeds
-        for run in runs:
-            run.name += f" ({run.folder.name})"
+        for run, end in zip(runs, shortest_ends([run.folder for run in runs]), strict=True):
+            run.name += f" ({end})"
+    check_each_once(runs)
     return runs
+
+
+def shortest_ends(folders: list[Path]) -> list[str]:
+    """The last parts of each path, equally many of all: as few as tell different ones apart."""
+    every = [Path(os.path.abspath(folder)).parts for folder in folders]  # links keep the names that they were given
+    for count in range(1, max(map(len, every)) + 1):
+        ends = {parts: Path(*parts[-count:]).as_posix() for parts in every}
+        if len(set(ends.values())) == len(ends):
+            break
+    return [ends[parts] for parts in every]
+
+
+def check_each_once(runs: list[Run]) -> None:
+    """Raise UserError if two runs share their name and training seed, by which their numbers are kept."""
+    seen: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        other = seen.setdefault((run.name, run.config.seed), run)
+        if other is not run:
+            raise UserError(
+                f"{other.folder} and {run.folder} are both {run.name}, training seed {run.config.seed}: give a run once"
+            )
 
 
 def check_same_data(one: Run, other: Run) -> None:

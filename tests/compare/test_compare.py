@@ -21,7 +21,7 @@ from sit.checkpoint.save import save_checkpoint
 from sit.checkpoint.snapshots import save_snapshot
 from sit.compare.arguments import Arguments
 from sit.compare.compare import command, compare
-from sit.compare.runs import open_runs
+from sit.compare.runs import grouped, open_runs
 from sit.compare.speed import measure_speed
 from sit.latents.encode import Encode, encode
 from sit.latents.vae import DIGITS_VAE
@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def make_run(folder: Path, mixer: str, steps: tuple[int, ...], **config) -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     settings = dict(data="digits", image_size=32, model="SiT-XS/2", mixer=mixer) | config
     (folder / "config.yaml").write_text(TrainConfig(**settings).to_yaml())
     rows = [{"step": step, "loss": 1 / step} for step in range(1, steps[-1] + 1)]
@@ -151,11 +151,25 @@ def test_what_is_refused(runs, classifier_of_three, tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match="exists already"):
         compare(Arguments(runs, str(tmp_path / "taken"), num_samples=10, sampler=SamplerConfig(steps=2)))
-    names = [run.name for run in open_runs((runs[0], runs[0]), ())]
-    assert names == ["SiT-XS/2 attention (a)"] * 2
+
+
+def test_runs_that_do_not_repeat_each_other_are_told_apart_by_their_folders(runs, tmp_path):
+    """As few parts of a path as are needed: those of a study are all called run."""
     wider = make_run(tmp_path / "wider", "attention", (4,), seed=1, batch_size=8)
     names = [run.name for run in open_runs((runs[0], str(wider)), ())]
-    assert names == ["SiT-XS/2 attention (a)", "SiT-XS/2 attention (wider)"]  # other settings: no repetition
+    assert names == ["SiT-XS/2 attention (a)", "SiT-XS/2 attention (wider)"]
+    paths = [
+        str(make_run(tmp_path / study / name / "run", "attention", (4,), batch_size=size))
+        for size, (study, name) in enumerate([("one", "x"), ("one", "y"), ("two", "x")], start=8)
+    ]
+    names = [run.name for run in open_runs(tuple(paths[:2]), ())]
+    assert names == ["SiT-XS/2 attention (x/run)", "SiT-XS/2 attention (y/run)"]
+    groups = grouped(open_runs((*paths, str(wider)), ()))
+    ends = ["one/x/run", "one/y/run", "two/x/run", "/".join(wider.parts[-3:])]
+    assert list(groups) == [f"SiT-XS/2 attention ({end})" for end in ends]
+    for again in (runs[0], f"{runs[0]}/../a"):
+        with pytest.raises(UserError, match=r"are both SiT-XS/2 attention \(a\), training seed 0: give a run once"):
+            open_runs((runs[0], again), ())
 
 
 def test_seeds_are_repetitions(tmp_path, without_plots, monkeypatch):
