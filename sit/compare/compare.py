@@ -27,7 +27,7 @@ from sit.checkpoint.posthoc_ema import find_reconstruction
 from sit.compare.arguments import Arguments
 from sit.compare.plots import plot_losses, plot_metrics
 from sit.compare.report import markdown
-from sit.compare.runs import Run, grouped, open_runs
+from sit.compare.runs import Run, grouped, keep_common_steps, listed, open_runs
 from sit.compare.speed import measure_speed
 from sit.metrics.classifier import LabelClassifier
 from sit.metrics.estimate import Estimate
@@ -53,7 +53,7 @@ from sit.utils.record import machine
 
 
 def describe(run: Run, loaded: Loaded) -> dict[str, Any]:
-    """Parameters and multiply-accumulates of one forward pass."""
+    """Parameters, multiply-accumulates of one forward pass, and the last step that is evaluated."""
     with torch.device("meta"):
         network = SiT.from_config(loaded.model.config)
     return {
@@ -161,6 +161,9 @@ def compare(arguments: Arguments) -> Path | None:
     if Path(arguments.out).exists():
         raise UserError(f"{arguments.out} exists already; it is not overwritten")
     groups = grouped(open_runs(arguments.runs, arguments.at_steps))
+    left_out = keep_common_steps(groups)
+    for folder, steps in left_out.items():
+        state.print(f"{folder}: left out are steps that not every seed has: {listed(steps)}")
     ema = _average(arguments, groups)
     against = _against(arguments, groups, device)
 
@@ -180,7 +183,7 @@ def compare(arguments: Arguments) -> Path | None:
                     newest[name] = loaded
         if not state.is_main_process:
             return None
-        return _write(arguments, groups, measured, newest, against, ema=ema)
+        return _write(arguments, groups, measured, newest, against, ema=ema, left_out=left_out)
 
 
 def _average(arguments: Arguments, groups: dict[str, list[Run]]) -> dict[str, float] | None:
@@ -230,6 +233,7 @@ def _write(
     against: Against,
     *,
     ema: dict[str, float] | None,
+    left_out: dict[str, list[int]],
 ) -> Path:
     """Make all numbers, time the networks, and write the report's folder; the main process's work."""
     reports = {
@@ -239,6 +243,7 @@ def _write(
     with atomic_folder(arguments.out) as place:
         sampler = resolved(arguments.sampler, newest)
         found: dict[str, Any] = {"machine": machine(against.device), "sampler": asdict(sampler), "ema": ema}
+        found["steps_left_out"] = left_out
         found["groups"] = {}
         for number, (name, members) in enumerate(groups.items(), start=1):
             sample_grid(members[0], newest[name], arguments, place / f"samples-{number}.png")

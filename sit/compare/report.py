@@ -28,6 +28,9 @@ def markdown(found: dict[str, Any], plots: list[tuple[str, str]], command: str, 
         f"{setting} All numbers: [numbers.json](numbers.json).",
         "",
         _last_step(groups),
+        "",
+        "Metrics are those at the step in the table, the last that all seeds of a group have; the samples below are of "
+        "its first seed, at that step.",
     ]
     if _seeded(groups):
         lines += [
@@ -35,6 +38,9 @@ def markdown(found: dict[str, Any], plots: list[tuple[str, str]], command: str, 
             "± after several seeds is the half-width of the 95 % interval of the mean over seeds (Student's t); after "
             "one it is that over samples of these weights.",
         ]
+    if found["steps_left_out"]:
+        told = "; ".join(f"{folder}: {', '.join(map(str, steps))}" for folder, steps in found["steps_left_out"].items())
+        lines += ["", f"Left out are steps that not every seed of a group has: {told}."]
     lines += [
         "",
         "Multiply-accumulates are those of matrix products, convolutions and attention; element-wise work is not "
@@ -63,7 +69,7 @@ def _last_step(groups: dict[str, Any]) -> str:
     rows = [
         ("parameters", *(f"{group['parameters']:,}" for group in every)),
         ("multiply-accumulates an image", *(f"{group['multiply_accumulates'] / 1e9:.4g} G" for group in every)),
-        ("steps; images seen", *(f"{group['steps']:,}; {group['images_seen']:,}" for group in every)),
+        ("step of the metrics; images seen", *(f"{group['steps']:,}; {group['images_seen']:,}" for group in every)),
     ]
     if _seeded(groups):
         rows.append(("seeds", *(", ".join(map(str, group["seeds"])) for group in every)))
@@ -89,8 +95,9 @@ def _differences(found: dict[str, Any]) -> list[str]:
         "and noise. The verdicts allow for the number of comparisons in this table (Holm).",
         "",
     ]
-    rows = []
-    for metric in dict.fromkeys(metric for table in found["differences"].values() for metric in table):
+    tables = found["differences"].values()
+    rows = [("step", *(f"{next(iter(table.values()))['step']:,}" for table in tables))]
+    for metric in dict.fromkeys(metric for table in tables for metric in table):
         cells = [found["differences"][name].get(metric) for name in names]
         rows.append((metric, *(_difference(cell) if cell else "" for cell in cells)))
     return [*lines, markdown_table(["", *names], rows), ""]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,17 +39,26 @@ def open_run(path: str, at_steps: tuple[int, ...]) -> Run:
     """Open a run's folder.
 
     Raises:
-        UserError: it is none, or has no complete checkpoint at the steps that were asked for.
+        UserError: it is none, has no complete checkpoint, or none at a step that was asked for.
     """
     folder = Path(path)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run's folder: it has no config.yaml")
     complete = [(step, place) for step, place in find_checkpoints(folder) if is_complete(place)]
+    if not complete:
+        raise UserError(f"{folder} has no complete checkpoint to compare")
+    have = [step for step, _ in complete]
+    if absent := [step for step in at_steps if step not in have]:
+        raise UserError(
+            f"`at_steps={absent[0]}`: {folder} has no complete checkpoint of that step; its steps are: {listed(have)}"
+        )
     chosen = [(step, place) for step, place in complete if not at_steps or step in at_steps]
-    if not chosen:
-        have = ", ".join(str(step) for step, _ in complete) or "none"
-        raise UserError(f"{folder} has no complete checkpoint to compare; its steps are: {have}")
     return Run(folder, load_recipe(str(folder / "config.yaml")), chosen)
+
+
+def listed(steps: Iterable[int]) -> str:
+    """Steps as words."""
+    return ", ".join(map(str, steps))
 
 
 def open_runs(paths: tuple[str, ...], at_steps: tuple[int, ...]) -> list[Run]:
@@ -132,3 +142,29 @@ def grouped(runs: list[Run]) -> dict[str, list[Run]]:
     for run in runs:
         groups.setdefault(run.name, []).append(run)
     return groups
+
+
+def keep_common_steps(groups: dict[str, list[Run]]) -> dict[str, list[int]]:
+    """Leave the runs those checkpoints, in place, whose step all runs of their group have: means are over all seeds.
+
+    Returns:
+        The steps that are left out, by the run's folder; runs that keep all are not in it.
+
+    Raises:
+        UserError: the runs of a group have no step in common.
+    """
+    left_out: dict[str, list[int]] = {}
+    for name, members in groups.items():
+        steps = {str(run.folder): [step for step, _ in run.checkpoints] for run in members}
+        common = set.intersection(*map(set, steps.values()))
+        if not common:
+            have = "; ".join(f"{folder}: {listed(own)}" for folder, own in steps.items())
+            raise UserError(
+                f"the runs of {name} differ by their seed alone and have no step in common, at which a mean could be "
+                f"taken: {have}; leave runs out, or train them to the same step"
+            )
+        for run in members:
+            if rest := [step for step in steps[str(run.folder)] if step not in common]:
+                left_out[str(run.folder)] = rest
+            run.checkpoints = [(step, place) for step, place in run.checkpoints if step in common]
+    return left_out

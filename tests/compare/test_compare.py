@@ -135,8 +135,13 @@ def test_the_speed_of_sampling_counts_every_evaluation(checkpoint, config, evalu
 def test_what_is_refused(runs, classifier_of_three, tmp_path):
     with pytest.raises(UserError, match="is not a run's folder"):
         open_runs((str(tmp_path),), ())
-    with pytest.raises(UserError, match="has no complete checkpoint to compare; its steps are: 2, 4"):
-        open_runs((runs[0],), (3,))
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="has no complete checkpoint to compare"):
+        open_runs((str(tmp_path),), ())
+    with pytest.raises(UserError, match="`at_steps=20000`: .*a has no .* checkpoint of that step; its steps are: 2, 4"):
+        open_runs((runs[0],), (2, 20000))
+    with pytest.raises(UserError, match="`at_steps=2`: .*b has no"):
+        open_runs(runs, (2, 4))
     with pytest.raises(UserError, match="give at least one"):
         open_runs((), ())
     other = make_run(tmp_path / "other", "atconv", (4,), image_size=64)
@@ -172,6 +177,34 @@ def test_runs_that_do_not_repeat_each_other_are_told_apart_by_their_folders(runs
             open_runs((runs[0], again), ())
 
 
+def test_seeds_of_unequal_checkpoints_are_compared_at_the_steps_that_all_have(
+    tmp_path, without_plots, monkeypatch, capsys
+):
+    """A step that is left out is neither sampled nor described; without a common step nothing is sampled."""
+    steps = {0: (1, 2, 3), 1: (1, 2), 2: (3,)}
+    paths = [str(make_run(tmp_path / str(seed), "atconv", own, seed=seed)) for seed, own in steps.items()]
+    asked = []
+
+    def made_up(samples, against, work):
+        asked.append((samples.seed, samples.loaded.info.step))
+        return SimpleNamespace(report=lambda: Report("s", 10, "r", "f", [Number("FID", samples.loaded.info.step, 0.5)]))
+
+    monkeypatch.setattr("sit.compare.compare.measure", made_up)
+    options = dict(num_samples=20, speed_repeats=0, sampler=SamplerConfig(steps=2))
+    with pytest.raises(UserError, match=r"SiT-XS/2 atconv .* no step in common.*1: 1, 2; .*2: 3; leave runs out"):
+        compare(Arguments(tuple(paths), str(tmp_path / "none"), **options))
+    assert not asked and not (tmp_path / "none").exists()
+
+    compare(Arguments(tuple(paths[:2]), str(tmp_path / "report"), **options))
+    assert sorted(asked) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert f"{paths[0]}: left out are steps that not every seed has: 3" in capsys.readouterr().out
+    group = json.loads((tmp_path / "report" / "numbers.json").read_text())["groups"]["SiT-XS/2 atconv"]
+    assert (group["steps"], group["images_seen"], max(group["metrics"])) == (2, 128, "2")
+    text = (tmp_path / "report" / "README.md").read_text()
+    assert "| step of the metrics; images seen | 2; 128 |" in text and "| FID | 2 ± 0 |" in text
+    assert f"Left out are steps that not every seed of a group has: {paths[0]}: 3." in text
+
+
 def test_seeds_are_repetitions(tmp_path, without_plots, monkeypatch):
     """Means, Student's intervals and paired differences against SciPy, from evaluations that are made up."""
     paths, values = [], {"attention": [5.0, 7.0, 6.0], "atconv": [4.0, 6.5, 4.5]}
@@ -201,6 +234,7 @@ def test_seeds_are_repetitions(tmp_path, without_plots, monkeypatch):
     assert paired["value"] + paired["error"] == pytest.approx(test.high)
     text = (tmp_path / "report" / "README.md").read_text()
     assert "| FID | 6 ± 2.5 | 5 ± 3.3 |" in text and f"-1 ± 1.2: {paired['verdict']} |" in text
+    assert "| step | 2 |" in text.split("## Difference")[1], "the step of the differences"
     assert paired["over"] == "training seeds" and paired["verdict"].startswith("not told apart: ")
     assert found["differences"]["SiT-XS/2 atconv"]["Class accuracy"]["verdict"] == "not told apart"
     assert seeds == [(mixer, seed, seed) for mixer in values for seed in range(3)], "evaluated with its training seed"
