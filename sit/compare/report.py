@@ -30,14 +30,8 @@ def markdown(found: dict[str, Any], plots: list[tuple[str, str]], command: str, 
         _last_step(groups),
         "",
         "Metrics are those at the step in the table, the last that all seeds of a group have; the samples below are of "
-        "its first seed, at that step.",
+        "its first seed, at that step. " + _intervals(groups),
     ]
-    if _seeded(groups):
-        lines += [
-            "",
-            "± after several seeds is the half-width of the 95 % interval of the mean over seeds (Student's t); after "
-            "one it is that over samples of these weights.",
-        ]
     if found["steps_left_out"]:
         told = "; ".join(f"{folder}: {', '.join(map(str, steps))}" for folder, steps in found["steps_left_out"].items())
         lines += ["", f"Left out are steps that not every seed of a group has: {told}."]
@@ -57,6 +51,23 @@ def markdown(found: dict[str, Any], plots: list[tuple[str, str]], command: str, 
     for index, name in enumerate(groups, start=1):
         lines += [f"{name}:", "", f"![samples of {name}](samples-{index}.png)", ""]
     return "\n".join(lines)
+
+
+def _intervals(groups: dict[str, Any]) -> str:
+    """What ± is, in groups of several seeds and in those of one."""
+    over_seeds = "the half-width of the 95 % interval of the mean over training seeds (Student's t)"
+    over_samples = "the half-width of the 95 % interval over samples, for these weights only, not for another training"
+    alone = [group for group in groups.values() if len(group["seeds"]) == 1]
+    numbers = [number for group in alone for table in group["metrics"].values() for number in table.values()]
+    if not alone:
+        return f"± is {over_seeds}."
+    if all(number["error"] is None for number in numbers):
+        few = "too few samples for an interval over them"
+        return f"± is {over_seeds}; with one seed there are {few}." if _seeded(groups) else f"No ± is told: {few}."
+    said = f"± is {over_samples}"
+    if _seeded(groups):
+        said = f"With several seeds ± is {over_seeds}, with one it is {over_samples}"
+    return f"{said}; a number without ± has no such interval."
 
 
 def _seeded(groups: dict[str, Any]) -> bool:

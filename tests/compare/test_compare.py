@@ -21,6 +21,7 @@ from sit.checkpoint.save import save_checkpoint
 from sit.checkpoint.snapshots import save_snapshot
 from sit.compare.arguments import Arguments
 from sit.compare.compare import command, compare
+from sit.compare.report import markdown
 from sit.compare.runs import grouped, open_runs
 from sit.compare.speed import measure_speed
 from sit.latents.encode import Encode, encode
@@ -130,6 +131,34 @@ def test_the_speed_of_sampling_counts_every_evaluation(checkpoint, config, evalu
     monkeypatch.setattr("sit.utils.timing.time", SimpleNamespace(perf_counter=clock))
     speed = measure_speed({"network": loaded}, config, count, 2)["network"]["sampling"]
     assert speed == pytest.approx(1 / evaluations, rel=1e-4)
+
+
+def found_of(groups: dict[str, dict]) -> dict:
+    """What a report is written of, of groups that are made up."""
+    usual = dict(parameters=1, multiply_accumulates=1.0, steps=4, images_seen=8, objective="plain", seeds=[0])
+    groups = {name: usual | {"metrics": {4: group.pop("numbers")}} | group for name, group in groups.items()}
+    return {"machine": "m", "steps_left_out": {}, "groups": groups, "differences": {}}
+
+
+def test_what_plus_minus_is_is_told_whatever_the_seeds():
+    def told(*groups: tuple[list[int], float | None]) -> str:
+        made = {}
+        for seeds, error in groups:
+            numbers = {"FID": {"value": 1.0, "error": error}, "Recall": {"value": 1.0, "error": None}}
+            made[f"group {len(made)}"] = {"seeds": seeds, "numbers": numbers}
+        return markdown(found_of(made), [], "command", "setting")
+
+    over_seeds = "interval of the mean over training seeds (Student's t)"
+    over_samples = "interval over samples, for these weights only"
+    one, several, few = ([0], 0.5), ([0, 1], 0.5), ([0], None)
+    for groups in ([one], [one, one], [one, few]):
+        text = told(*groups)
+        assert over_samples in text and over_seeds not in text and "a number without ± has no such interval" in text
+    assert over_seeds in told(several) and over_samples not in told(several)
+    assert f"With several seeds ± is the half-width of the 95 % {over_seeds}, with one it is" in told(several, one)
+    assert over_samples in told(several, one)
+    assert "No ± is told: too few samples for an interval over them." in told(few) and "half-width" not in told(few)
+    assert over_seeds in told(several, few) and "with one seed there are too few samples" in told(several, few)
 
 
 def test_what_is_refused(runs, classifier_of_three, tmp_path):
