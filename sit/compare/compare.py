@@ -28,7 +28,7 @@ from sit.compare.arguments import Arguments
 from sit.compare.plots import plot_losses, plot_metrics
 from sit.compare.report import markdown
 from sit.compare.runs import Run, grouped, keep_common_steps, listed, open_runs
-from sit.compare.speed import measure_speed
+from sit.compare.speed import measure_speed, objective
 from sit.metrics.classifier import LabelClassifier
 from sit.metrics.estimate import Estimate
 from sit.metrics.evaluate import Against, Measured, measure
@@ -59,6 +59,7 @@ def describe(run: Run, loaded: Loaded) -> dict[str, Any]:
     return {
         "model": run.config.model,
         "mixer": run.config.mixer,
+        "objective": objective(run.config),
         "parameters": sum(p.numel() for p in network.parameters()),
         "multiply_accumulates": multiply_accumulates(network, latent_shape_for(loaded, None)),
         "steps": run.checkpoints[-1][0],
@@ -251,7 +252,9 @@ def _write(
             seeds = {"seeds": list(reports[name]), "metrics": summarize(reports[name])}
             found["groups"][name] = about | seeds
         if arguments.speed_repeats:
-            speeds = measure_speed(newest, arguments.sampler, arguments.batch_size, arguments.speed_repeats)
+            configs = {name: members[0].config for name, members in groups.items()}
+            repeats = arguments.speed_repeats
+            speeds = measure_speed(newest, configs, arguments.sampler, arguments.batch_size, repeats)
             for name, speed in speeds.items():
                 found["groups"][name]["images_per_second"] = speed
         found["differences"] = differences(reports)

@@ -38,8 +38,7 @@ def markdown(found: dict[str, Any], plots: list[tuple[str, str]], command: str, 
     lines += [
         "",
         "Multiply-accumulates are those of matrix products, convolutions and attention; element-wise work is not "
-        "counted. Speeds are medians of interleaved rounds in one process: a forward and backward pass for training, "
-        "and the sampler above without the VAE, all its network evaluations counted.",
+        "counted." + _what_was_timed(groups),
         "",
     ]
     lines += _differences(found)
@@ -70,6 +69,23 @@ def _intervals(groups: dict[str, Any]) -> str:
     return f"{said}; a number without ± has no such interval."
 
 
+def _what_was_timed(groups: dict[str, Any]) -> str:
+    """What the speeds are of, with what differs by the objective; nothing if there are none."""
+    if not any("images_per_second" in group for group in groups.values()):
+        return ""
+    said = (
+        " Speeds are medians of interleaved rounds in one process: a forward and backward pass for training, and the "
+        "sampler above without the VAE, all its network evaluations counted."
+    )
+    averages = [name for name, group in groups.items() if group["objective"] == "MeanFlow"]
+    if averages:
+        said += f" The training of {', '.join(averages)} is timed with MeanFlow's objective, its derivative included."
+    for name, group in groups.items():
+        if group["images_per_second"]["training"] is None:
+            said += f" The training speed of {name} is left out: {group['objective']} needs more than its network."
+    return said
+
+
 def _seeded(groups: dict[str, Any]) -> bool:
     return any(len(group["seeds"]) > 1 for group in groups.values())
 
@@ -87,10 +103,17 @@ def _last_step(groups: dict[str, Any]) -> str:
     if all("images_per_second" in group for group in every):
         for kind in ("training", "sampling"):
             speeds = [group["images_per_second"][kind] for group in every]
-            rows.append((f"images/s, {kind}", *(f"{speed:.4g} ({speed / speeds[0]:.2f}x)" for speed in speeds)))
+            rows.append((f"images/s, {kind}", *(_speed(speed, speeds[0]) for speed in speeds)))
     last = [group["metrics"][max(group["metrics"])] for group in every]
     rows += [(name, *(_cell(numbers.get(name)) for numbers in last)) for name in last[0]]
     return markdown_table(["", *groups], rows)
+
+
+def _speed(speed: float | None, first: float | None) -> str:
+    """Images a second, and how many times the first group's that is, as far as they are known."""
+    if speed is None:
+        return "left out"
+    return f"{speed:.4g}" + (f" ({speed / first:.2f}x)" if first is not None else "")
 
 
 def _differences(found: dict[str, Any]) -> list[str]:

@@ -16,14 +16,14 @@ from processes import Connected
 from scipy import stats
 
 from sit.checkpoint.info import CheckpointInfo
-from sit.checkpoint.load import load_for_sampling
+from sit.checkpoint.load import Loaded, load_for_sampling
 from sit.checkpoint.save import save_checkpoint
 from sit.checkpoint.snapshots import save_snapshot
 from sit.compare.arguments import Arguments
 from sit.compare.compare import command, compare
 from sit.compare.report import markdown
 from sit.compare.runs import grouped, open_runs
-from sit.compare.speed import measure_speed
+from sit.compare.speed import gradient_pass, measure_speed
 from sit.latents.encode import Encode, encode
 from sit.latents.vae import DIGITS_VAE
 from sit.metrics import cli as eval_fid
@@ -31,12 +31,13 @@ from sit.metrics import extraction
 from sit.metrics.arguments import FeatureWeights
 from sit.metrics.generated import GeneratedImages
 from sit.metrics.report import Number, Report
-from sit.model import create_model
+from sit.model import SiT, create_model
 from sit.sampling.config import SamplerConfig
 from sit.sampling.guidance import GuidedModel
 from sit.sampling.ode import sample_ode
 from sit.sampling.sampler import KeyedNoise
 from sit.training.config import TrainConfig
+from sit.training.meanflow import make_meanflow
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 
@@ -129,8 +130,43 @@ def test_the_speed_of_sampling_counts_every_evaluation(checkpoint, config, evalu
         return seconds[-1]
 
     monkeypatch.setattr("sit.utils.timing.time", SimpleNamespace(perf_counter=clock))
-    speed = measure_speed({"network": loaded}, config, count, 2)["network"]["sampling"]
+    speed = measure_speed({"network": loaded}, {"network": TrainConfig()}, config, count, 2)["network"]["sampling"]
     assert speed == pytest.approx(1 / evaluations, rel=1e-4)
+
+
+@pytest.fixture
+def shown(monkeypatch) -> list[tuple[int, bool]]:
+    """The rows of each forward pass of a network, and whether it is of average velocities over a step."""
+    rows, forward = [], SiT.forward
+
+    def noting(self, x, *arguments, **conditions):
+        rows.append((len(x), "end" in conditions))
+        return forward(self, x, *arguments, **conditions)
+
+    monkeypatch.setattr(SiT, "forward", noting)
+    return rows
+
+
+@pytest.mark.parametrize("meanflow", [{}, {"meanflow_share": 0.5, "meanflow_omega": 2.0, "meanflow_kappa": 0.5}])
+def test_the_speed_of_training_is_that_of_the_objective_that_is_trained(meanflow, shown):
+    """The passes that training's own objective makes of a batch: for MeanFlow its derivative and guidance too."""
+    options = dict(input_size=8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=10, mixer="atconv")
+    config = TrainConfig(prediction="average-velocity", **meanflow)
+    network = SiT(**options, average_velocity=True)
+    transport = Transport(**config.transport_options())
+    batch = {"latents": torch.randn(8, 4, 8, 8), "noise": torch.randn(8, 4, 8, 8), "positions": torch.arange(8)}
+    batch |= {"labels": torch.arange(8), "t_uniform": torch.rand(8), "drop": torch.rand(8)}
+    make_meanflow(config, transport, null_label=10)(network, batch)
+    expected, shown[:] = list(shown), []
+    gradient_pass(Loaded(network, transport, None, None, torch.device("cpu"), Path()), config, 8)()
+    assert shown == expected and len(shown) == (4 if meanflow else 2)
+    shown.clear()
+    plain = Loaded(SiT(**options), Transport(), None, None, torch.device("cpu"), Path())
+    gradient_pass(plain, TrainConfig(), 8)()
+    assert shown == [(8, False)]
+    for more in (dict(repa="dinov2"), dict(distill_from="teacher")):
+        asked = SimpleNamespace(**dict(averages=False, repa=None, distill_from=None) | more)
+        assert gradient_pass(plain, asked, 8) is None
 
 
 def found_of(groups: dict[str, dict]) -> dict:
@@ -159,6 +195,26 @@ def test_what_plus_minus_is_is_told_whatever_the_seeds():
     assert over_samples in told(several, one)
     assert "No ± is told: too few samples for an interval over them." in told(few) and "half-width" not in told(few)
     assert over_seeds in told(several, few) and "with one seed there are too few samples" in told(several, few)
+
+
+def test_what_was_timed_is_told():
+    numbers = {"FID": {"value": 1.0, "error": 0.5}}
+    names = {"a": "plain", "b": "MeanFlow", "c": "REPA"}
+    speeds = {"a": 100.0, "b": 50.0, "c": None}
+    groups = {
+        name: dict(numbers=numbers, objective=kind, images_per_second={"training": speeds[name], "sampling": 10.0})
+        for name, kind in names.items()
+    }
+    found = found_of(groups)
+    text = markdown(found, [], "command", "setting")
+    assert "| images/s, training | 100 (1.00x) | 50 (0.50x) | left out |" in text
+    assert "The training of b is timed with MeanFlow's objective, its derivative included." in text
+    assert "The training speed of c is left out: REPA needs more than its network." in text
+    found["groups"] = {name: found["groups"][name] for name in "cab"}
+    assert "| images/s, training | left out | 100 | 50 |" in markdown(found, [], "command", "setting")
+    for group in found["groups"].values():
+        del group["images_per_second"]
+    assert "Speeds are" not in markdown(found, [], "command", "setting")
 
 
 def test_what_is_refused(runs, classifier_of_three, tmp_path):
