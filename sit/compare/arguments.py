@@ -29,7 +29,7 @@ class Arguments:
     classifier: str | None = None
     """a folder of sit.train_classifier, which predicts the samples' classes: class accuracy"""
     at_steps: tuple[int, ...] = ()
-    """checkpoints to evaluate, by their step; none given means all"""
+    """checkpoints to evaluate, by their step, which every run must have; none given means all that every seed has"""
     ema: float | None = None
     """as sample.py takes it, at every checkpoint; None takes the weights that the checkpoints store"""
     num_samples: int = 1000

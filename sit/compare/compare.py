@@ -27,8 +27,8 @@ from sit.checkpoint.posthoc_ema import find_reconstruction
 from sit.compare.arguments import Arguments
 from sit.compare.plots import plot_losses, plot_metrics
 from sit.compare.report import markdown
-from sit.compare.runs import Run, grouped, open_runs
-from sit.compare.speed import measure_speed
+from sit.compare.runs import Run, grouped, keep_common_steps, listed, open_runs
+from sit.compare.speed import measure_speed, objective
 from sit.metrics.classifier import LabelClassifier
 from sit.metrics.estimate import Estimate
 from sit.metrics.evaluate import Against, Measured, measure
@@ -53,12 +53,13 @@ from sit.utils.record import machine
 
 
 def describe(run: Run, loaded: Loaded) -> dict[str, Any]:
-    """Parameters and multiply-accumulates of one forward pass."""
+    """Parameters, multiply-accumulates of one forward pass, and the last step that is evaluated."""
     with torch.device("meta"):
         network = SiT.from_config(loaded.model.config)
     return {
         "model": run.config.model,
         "mixer": run.config.mixer,
+        "objective": objective(run.config),
         "parameters": sum(p.numel() for p in network.parameters()),
         "multiply_accumulates": multiply_accumulates(network, latent_shape_for(loaded, None)),
         "steps": run.checkpoints[-1][0],
@@ -161,6 +162,9 @@ def compare(arguments: Arguments) -> Path | None:
     if Path(arguments.out).exists():
         raise UserError(f"{arguments.out} exists already; it is not overwritten")
     groups = grouped(open_runs(arguments.runs, arguments.at_steps))
+    left_out = keep_common_steps(groups)
+    for folder, steps in left_out.items():
+        state.print(f"{folder}: left out are steps that not every seed has: {listed(steps)}")
     ema = _average(arguments, groups)
     against = _against(arguments, groups, device)
 
@@ -169,7 +173,7 @@ def compare(arguments: Arguments) -> Path | None:
         newest: dict[str, Loaded] = {}
         for name, members in groups.items():
             for run in members:
-                of_run = measured.setdefault(name, {}).setdefault(run.config.seed, {})
+                of_run = measured.setdefault(name, {})[run.config.seed] = {}
                 for step, checkpoint in run.checkpoints:
                     state.print(f"{run.folder}, step {step}")
                     loaded = load_for_sampling(checkpoint, ema=arguments.ema, device=device, dtype=dtype)
@@ -180,7 +184,7 @@ def compare(arguments: Arguments) -> Path | None:
                     newest[name] = loaded
         if not state.is_main_process:
             return None
-        return _write(arguments, groups, measured, newest, against, ema=ema)
+        return _write(arguments, groups, measured, newest, against, ema=ema, left_out=left_out)
 
 
 def _average(arguments: Arguments, groups: dict[str, list[Run]]) -> dict[str, float] | None:
@@ -230,6 +234,7 @@ def _write(
     against: Against,
     *,
     ema: dict[str, float] | None,
+    left_out: dict[str, list[int]],
 ) -> Path:
     """Make all numbers, time the networks, and write the report's folder; the main process's work."""
     reports = {
@@ -239,6 +244,7 @@ def _write(
     with atomic_folder(arguments.out) as place:
         sampler = resolved(arguments.sampler, newest)
         found: dict[str, Any] = {"machine": machine(against.device), "sampler": asdict(sampler), "ema": ema}
+        found["steps_left_out"] = left_out
         found["groups"] = {}
         for number, (name, members) in enumerate(groups.items(), start=1):
             sample_grid(members[0], newest[name], arguments, place / f"samples-{number}.png")
@@ -246,7 +252,9 @@ def _write(
             seeds = {"seeds": list(reports[name]), "metrics": summarize(reports[name])}
             found["groups"][name] = about | seeds
         if arguments.speed_repeats:
-            speeds = measure_speed(newest, arguments.sampler, arguments.batch_size, arguments.speed_repeats)
+            configs = {name: members[0].config for name, members in groups.items()}
+            repeats = arguments.speed_repeats
+            speeds = measure_speed(newest, configs, arguments.sampler, arguments.batch_size, repeats)
             for name, speed in speeds.items():
                 found["groups"][name]["images_per_second"] = speed
         found["differences"] = differences(reports)

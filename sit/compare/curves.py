@@ -1,12 +1,14 @@
 """Curves over what a work folder has: ``python -m sit.compare curves``.
 
 Nothing is sampled or measured: every evaluation that was finished in the work folder, by eval_fid.py or sit.compare, is
-a point. Points that differ in what the curve is against alone are one curve, and so are several training seeds'.
+a point. Points that differ in what the curve is against alone are one curve, and so are several training seeds'. Of
+evaluations that differ by the seed of their samples alone one counts.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -49,6 +51,8 @@ class Point:
         bucket: points of several training seeds with the same are averaged; ``x``, or the step of ``seconds``.
         seed: the training seed; None if the checkpoint is of no run.
         number: the metric.
+        samples_seed: the seed of its samples.
+        otherwise: what tells it from another evaluation of the same training seed at the same place, if there is one.
     """
 
     fixed: dict[str, Any]
@@ -56,6 +60,8 @@ class Point:
     bucket: float
     seed: int | None
     number: Number
+    samples_seed: int
+    otherwise: dict[str, str]
 
 
 def read_points(arguments: CurvesArguments) -> list[Point]:
@@ -94,6 +100,11 @@ def _points(arguments: CurvesArguments, about: dict[str, Any], source: dict[str,
         "labels": about["labels"],
         "reference": report.reference,
         "features": report.features,
+        "weights": weights(source),
+        "guide": guide(about, report.samples, folder),
+        "latents": about.get("latents"),
+        "VAE": about.get("VAE"),
+        "precision": about.get("precision"),
     }
     seed = None
     if is_run:
@@ -102,7 +113,7 @@ def _points(arguments: CurvesArguments, about: dict[str, Any], source: dict[str,
         alike = replace(config, seed=0, output_dir=None, resume=None)
         fixed |= {"run": f"{config.model} {config.mixer}", "settings": alike.to_yaml()}
     else:
-        fixed |= {"run": str(checkpoint)}
+        fixed |= {"run": str(checkpoint), "settings": {name: about.get(name) for name in ("config", "transport")}}
     step = source["step"]
     places: dict[str, float | None] = {
         "guidance": sampler["cfg_scale"],
@@ -119,7 +130,44 @@ def _points(arguments: CurvesArguments, about: dict[str, Any], source: dict[str,
         fixed["step"] = step
     bucket = step if arguments.against == "seconds" else x
     chosen = [n for n in report.numbers if n.name == arguments.metric or n.name.startswith(f"{arguments.metric} (")]
-    return [Point(fixed | {"metric": number.name}, x, bucket, seed, number) for number in chosen]
+    return [
+        Point(
+            fixed | {"metric": number.name},
+            x,
+            bucket,
+            seed,
+            number,
+            samples_seed=about["seed"],
+            otherwise={"folder": str(folder), "measured by": number.how or "nothing told"},
+        )
+        for number in chosen
+    ]
+
+
+def weights(source: dict[str, Any]) -> str:
+    """Which of a checkpoint's weights were sampled with, in words that are the same at every step.
+
+    Args:
+        source: as :class:`~sit.metrics.generated.GeneratedImages` has it.
+    """
+    told = source.get("weights") or "not told"
+    return re.sub(r" \(profile .* off\), step \d+$", "", told.removeprefix(f"{source['checkpoint']}, "))
+
+
+def guide(about: dict[str, Any], samples: str, run: Path) -> str:
+    """What guided the samples besides the network: a step of the run itself, or a checkpoint and its weights' hash.
+
+    Args:
+        about: as :class:`~sit.metrics.generated.GeneratedImages` has it.
+        samples: its name, which alone has the guide's path.
+        run: the folder of the checkpoint's run.
+    """
+    if "guide" not in about:
+        return "none"
+    named = re.search(r", guided by (.+?), seed \d+, ", samples)
+    if named and Path(named[1]).parent.parent == run:
+        return f"its own {Path(named[1]).name}"  # the same words for all training seeds, each with weights of its own
+    return f"{named[1] if named else 'not told'} ({about['guide'][:12]})"
 
 
 def evaluations(sampler: dict[str, Any]) -> int | None:
@@ -157,20 +205,18 @@ def seconds_of_training(run: Path, step: int) -> float | None:
 def curves(points: list[Point]) -> dict[str, list[dict[str, Any]]]:
     """Points to curves by name: at each place the mean over training seeds, its interval, and the single runs.
 
-    An evaluation that was made twice, with other samples, counts once, the first.
+    An evaluation that was made twice, with other samples, counts once: with the training seed, or with the lowest.
     """
-    groups: dict[str, list[Point]] = defaultdict(list)
-    for point in points:
-        groups[json.dumps(point.fixed, sort_keys=True, default=str)].append(point)
+    groups = _grouped(_told_apart(points))
     named = _names([members[0].fixed for members in groups.values()])
     found: dict[str, list[dict[str, Any]]] = {}
     for name, members in zip(named, groups.values(), strict=True):
         at: dict[float, dict[int | None, Point]] = defaultdict(dict)
-        for point in members:
+        for point in sorted(members, key=lambda point: (point.samples_seed != point.seed, point.samples_seed)):
             at[point.bucket].setdefault(point.seed, point)
         line = []
         for bucket in sorted(at):
-            runs = list(at[bucket].values())
+            runs = sorted(at[bucket].values(), key=lambda run: run.seed or 0)
             values = [run.number.value for run in runs]
             over_samples = [run.number.error for run in runs]
             line.append(
@@ -185,6 +231,28 @@ def curves(points: list[Point]) -> dict[str, list[dict[str, Any]]]:
             )
         found[name] = line
     return found
+
+
+def _grouped(points: list[Point]) -> dict[str, list[Point]]:
+    """The points of each curve, by what they have in common."""
+    groups: dict[str, list[Point]] = defaultdict(list)
+    for point in points:
+        groups[json.dumps(point.fixed, sort_keys=True, default=str)].append(point)
+    return groups
+
+
+def _told_apart(points: list[Point]) -> list[Point]:
+    """The points, those of a curve with what tells them apart ``otherwise`` where two are at one place of one seed."""
+    told: list[Point] = []
+    for members in _grouped(points).values():
+        first: dict[tuple[float, int | None], dict[str, str]] = {}
+        differ = set()
+        for point in members:
+            other = first.setdefault((point.bucket, point.seed), point.otherwise)
+            differ |= {name for name, value in point.otherwise.items() if value != other[name]}
+        for point in members:
+            told.append(replace(point, fixed=point.fixed | {name: point.otherwise[name] for name in sorted(differ)}))
+    return told
 
 
 def _names(fixed: list[dict[str, Any]]) -> list[str]:
@@ -249,7 +317,8 @@ def _page(found: dict[str, list[dict[str, Any]]], arguments: CurvesArguments, co
         f"![{arguments.metric}](curves.png)",
         "",
         "Wide bars, and ± in the table, are 95 % intervals of the mean over training seeds, where there are several; "
-        "thin bars are those over samples of each run, for its weights only.",
+        "thin bars are those over samples of each run, for its weights only. Of evaluations that differ by the seed of "
+        "their samples alone one counts: that with the training seed, or else with the lowest.",
         "",
     ]
     for name, line in found.items():

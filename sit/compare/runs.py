@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,24 +39,35 @@ def open_run(path: str, at_steps: tuple[int, ...]) -> Run:
     """Open a run's folder.
 
     Raises:
-        UserError: it is none, or has no complete checkpoint at the steps that were asked for.
+        UserError: it is none, has no complete checkpoint, or none at a step that was asked for.
     """
     folder = Path(path)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run's folder: it has no config.yaml")
     complete = [(step, place) for step, place in find_checkpoints(folder) if is_complete(place)]
+    if not complete:
+        raise UserError(f"{folder} has no complete checkpoint to compare")
+    have = [step for step, _ in complete]
+    if absent := [step for step in at_steps if step not in have]:
+        raise UserError(
+            f"`at_steps={absent[0]}`: {folder} has no complete checkpoint of that step; its steps are: {listed(have)}"
+        )
     chosen = [(step, place) for step, place in complete if not at_steps or step in at_steps]
-    if not chosen:
-        have = ", ".join(str(step) for step, _ in complete) or "none"
-        raise UserError(f"{folder} has no complete checkpoint to compare; its steps are: {have}")
     return Run(folder, load_recipe(str(folder / "config.yaml")), chosen)
+
+
+def listed(steps: Iterable[int]) -> str:
+    """Steps as words."""
+    return ", ".join(map(str, steps))
 
 
 def open_runs(paths: tuple[str, ...], at_steps: tuple[int, ...]) -> list[Run]:
     """Open all runs, and name them by what tells them apart; runs that differ by their seed alone share a name.
 
+    If any two of one model and mixer differ by more, or by nothing, every run is named by the end of its folder too.
+
     Raises:
-        UserError: there is none, or they were trained on different images.
+        UserError: there is none, one is given twice, or they were trained on different images.
     """
     if not paths:
         raise UserError("give at least one run's folder")
@@ -67,9 +80,31 @@ def open_runs(paths: tuple[str, ...], at_steps: tuple[int, ...]) -> list[Run]:
     if any(replace(run.config, seed=0, output_dir=None, resume=None) != different[run.name] for run in runs) or (
         len({(run.name, run.config.seed) for run in runs}) < len(runs)
     ):  # they are not repetitions of each other with other seeds
-        for run in runs:
-            run.name += f" ({run.folder.name})"
+        for run, end in zip(runs, shortest_ends([run.folder for run in runs]), strict=True):
+            run.name += f" ({end})"
+    check_each_once(runs)
     return runs
+
+
+def shortest_ends(folders: list[Path]) -> list[str]:
+    """The last parts of each path, equally many of all: as few as tell different ones apart."""
+    every = [Path(os.path.abspath(folder)).parts for folder in folders]  # links keep the names that they were given
+    for count in range(1, max(map(len, every)) + 1):
+        ends = {parts: Path(*parts[-count:]).as_posix() for parts in every}
+        if len(set(ends.values())) == len(ends):
+            break
+    return [ends[parts] for parts in every]
+
+
+def check_each_once(runs: list[Run]) -> None:
+    """Raise UserError if two runs share their name and training seed, by which their numbers are kept."""
+    seen: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        other = seen.setdefault((run.name, run.config.seed), run)
+        if other is not run:
+            raise UserError(
+                f"{other.folder} and {run.folder} are both {run.name}, training seed {run.config.seed}: give a run once"
+            )
 
 
 def check_same_data(one: Run, other: Run) -> None:
@@ -107,3 +142,29 @@ def grouped(runs: list[Run]) -> dict[str, list[Run]]:
     for run in runs:
         groups.setdefault(run.name, []).append(run)
     return groups
+
+
+def keep_common_steps(groups: dict[str, list[Run]]) -> dict[str, list[int]]:
+    """Leave the runs those checkpoints, in place, whose step all runs of their group have: means are over all seeds.
+
+    Returns:
+        The steps that are left out, by the run's folder; runs that keep all are not in it.
+
+    Raises:
+        UserError: the runs of a group have no step in common.
+    """
+    left_out: dict[str, list[int]] = {}
+    for name, members in groups.items():
+        steps = {str(run.folder): [step for step, _ in run.checkpoints] for run in members}
+        common = set.intersection(*map(set, steps.values()))
+        if not common:
+            have = "; ".join(f"{folder}: {listed(own)}" for folder, own in steps.items())
+            raise UserError(
+                f"the runs of {name} differ by their seed alone and have no step in common, at which a mean could be "
+                f"taken: {have}; leave runs out, or train them to the same step"
+            )
+        for run in members:
+            if rest := [step for step in steps[str(run.folder)] if step not in common]:
+                left_out[str(run.folder)] = rest
+            run.checkpoints = [(step, place) for step, place in run.checkpoints if step in common]
+    return left_out

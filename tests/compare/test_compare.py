@@ -16,13 +16,14 @@ from processes import Connected
 from scipy import stats
 
 from sit.checkpoint.info import CheckpointInfo
-from sit.checkpoint.load import load_for_sampling
+from sit.checkpoint.load import Loaded, load_for_sampling
 from sit.checkpoint.save import save_checkpoint
 from sit.checkpoint.snapshots import save_snapshot
 from sit.compare.arguments import Arguments
 from sit.compare.compare import command, compare
-from sit.compare.runs import open_runs
-from sit.compare.speed import measure_speed
+from sit.compare.report import markdown
+from sit.compare.runs import grouped, open_runs
+from sit.compare.speed import gradient_pass, measure_speed
 from sit.latents.encode import Encode, encode
 from sit.latents.vae import DIGITS_VAE
 from sit.metrics import cli as eval_fid
@@ -30,12 +31,13 @@ from sit.metrics import extraction
 from sit.metrics.arguments import FeatureWeights
 from sit.metrics.generated import GeneratedImages
 from sit.metrics.report import Number, Report
-from sit.model import create_model
+from sit.model import SiT, create_model
 from sit.sampling.config import SamplerConfig
 from sit.sampling.guidance import GuidedModel
 from sit.sampling.ode import sample_ode
 from sit.sampling.sampler import KeyedNoise
 from sit.training.config import TrainConfig
+from sit.training.meanflow import make_meanflow
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 
@@ -43,7 +45,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def make_run(folder: Path, mixer: str, steps: tuple[int, ...], **config) -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     settings = dict(data="digits", image_size=32, model="SiT-XS/2", mixer=mixer) | config
     (folder / "config.yaml").write_text(TrainConfig(**settings).to_yaml())
     rows = [{"step": step, "loss": 1 / step} for step in range(1, steps[-1] + 1)]
@@ -128,15 +130,103 @@ def test_the_speed_of_sampling_counts_every_evaluation(checkpoint, config, evalu
         return seconds[-1]
 
     monkeypatch.setattr("sit.utils.timing.time", SimpleNamespace(perf_counter=clock))
-    speed = measure_speed({"network": loaded}, config, count, 2)["network"]["sampling"]
+    speed = measure_speed({"network": loaded}, {"network": TrainConfig()}, config, count, 2)["network"]["sampling"]
     assert speed == pytest.approx(1 / evaluations, rel=1e-4)
+
+
+@pytest.fixture
+def shown(monkeypatch) -> list[tuple[int, bool]]:
+    """The rows of each forward pass of a network, and whether it is of average velocities over a step."""
+    rows, forward = [], SiT.forward
+
+    def noting(self, x, *arguments, **conditions):
+        rows.append((len(x), "end" in conditions))
+        return forward(self, x, *arguments, **conditions)
+
+    monkeypatch.setattr(SiT, "forward", noting)
+    return rows
+
+
+@pytest.mark.parametrize("meanflow", [{}, {"meanflow_share": 0.5, "meanflow_omega": 2.0, "meanflow_kappa": 0.5}])
+def test_the_speed_of_training_is_that_of_the_objective_that_is_trained(meanflow, shown):
+    """The passes that training's own objective makes of a batch: for MeanFlow its derivative and guidance too."""
+    options = dict(input_size=8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=10, mixer="atconv")
+    config = TrainConfig(prediction="average-velocity", **meanflow)
+    network = SiT(**options, average_velocity=True)
+    transport = Transport(**config.transport_options())
+    batch = {"latents": torch.randn(8, 4, 8, 8), "noise": torch.randn(8, 4, 8, 8), "positions": torch.arange(8)}
+    batch |= {"labels": torch.arange(8), "t_uniform": torch.rand(8), "drop": torch.rand(8)}
+    make_meanflow(config, transport, null_label=10)(network, batch)
+    expected, shown[:] = list(shown), []
+    gradient_pass(Loaded(network, transport, None, None, torch.device("cpu"), Path()), config, 8)()
+    assert shown == expected and len(shown) == (4 if meanflow else 2)
+    shown.clear()
+    plain = Loaded(SiT(**options), Transport(), None, None, torch.device("cpu"), Path())
+    gradient_pass(plain, TrainConfig(), 8)()
+    assert shown == [(8, False)]
+    for more in (dict(repa="dinov2"), dict(distill_from="teacher")):
+        asked = SimpleNamespace(**dict(averages=False, repa=None, distill_from=None) | more)
+        assert gradient_pass(plain, asked, 8) is None
+
+
+def found_of(groups: dict[str, dict]) -> dict:
+    """What a report is written of, of groups that are made up."""
+    usual = dict(parameters=1, multiply_accumulates=1.0, steps=4, images_seen=8, objective="plain", seeds=[0])
+    groups = {name: usual | {"metrics": {4: group.pop("numbers")}} | group for name, group in groups.items()}
+    return {"machine": "m", "steps_left_out": {}, "groups": groups, "differences": {}}
+
+
+def test_what_plus_minus_is_is_told_whatever_the_seeds():
+    def told(*groups: tuple[list[int], float | None]) -> str:
+        made = {}
+        for seeds, error in groups:
+            numbers = {"FID": {"value": 1.0, "error": error}, "Recall": {"value": 1.0, "error": None}}
+            made[f"group {len(made)}"] = {"seeds": seeds, "numbers": numbers}
+        return markdown(found_of(made), [], "command", "setting")
+
+    over_seeds = "interval of the mean over training seeds (Student's t)"
+    over_samples = "interval over samples, for these weights only"
+    one, several, few = ([0], 0.5), ([0, 1], 0.5), ([0], None)
+    for groups in ([one], [one, one], [one, few]):
+        text = told(*groups)
+        assert over_samples in text and over_seeds not in text and "a number without ± has no such interval" in text
+    assert over_seeds in told(several) and over_samples not in told(several)
+    assert f"With several seeds ± is the half-width of the 95 % {over_seeds}, with one it is" in told(several, one)
+    assert over_samples in told(several, one)
+    assert "No ± is told: too few samples for an interval over them." in told(few) and "half-width" not in told(few)
+    assert over_seeds in told(several, few) and "with one seed there are too few samples" in told(several, few)
+
+
+def test_what_was_timed_is_told():
+    numbers = {"FID": {"value": 1.0, "error": 0.5}}
+    names = {"a": "plain", "b": "MeanFlow", "c": "REPA"}
+    speeds = {"a": 100.0, "b": 50.0, "c": None}
+    groups = {
+        name: dict(numbers=numbers, objective=kind, images_per_second={"training": speeds[name], "sampling": 10.0})
+        for name, kind in names.items()
+    }
+    found = found_of(groups)
+    text = markdown(found, [], "command", "setting")
+    assert "| images/s, training | 100 (1.00x) | 50 (0.50x) | left out |" in text
+    assert "The training of b is timed with MeanFlow's objective, its derivative included." in text
+    assert "The training speed of c is left out: REPA needs more than its network." in text
+    found["groups"] = {name: found["groups"][name] for name in "cab"}
+    assert "| images/s, training | left out | 100 | 50 |" in markdown(found, [], "command", "setting")
+    for group in found["groups"].values():
+        del group["images_per_second"]
+    assert "Speeds are" not in markdown(found, [], "command", "setting")
 
 
 def test_what_is_refused(runs, classifier_of_three, tmp_path):
     with pytest.raises(UserError, match="is not a run's folder"):
         open_runs((str(tmp_path),), ())
-    with pytest.raises(UserError, match="has no complete checkpoint to compare; its steps are: 2, 4"):
-        open_runs((runs[0],), (3,))
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="has no complete checkpoint to compare"):
+        open_runs((str(tmp_path),), ())
+    with pytest.raises(UserError, match="`at_steps=20000`: .*a has no .* checkpoint of that step; its steps are: 2, 4"):
+        open_runs((runs[0],), (2, 20000))
+    with pytest.raises(UserError, match="`at_steps=2`: .*b has no"):
+        open_runs(runs, (2, 4))
     with pytest.raises(UserError, match="give at least one"):
         open_runs((), ())
     other = make_run(tmp_path / "other", "atconv", (4,), image_size=64)
@@ -151,11 +241,53 @@ def test_what_is_refused(runs, classifier_of_three, tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match="exists already"):
         compare(Arguments(runs, str(tmp_path / "taken"), num_samples=10, sampler=SamplerConfig(steps=2)))
-    names = [run.name for run in open_runs((runs[0], runs[0]), ())]
-    assert names == ["SiT-XS/2 attention (a)"] * 2
+
+
+def test_runs_that_do_not_repeat_each_other_are_told_apart_by_their_folders(runs, tmp_path):
+    """As few parts of a path as are needed: those of a study are all called run."""
     wider = make_run(tmp_path / "wider", "attention", (4,), seed=1, batch_size=8)
     names = [run.name for run in open_runs((runs[0], str(wider)), ())]
-    assert names == ["SiT-XS/2 attention (a)", "SiT-XS/2 attention (wider)"]  # other settings: no repetition
+    assert names == ["SiT-XS/2 attention (a)", "SiT-XS/2 attention (wider)"]
+    paths = [
+        str(make_run(tmp_path / study / name / "run", "attention", (4,), batch_size=size))
+        for size, (study, name) in enumerate([("one", "x"), ("one", "y"), ("two", "x")], start=8)
+    ]
+    names = [run.name for run in open_runs(tuple(paths[:2]), ())]
+    assert names == ["SiT-XS/2 attention (x/run)", "SiT-XS/2 attention (y/run)"]
+    groups = grouped(open_runs((*paths, str(wider)), ()))
+    ends = ["one/x/run", "one/y/run", "two/x/run", "/".join(wider.parts[-3:])]
+    assert list(groups) == [f"SiT-XS/2 attention ({end})" for end in ends]
+    for again in (runs[0], f"{runs[0]}/../a"):
+        with pytest.raises(UserError, match=r"are both SiT-XS/2 attention \(a\), training seed 0: give a run once"):
+            open_runs((runs[0], again), ())
+
+
+def test_seeds_of_unequal_checkpoints_are_compared_at_the_steps_that_all_have(
+    tmp_path, without_plots, monkeypatch, capsys
+):
+    """A step that is left out is neither sampled nor described; without a common step nothing is sampled."""
+    steps = {0: (1, 2, 3), 1: (1, 2), 2: (3,)}
+    paths = [str(make_run(tmp_path / str(seed), "atconv", own, seed=seed)) for seed, own in steps.items()]
+    asked = []
+
+    def made_up(samples, against, work):
+        asked.append((samples.seed, samples.loaded.info.step))
+        return SimpleNamespace(report=lambda: Report("s", 10, "r", "f", [Number("FID", samples.loaded.info.step, 0.5)]))
+
+    monkeypatch.setattr("sit.compare.compare.measure", made_up)
+    options = dict(num_samples=20, speed_repeats=0, sampler=SamplerConfig(steps=2))
+    with pytest.raises(UserError, match=r"SiT-XS/2 atconv .* no step in common.*1: 1, 2; .*2: 3; leave runs out"):
+        compare(Arguments(tuple(paths), str(tmp_path / "none"), **options))
+    assert not asked and not (tmp_path / "none").exists()
+
+    compare(Arguments(tuple(paths[:2]), str(tmp_path / "report"), **options))
+    assert sorted(asked) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert f"{paths[0]}: left out are steps that not every seed has: 3" in capsys.readouterr().out
+    group = json.loads((tmp_path / "report" / "numbers.json").read_text())["groups"]["SiT-XS/2 atconv"]
+    assert (group["steps"], group["images_seen"], max(group["metrics"])) == (2, 128, "2")
+    text = (tmp_path / "report" / "README.md").read_text()
+    assert "| step of the metrics; images seen | 2; 128 |" in text and "| FID | 2 ± 0 |" in text
+    assert f"Left out are steps that not every seed of a group has: {paths[0]}: 3." in text
 
 
 def test_seeds_are_repetitions(tmp_path, without_plots, monkeypatch):
@@ -187,6 +319,7 @@ def test_seeds_are_repetitions(tmp_path, without_plots, monkeypatch):
     assert paired["value"] + paired["error"] == pytest.approx(test.high)
     text = (tmp_path / "report" / "README.md").read_text()
     assert "| FID | 6 ± 2.5 | 5 ± 3.3 |" in text and f"-1 ± 1.2: {paired['verdict']} |" in text
+    assert "| step | 2 |" in text.split("## Difference")[1], "the step of the differences"
     assert paired["over"] == "training seeds" and paired["verdict"].startswith("not told apart: ")
     assert found["differences"]["SiT-XS/2 atconv"]["Class accuracy"]["verdict"] == "not told apart"
     assert seeds == [(mixer, seed, seed) for mixer in values for seed in range(3)], "evaluated with its training seed"

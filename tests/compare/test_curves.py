@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import shutil
+from copy import deepcopy
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,14 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from sit.checkpoint.load import load_for_sampling
+from sit.checkpoint.load import Loaded, load_for_sampling
+from sit.checkpoint.posthoc_ema import Reconstruction
 from sit.compare.arguments import CurvesArguments as Arguments
 from sit.compare.cli import main
 from sit.compare.curves import curves, evaluations, read_points, seconds_of_training
+from sit.latents.vae import vae_fingerprint
+from sit.metrics.extraction import folder_of
+from sit.metrics.generated import GeneratedImages
 from sit.metrics.report import Number, Report
 from sit.metrics.work_folder import folder_for
 from sit.sampling.config import SamplerConfig
@@ -34,13 +40,24 @@ def make_run(folder: Path, seed: int, mixer: str = "atconv") -> Path:
 
 
 def evaluated(work: Path, run: Path, step: int, value: float, seed: int = 0, **sampler) -> None:
-    """A finished evaluation of a run's checkpoint."""
+    """A finished evaluation of a run's checkpoint, which tells no more than is needed."""
     settings = {"sampler": asdict(SamplerConfig(**sampler).resolve(False)), "labels": "balanced", "seed": seed}
     about = settings | {"network": f"{run.name} {step}"}
     source = {"checkpoint": str(run / "checkpoints" / f"step-{step:07d}"), "step": step}
-    place = folder_for(work, "samples", about, source)
-    numbers = [Number("FID (digits features)", value, 0.5), Number("FID at infinity (digits features)", 100.0)]
-    (place / "numbers-0.json").write_text(Report("s", 100, "digits", "digits features", numbers).to_json())
+    write_numbers(folder_for(work, "samples", about, source), value)
+
+
+def evaluated_with(work: Path, loaded: Loaded, value: float, **options) -> None:
+    """A finished evaluation of a checkpoint, told as an evaluation tells it."""
+    sampler = SamplerConfig(steps=10, cfg_scale=1.5)
+    samples = GeneratedImages(loaded, 100, config=sampler, **options)
+    write_numbers(folder_of(samples, work, "samples"), value, samples.name)
+
+
+def write_numbers(place: Path, value: float, samples: str = "s", how: str = "", number: int = 0) -> None:
+    numbers = [Number("FID (digits features)", value, 0.5, how), Number("FID at infinity (digits features)", 100.0)]
+    report = Report(samples, 100, "digits", "digits features", numbers)
+    (place / f"numbers-{number}.json").write_text(report.to_json())
 
 
 def test_against_the_training_step_over_seeds(tmp_path):
@@ -63,6 +80,94 @@ def test_against_the_training_step_over_seeds(tmp_path):
 
     seconds = curves(read_points(Arguments(str(work), "out", "seconds")))["SiT-XS/2 atconv"]
     assert [point["x"] for point in seconds] == [2.0, 7.0]
+
+
+@pytest.fixture
+def two_runs(checkpoint, tmp_path) -> list[dict[int, Loaded]]:
+    """The checkpoints of two runs that differ by their seed alone, by step, each of other weights."""
+    found = []
+    for seed in range(2):
+        run, loaded = make_run(tmp_path / f"run{seed}", seed), {}
+        for step in (10, 20):
+            place = shutil.copytree(checkpoint, run / "checkpoints" / f"step-{step:07d}")
+            one = load_for_sampling(checkpoint)
+            one.path, one.info = place, replace(one.info, step=step)
+            for parameter in one.model.parameters():
+                parameter.mul_(1 + 0.1 * (seed + step))
+            loaded[step] = one
+        found.append(loaded)
+    return found
+
+
+def test_evaluations_of_other_weights_guides_sizes_vaes_and_precisions_are_other_curves(two_runs, checkpoint, tmp_path):
+    """Two training seeds and two steps of each, as evaluations tell them."""
+    work, another = tmp_path / "work", load_for_sampling(checkpoint)
+
+    def evaluate_all(value: float, **changed) -> None:
+        for run in two_runs:
+            for step, loaded in run.items():
+                one = replace(loaded, guide={"own": run[10], "another": another}.get(changed.get("guide")))
+                if "ema" in changed:  # an average is other weights, and is told to be some way off at each step
+                    one.average = Reconstruction(changed["ema"], step, (), 0.001 * step)
+                    one.model = deepcopy(loaded.model)
+                    for parameter in one.model.parameters():
+                        parameter.add_(changed["ema"])
+                one.vae = changed.get("vae", one.vae)
+                evaluated_with(work, one, value + step, image_size=changed.get("size"))
+
+    evaluate_all(100.0)
+    evaluate_all(200.0, ema=0.1)
+    evaluate_all(300.0, ema=0.05)
+    evaluate_all(400.0, guide="own")
+    evaluate_all(500.0, guide="another")
+    evaluate_all(600.0, size=(64, 32))
+    vae = deepcopy(another.vae)
+    next(vae.parameters()).data.add_(0.1)
+    evaluate_all(800.0, vae=vae)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high" if before == "highest" else "highest")
+        evaluate_all(700.0)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    found = curves(read_points(Arguments(str(work), "out")))
+    by_value = {line[0]["value"] - 10: name for name, line in found.items()}
+    assert sorted(by_value) == [100.0 * number for number in range(1, 9)]
+    for name, line in found.items():
+        first = line[0]["value"] - 10
+        assert [(point["x"], point["value"]) for point in line] == [(10, first + 10), (20, first + 20)], name
+        assert [point["seeds"] for point in line] == [[0, 1]] * 2, name
+    assert "weights EMA of relative length 0.1," in by_value[200.0] and "guide none" in by_value[200.0]
+    assert "weights EMA of relative length 0.05," in by_value[300.0]
+    assert "weights as stored, guide its own step-0000010" in by_value[400.0]
+    assert f"guide {checkpoint} (" in by_value[500.0]
+    assert "latents [4, 16, 8]" in by_value[600.0] and "latents [4, 8, 8]" in by_value[100.0]
+    assert "products in" in by_value[700.0] and f"VAE {vae_fingerprint(vae)}" in by_value[800.0]
+
+
+def test_an_evaluation_that_was_made_twice(two_runs, tmp_path):
+    """With other samples it counts once, whatever its hash; other numbers of them, or other runs, are other curves."""
+    for seeds, kept in ((range(4), [0, 1]), (range(3, 7), [3, 3])):  # the training seed, or the lowest
+        work = tmp_path / f"seeds from {seeds[0]}"
+        for seed in seeds:
+            for loaded in (run[step] for run in two_runs for step in run):
+                evaluated_with(work, loaded, float(seed), seed=seed)
+        (line,) = curves(read_points(Arguments(str(work), "out"))).values()
+        assert [(point["values"], point["seeds"]) for point in line] == [(kept, [0, 1])] * 2
+
+    write_numbers(sorted(work.glob("samples-*"))[0], 50.0, how="another classifier", number=1)
+    found = curves(read_points(Arguments(str(work), "out")))
+    values = {name.split(", ")[1]: [point["values"] for point in line] for name, line in found.items()}
+    assert values == {"measured by nothing told": [[3, 3]] * 2, "measured by another classifier": [[50.0]]}
+
+    twin = make_run(tmp_path / "twin", 1)
+    evaluated(tmp_path / "work", twin, 20, 1.0)
+    evaluated(tmp_path / "work", Path(two_runs[1][20].path).parent.parent, 20, 2.0)
+    found = curves(read_points(Arguments(str(tmp_path / "work"), "out")))
+    assert {name: line[0]["values"] for name, line in found.items()} == {
+        f"SiT-XS/2 atconv, folder {tmp_path / 'twin'}": [1.0],
+        f"SiT-XS/2 atconv, folder {tmp_path / 'run1'}": [2.0],
+    }
 
 
 def test_against_guidance_and_evaluations(tmp_path, monkeypatch, capsys):
