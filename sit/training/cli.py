@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ def parse_train_arguments(arguments: list[str]) -> TrainArguments:
             )
         if recipe is not None:
             raise UserError("`recipe` and `resume` exclude each other: a resumed run has its config")
-        base = load_run_settings(run_folder(resume))
+        # without the place where the run began: its folder may have been moved or copied since
+        base = dataclasses.replace(load_run_settings(run_folder(resume)), output_dir=None)
     else:
         base = load_recipe(recipe or TrainArguments.recipe)
     description = f"{TrainArguments.__doc__} Recipes: {', '.join(known_recipes())}."
