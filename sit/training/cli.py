@@ -37,6 +37,12 @@ class TrainArguments:
             raise UserError(f"`gpus` must be at least 1, not {self.gpus}")
         if self.images_per_second is not None and self.images_per_second <= 0:
             raise UserError(f"`images_per_second` must be positive, not {self.images_per_second}")
+        for name, without in (("gpus", 1), ("images_per_second", None)):
+            if not self.dry_run and getattr(self, name) != without:
+                raise UserError(
+                    f"`{name}={getattr(self, name)}` plays no part without `dry_run`: give that too, or leave it out "
+                    "(`accelerate launch` says on how many GPUs a run trains)"
+                )
 
 
 def parse_train_arguments(arguments: list[str]) -> TrainArguments:

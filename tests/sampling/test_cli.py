@@ -108,6 +108,15 @@ def test_images_go_back_to_the_noise_that_makes_them(checkpoint, tmp_path, capsy
         (["--data", "digits"], "--data digits is for --reverse and --likelihood"),
         (["--reverse", "--data", "digits", "--sampler", "ode", "--labels", "1"], "leave them out"),
         (["--reverse", "--data", "nowhere", "--sampler", "ode"], "--data nowhere: no such folder"),
+        (["--reverse", "--data", "digits", "--sampler", "ode", "--compile"], "--compile plays no part with --reverse"),
+        (
+            ["--likelihood", "--data", "digits", "--sampler", "ode", "--label-order", "uniform"],
+            "--label-order uniform plays no part with --likelihood: leave it out",
+        ),
+        (
+            ["--reverse", "--data", "digits", "--sampler", "ode", "--probes", "4"],
+            "--probes 4 plays no part without --likelihood: give that too, or leave it out",
+        ),
     ],
 )
 def test_inversion_says_what_it_needs(checkpoint, tmp_path, capsys, arguments, words):
@@ -183,6 +192,8 @@ def test_precision(checkpoint, tmp_path):
         (["--image-size", "30", "32"], "--image-size 30 32: both must be multiples of 8"),
         (["--device", "abacus"], "--device abacus can't be used"),
         (["--cfg-interval", "0.7", "0.2"], "--cfg-interval"),
+        (["--cfg-channels", "0"], "--cfg-channels plays no part with --cfg-scale 1"),
+        (["--probes", "2"], "--probes 2 plays no part without --likelihood"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(checkpoint, tmp_path, capsys, arguments, words):
