@@ -27,7 +27,7 @@ class Arguments:
     """autoguidance: a second, worse checkpoint, such as an earlier one of the run, to guide away from by --cfg-scale,
     instead of from the network without the label"""
     out: str | None = None
-    """new folder for the images; None makes one under samples/"""
+    """new folder for the images, or for the noise; None makes one under samples/"""
     num_samples: int | None = None
     """how many images, kept as single PNGs and in samples.npz; None makes only a grid of four of each label"""
     labels: tuple[str, ...] = ()
