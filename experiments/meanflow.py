@@ -26,6 +26,7 @@ import tyro
 from training_runs import ensure_trained
 
 from sit.checkpoint.load import Loaded, load_for_sampling
+from sit.compare.curves import seconds_of_training
 from sit.metrics.classifier import LabelClassifier
 from sit.metrics.estimate import half_width
 from sit.metrics.evaluate import Against, measure
@@ -208,13 +209,12 @@ def _found(
 
 
 def of_seed(arguments: Arguments, seed: int) -> dict[str, Any]:
-    """What was found of both objectives, and the seconds that they trained."""
+    """What was found of both objectives, and the seconds that they trained, None where a damaged log doesn't tell."""
     found: dict[str, Any] = {"seconds": {}, "ways": {}}
     for averages, name in ((True, "meanflow"), (False, "plain")):
         config, folder = arguments.config(seed, averages), arguments.out / f"{name}-seed{seed}"
-        rows = ensure_trained(config, folder)
-        rates = [row["steps_per_second"] for row in rows if "steps_per_second" in row]
-        found["seconds"][name] = config.steps / (sum(rates) / len(rates))
+        ensure_trained(config, folder)
+        found["seconds"][name] = seconds_of_training(folder, config.steps)
         guidance = inner_guidance(arguments.config(seed, True))
         ways = meanflow_ways() if averages else plain_ways(arguments.many_steps, guidance)
         found["ways"] |= evaluated(arguments, seed, folder, ways)
@@ -266,7 +266,8 @@ def run(arguments: Arguments) -> None:
     """Train and sample what is missing, print the tables, and keep all numbers as JSON."""
     found = {seed: of_seed(arguments, seed) for seed in range(arguments.seeds)}
     for seed, of in found.items():
-        seconds = ", ".join(f"{name} {value:.0f} s" for name, value in of["seconds"].items())
+        told = {name: "not told" if value is None else f"{value:.0f} s" for name, value in of["seconds"].items()}
+        seconds = ", ".join(f"{name} {value}" for name, value in told.items())
         print(f"seed {seed}, training: {seconds}")
     print(
         f"\n{table(found, arguments, everything=False)}\n\nAll solvers:\n\n{table(found, arguments, everything=True)}"

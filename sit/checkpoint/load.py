@@ -18,6 +18,7 @@ from sit.checkpoint.info import CheckpointInfo, read_info, read_vae_name
 from sit.checkpoint.posthoc_ema import Reconstruction, find_reconstruction
 from sit.checkpoint.published import read_published
 from sit.checkpoint.weights_file import load_folder_weights, stored_shapes
+from sit.latents.likeness import difference
 from sit.latents.vae import check_channels, load_vae
 from sit.model import SiT, current_config
 from sit.transport.transport import Transport
@@ -100,9 +101,9 @@ def load_for_sampling(
         The network in evaluation mode, without gradients; its transport; the VAE on request; and the information.
 
     Raises:
-        UserError: nothing usable at ``path`` or ``guide``, a guide of other classes or of latents with other channels,
-            or a file that is cut off, unsafe to open or of another architecture; an average that can't be
-            reconstructed.
+        UserError: nothing usable at ``path`` or ``guide``, a guide of other classes or of other latents, as far as the
+            files here tell, or a file that is cut off, unsafe to open or of another architecture; an average that can't
+            be reconstructed.
     """
     place = resolve(path)
     average = None if ema is None else find_reconstruction(place, ema)
@@ -142,6 +143,12 @@ def _check_guide(loaded: Loaded, guide: Loaded) -> None:
     ):
         if of(loaded) != of(guide):
             raise UserError(f"`guide={guide.path}` can't guide {loaded.path}: {what} {of(guide)}, not {of(loaded)}")
+    if loaded.vae_source is not None and guide.vae_source is not None:
+        if (found := difference(loaded.vae_source, guide.vae_source)) is not None:
+            raise UserError(
+                f"`guide={guide.path}` can't guide {loaded.path}: its latents are {found}; give a guide that was "
+                "trained on the same, or, if both were, their `vae`"
+            )
 
 
 def _read_folder(place: Path) -> tuple[SiT, Transport, CheckpointInfo, str | None]:

@@ -65,7 +65,7 @@ def load_vae(
     if is_pixels(name):
         codec = pixel_codec(str(name)).eval()
         return torch.nn.Module.to(codec, device=device, dtype=dtype)  # ModelMixin.to warns without need
-    folder = _folder(name)
+    folder = vae_folder(name)
     if folder.is_dir():
         vae = _from_pretrained(str(folder), name, dtype, {"local_files_only": True})
     elif folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", ".."):
@@ -89,7 +89,7 @@ def empty_vae(name: str | Path | None) -> AutoencoderKL | None:
     """
     if is_pixels(name):
         return pixel_codec(str(name))
-    folder = _folder(name)
+    folder = vae_folder(name)
     if not folder.is_dir():
         return None
     with _explained(name, "is the folder whole?"), torch.device("meta"):
@@ -99,8 +99,12 @@ def empty_vae(name: str | Path | None) -> AutoencoderKL | None:
         return vae
 
 
-def _folder(name: str | Path | None) -> Path:
-    """The folder with the VAE's ``config.json``, if ``name`` is a folder; else ``name`` as it is."""
+def vae_folder(name: str | Path | None) -> Path:
+    """The folder with the VAE's ``config.json``, if ``name`` is a folder; else ``name`` as it is.
+
+    Raises:
+        UserError: the folder has none, nor a ``vae/`` that has one.
+    """
     folder = DIGITS_VAE if name is None or str(name) == "digits" else Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         folder = folder / "vae"

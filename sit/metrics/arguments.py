@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from sit.checkpoint.hints import FileHints
-from sit.sampling.config import LabelOrder, SamplerConfig, check_guide, height_and_width
+from sit.sampling.config import LabelOrder, SamplerConfig, check_guide, check_heeded, height_and_width
 from sit.utils.choices import Precision
 from sit.utils.errors import UserError
 from sit.utils.threads import CpuThreads
@@ -85,15 +86,29 @@ class Arguments:
     def __post_init__(self) -> None:
         if (self.ckpt is None) == (self.samples is None):
             raise UserError("give either `ckpt`, to sample from, or `samples`, a folder or npz")
-        if self.ema is not None and self.ckpt is None:
-            raise UserError(f"`ema={self.ema:g}` is for `ckpt`: samples are as they were made")
-        if self.guide is not None and self.ckpt is None:
-            raise UserError(f"`guide={self.guide}` is for `ckpt`: samples are as they were made")
+        if self.ckpt is None:
+            self._check_nothing_is_made()
+        check_heeded(self.sampler)
         check_guide(self.guide, self.sampler)
         _check_counts(self, "num_samples", "batch_size")
         size = height_and_width(self.image_size)
         if self.samples is not None and size is not None and size[0] != size[1]:
             raise UserError(f"`image_size={size[0]} {size[1]}`: `samples` are cropped to squares; give one side")
+
+    def _check_nothing_is_made(self) -> None:
+        """Raise UserError if something is set of how a checkpoint makes samples."""
+        for part in (self, self.published, self.sampler):
+            for one in dataclasses.fields(part):
+                name, value = one.name, getattr(part, one.name)
+                if part is self and (name not in OF_MAKING or (name, value) == ("compile", False)):
+                    continue  # nothing is compiled, as asked
+                if value != one.default:
+                    said = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                    raise UserError(f"`{name}={said}` is for `ckpt`: samples are as they were made")
+
+
+OF_MAKING = ("ema", "guide", "label_order", "seed", "precision", "compile")
+"""flags of how a checkpoint makes samples, besides those of the sampler and of published files"""
 
 
 @dataclass

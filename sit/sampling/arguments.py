@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from sit.checkpoint.hints import FileHints
-from sit.sampling.config import LabelOrder, SamplerConfig, check_guide
+from sit.sampling.config import LabelOrder, SamplerConfig, check_guide, check_heeded
 from sit.utils.choices import Precision
 from sit.utils.errors import UserError
 from sit.utils.threads import CpuThreads
@@ -27,7 +27,7 @@ class Arguments:
     """autoguidance: a second, worse checkpoint, such as an earlier one of the run, to guide away from by --cfg-scale,
     instead of from the network without the label"""
     out: str | None = None
-    """new folder for the images; None makes one under samples/"""
+    """new folder for the images, or for the noise; None makes one under samples/"""
     num_samples: int | None = None
     """how many images, kept as single PNGs and in samples.npz; None makes only a grid of four of each label"""
     labels: tuple[str, ...] = ()
@@ -66,6 +66,7 @@ class Arguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"`{name}` must be at least 1, not {value}")
+        check_heeded(self.sampler)
         check_guide(self.guide, self.sampler)
         if self.inverts and (self.data is None or self.sampler.sampler != "ode"):
             raise UserError(
@@ -76,6 +77,14 @@ class Arguments:
             raise UserError(f"`data={self.data}` is for `reverse` and `likelihood`: give one of them")
         if self.inverts and (self.labels or self.image_size is not None):
             raise UserError("`labels` and `image_size` are those of `data`, as the network was trained: leave them out")
+        if self.probes != 1 and not self.likelihood:
+            raise UserError(
+                f"`probes={self.probes}` plays no part without `likelihood`: give that too, or leave it out"
+            )
+        for name, without in (("compile", (None, False)), ("label_order", ("balanced",))):
+            if self.inverts and getattr(self, name) not in without:
+                mode = "likelihood" if self.likelihood else "reverse"
+                raise UserError(f"`{name}={getattr(self, name)}` plays no part with `{mode}`: leave it out")
 
     @property
     def inverts(self) -> bool:

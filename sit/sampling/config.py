@@ -29,6 +29,8 @@ ADAPTIVE_METHODS = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun", "
 FIXED_METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
 """torchdiffeq's solvers that make the steps they are told."""
 ODE_METHODS = ADAPTIVE_METHODS + FIXED_METHODS
+TOLERANT_METHODS = (*ADAPTIVE_METHODS, "implicit_adams", "fixed_adams")
+"""those that heed ``atol`` and ``rtol``, two by iterating each step until it changes no more"""
 METHODS: dict[str, tuple[str, ...]] = {"sde": SDE_METHODS, "ode": ODE_METHODS, "meanflow": ()}
 """the samplers, and the methods of each"""
 
@@ -64,9 +66,9 @@ class SamplerConfig:
     last_step_size: float = 0.04
     """time that the SDE's last step covers"""
     atol: float = 1e-6
-    """absolute tolerance of adaptive ODE solvers"""
+    """absolute tolerance of ODE solvers that are adaptive, and of implicit_adams and fixed_adams"""
     rtol: float = 1e-3
-    """relative tolerance of adaptive ODE solvers"""
+    """relative tolerance of the same"""
     cfg_scale: float = 1.0
     """classifier-free guidance; 1 is none, and then the network runs once a step instead of twice"""
     cfg_channels: int = 3
@@ -146,6 +148,28 @@ class SamplerConfig:
 def height_and_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """What ``image_size`` means: one number is the side of a square."""
     return (size, size) if isinstance(size, int) else size
+
+
+def check_heeded(config: SamplerConfig) -> None:
+    """Refuse what a user sets of a sampler, and another setting leaves without effect.
+
+    This is for settings as they are given: one that is stored, or whose guidance a callback changes on the way, may
+    hold such values.
+
+    Raises:
+        UserError: a setting that plays no part differs from its default.
+    """
+    method = config.resolved_method
+    idle = {
+        "last_step_size": (config.last_step == "none", "`last_step=none`"),
+        "atol": (config.sampler == "ode" and method not in TOLERANT_METHODS, f"`method={method}`"),
+        "cfg_channels": (config.cfg_scale == 1, "`cfg_scale=1`, which guides nothing"),
+    }
+    idle |= {"rtol": idle["atol"], "cfg_interval": idle["cfg_channels"]}
+    for field in dataclasses.fields(config):
+        plays_no_part, cause = idle.get(field.name, (False, ""))
+        if plays_no_part and getattr(config, field.name) != field.default:
+            raise UserError(f"`{field.name}` plays no part with {cause}: leave it out, or change that")
 
 
 def check_guide(guide: str | None, config: SamplerConfig) -> None:

@@ -77,18 +77,25 @@ def latent_shape_for(loaded: Loaded, image_size: tuple[int, int] | None) -> tupl
     """Shape (c, h, w) of the latents for images of ``image_size`` (height, width); None means as it was trained.
 
     Raises:
-        UserError: the VAE or the patches don't divide that size.
+        UserError: the VAE or the patches, of the network or of its guide, don't divide that size.
     """
     config = loaded.model.config
-    channels, (trained_height, trained_width) = config["in_channels"], config["input_size"]
-    if image_size is None:
-        return channels, trained_height, trained_width
-    factor = downsampling(loaded.vae)
-    side = factor * config["patch_size"]
-    if any(length < side or length % side for length in image_size):
-        height, width = image_size
-        raise UserError(f"`image_size={height} {width}`: both must be multiples of {side} for this network and VAE")
-    return channels, image_size[0] // factor, image_size[1] // factor
+    height, width = config["input_size"]
+    if image_size is not None:
+        factor = downsampling(loaded.vae)
+        side = factor * config["patch_size"]
+        if any(length < side or length % side for length in image_size):
+            told = f"`image_size={image_size[0]} {image_size[1]}`"
+            raise UserError(f"{told}: both must be multiples of {side} for this network and VAE")
+        height, width = (length // factor for length in image_size)
+    if loaded.guide is not None:
+        patch = loaded.guide.model.config["patch_size"]
+        if height % patch or width % patch:
+            raise UserError(
+                f"`guide={loaded.guide.path}` has patches of {patch}, and the latents are of {height} x {width}, which "
+                "that doesn't divide: give another guide, or another `image_size`"
+            )
+    return config["in_channels"], height, width
 
 
 def check_finite(

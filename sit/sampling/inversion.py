@@ -5,6 +5,7 @@ What comes out is one ``inversion.npz`` and, of the likelihood, its mean.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,16 @@ from sit.sampling.likelihood import bits_per_dimension, log_likelihood, random_s
 from sit.sampling.sampler import sample
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_folder
+from sit.utils.lock import locked
 from sit.utils.random import generator
 
 FILE = "inversion.npz"
 
 
-def invert(arguments: Arguments, loaded: Loaded, state: PartialState) -> Path | None:
-    """Write what the images of ``arguments.data`` are to the network, all processes together.
+def invert(arguments: Arguments, loaded: Loaded, folder: Path, state: PartialState) -> Path | None:
+    """Write what the images of ``arguments.data`` are to the network into a new folder, all processes together.
 
-    ``FOLDER/inversion.npz`` has ``image`` (n,) int64 numbers in the data, ``label`` (n,) int64 and ``noise``
+    ``folder/inversion.npz`` has ``image`` (n,) int64 numbers in the data, ``label`` (n,) int64 and ``noise``
     (n, c, h, w) float32; with ``arguments.likelihood`` also ``nats`` and ``bits_per_dimension`` (n,) float64, both of
     the latents.
 
@@ -42,7 +44,8 @@ def invert(arguments: Arguments, loaded: Loaded, state: PartialState) -> Path | 
         The file, on the main process; None on the others.
 
     Raises:
-        UserError: the data can't be had, or their size or classes are not the network's.
+        UserError: the data can't be had, or their size or classes are not the network's; or the folder exists, which is
+            told before anything is computed.
     """
     assert arguments.data is not None
     _, height, width = latent_shape_for(loaded, None)
@@ -56,15 +59,17 @@ def invert(arguments: Arguments, loaded: Loaded, state: PartialState) -> Path | 
     mine = chosen[state.process_index :: state.num_processes]
     batches = [mine[start : start + arguments.batch_size] for start in range(0, len(mine), arguments.batch_size)]
     rows: list[dict[str, np.ndarray]] = []
-    for numbers in tqdm(batches, desc="invert", dynamic_ncols=True, disable=not state.is_main_process):
-        rows.append(inverted(arguments, loaded, data, numbers, labels[numbers]))
-    rows = gather_object(rows)
-    if not state.is_main_process:
-        return None
-    merged = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-    order = merged["image"].argsort()
-    folder = Path(arguments.out or f"samples/inversion-{Path(loaded.path).name}")
-    with atomic_folder(folder) as place:
+    with contextlib.ExitStack() as stack:
+        if state.is_main_process:
+            stack.enter_context(locked(folder, "out", beside=True))
+            place = stack.enter_context(atomic_folder(folder))
+        for numbers in tqdm(batches, desc="invert", dynamic_ncols=True, disable=not state.is_main_process):
+            rows.append(inverted(arguments, loaded, data, numbers, labels[numbers]))
+        rows = gather_object(rows)
+        if not state.is_main_process:
+            return None
+        merged = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        order = merged["image"].argsort()
         columns: dict[str, Any] = {name: values[order] for name, values in merged.items()}
         np.savez(place / FILE, **columns)
     if arguments.likelihood:

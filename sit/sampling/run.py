@@ -44,8 +44,9 @@ def sample(arguments: Arguments) -> None:
     state = process_state()
     loaded = load(arguments, state)
     arguments = replace(arguments, sampler=arguments.sampler.resolve(loaded.transport.averages))
+    folder = output_folder(arguments)
     if arguments.inverts:
-        if (file := invert(arguments, loaded, state)) is not None:
+        if (file := invert(arguments, loaded, folder, state)) is not None:
             print(f"noise:   {file}")
         return
     labels = labels_in_turn(arguments, loaded)
@@ -56,8 +57,6 @@ def sample(arguments: Arguments) -> None:
         wanted = uniform_labels(range(count), labels, arguments.seed)
     shape = latent_shape_for(loaded, height_and_width(arguments.image_size))
     compile_if_worth_it(arguments, loaded, count, state)
-    average = f"-ema{arguments.ema:g}" if arguments.ema is not None else ""
-    folder = Path(arguments.out or f"samples/{time.strftime('%Y%m%d-%H%M%S')}-seed{arguments.seed}{average}")
     factor = downsampling(loaded.vae)
     size = shape[1] * factor, shape[2] * factor
     keep = arguments.num_samples is not None
@@ -80,6 +79,15 @@ def sample(arguments: Arguments) -> None:
     state.print(f"grid:    {folder / 'grid.png'}")
     if keep:
         state.print(f"samples: {folder / 'samples.npz'} and {count} PNGs")
+
+
+def output_folder(arguments: Arguments) -> Path:
+    """The folder that ``out`` names, or one under ``samples/`` by the date, what is done, the seed and the average."""
+    if arguments.out is not None:
+        return Path(arguments.out)
+    done = "likelihood-" if arguments.likelihood else "reverse-" if arguments.reverse else ""
+    average = f"-ema{arguments.ema:g}" if arguments.ema is not None else ""
+    return Path("samples") / f"{time.strftime('%Y%m%d-%H%M%S')}-{done}seed{arguments.seed}{average}"
 
 
 def made_here(

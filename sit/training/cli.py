@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,12 @@ class TrainArguments:
             raise UserError(f"`gpus` must be at least 1, not {self.gpus}")
         if self.images_per_second is not None and self.images_per_second <= 0:
             raise UserError(f"`images_per_second` must be positive, not {self.images_per_second}")
+        for name, without in (("gpus", 1), ("images_per_second", None)):
+            if not self.dry_run and getattr(self, name) != without:
+                raise UserError(
+                    f"`{name}={getattr(self, name)}` plays no part without `dry_run`: give that too, or leave it out "
+                    "(`accelerate launch` says on how many GPUs a run trains)"
+                )
 
 
 def parse_train_arguments(arguments: list[str]) -> TrainArguments:
@@ -52,7 +59,8 @@ def parse_train_arguments(arguments: list[str]) -> TrainArguments:
             )
         if recipe is not None:
             raise UserError("`recipe` and `resume` exclude each other: a resumed run has its config")
-        base = load_run_settings(run_folder(resume))
+        # without the place where the run began: its folder may have been moved or copied since
+        base = dataclasses.replace(load_run_settings(run_folder(resume)), output_dir=None)
     else:
         base = load_recipe(recipe or TrainArguments.recipe)
     description = f"{TrainArguments.__doc__} Recipes: {', '.join(known_recipes())}."

@@ -166,7 +166,7 @@ class TrainConfig:
     """steps in a row whose loss or gradient is not finite, and which are skipped, before the run stops"""
 
     output_dir: str | None = first_of("files", None)
-    """the run's folder; None makes a new one under runs/"""
+    """the run's folder; None makes a new one under runs/, or is that of the run to resume"""
     resume: str | None = None
     """a run or checkpoint to continue; `auto` continues the newest complete checkpoint of the output folder, if any"""
     trackers: tuple[str, ...] = ("tensorboard",)

@@ -57,7 +57,8 @@ def find_start(config: TrainConfig) -> Start:
     """Find out where to start, and refuse what can be seen to be wrong before the data is read.
 
     Raises:
-        UserError: names that are unknown, an output folder that is taken, or a run that can't be continued.
+        UserError: names that are unknown, an output folder that is taken or is not that of the run to resume, or a run
+            that can't be continued.
     """
     parse_mixers(config.mixer)
     check_model_name(config.model)
@@ -83,11 +84,21 @@ def find_start(config: TrainConfig) -> Start:
 
 
 def _begun_folder(config: TrainConfig) -> Path | None:
-    """The folder of the run to continue; None for a new run."""
+    """The folder of the run to continue; None for a new run.
+
+    Raises:
+        UserError: there is no such run, or ``output_dir`` is another folder than its own.
+    """
     if config.resume is None:
         return None
     if config.resume != "auto":
-        return run_folder(config.resume)
+        folder = run_folder(config.resume)
+        if config.output_dir is not None and Path(config.output_dir).resolve() != folder:
+            raise UserError(
+                f"`output_dir={config.output_dir}` is not the folder of `resume={config.resume}`, in which that run "
+                "goes on: leave it out, resume a copy of that folder, or begin a new run with `init_from`"
+            )
+        return folder
     if config.output_dir is None:
         raise UserError("`resume=auto` needs `output_dir`, the run to continue if it has begun")
     folder = Path(config.output_dir)

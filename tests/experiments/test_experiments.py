@@ -197,6 +197,22 @@ def test_one_step_against_many_on_the_digits(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == printed[printed.index("seed 0") :]
 
 
+def test_the_seconds_of_a_training_are_those_of_its_steps(tmp_path, monkeypatch):
+    """At 10 and at 2 steps a second a step takes 0.1 and 0.5 s, not their count over the mean pace."""
+    arguments = meanflow.Arguments("digits", out=tmp_path, seeds=2, steps=20, ratio=2.0)
+
+    def logged(config, folder):
+        folder.mkdir()
+        rows = [(10, 10.0), (config.steps, 2.0)]
+        text = [json.dumps({"step": step, "steps_per_second": pace}) for step, pace in rows]
+        (folder / "metrics.jsonl").write_text("\n".join(text) + "\n")
+
+    monkeypatch.setattr(meanflow, "ensure_trained", logged)
+    monkeypatch.setattr(meanflow, "evaluated", lambda *arguments: {})
+    found = meanflow.of_seed(arguments, 0)
+    assert found["seconds"] == pytest.approx({"meanflow": 10 / 10 + 10 / 2, "plain": 10 / 10 + 30 / 2})
+
+
 def test_solvers_are_allowed_the_evaluations_that_they_count():
     """Counted as the network is called, with rows of both halves of guidance."""
     for way in meanflow.plain_ways(5, 2.0):

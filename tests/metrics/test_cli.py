@@ -18,10 +18,12 @@ from processes import Connected
 from safetensors.torch import load_file, save_file
 from torch_fidelity import calculate_metrics, register_feature_extractor
 
+from sit.checkpoint.hints import FileHints
 from sit.checkpoint.load import load_for_sampling
 from sit.data.digits import digits_arrays
 from sit.data.factory import open_images
 from sit.metrics import cli as eval_fid
+from sit.metrics.arguments import Arguments
 from sit.metrics.classifier import LabelClassifier
 from sit.metrics.digits import EXTRACTOR, DigitsFeatureExtractor
 from sit.metrics.estimate import half_width
@@ -508,6 +510,22 @@ def test_samples_of_another_size_than_the_training(checkpoint, tmp_path, capsys)
         with pytest.raises(SystemExit):
             run_command(["eval_fid.py", "--reference", "digits", *words])
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(ema=0.1), dict(guide="y"), dict(label_order="uniform"), dict(seed=1), dict(precision="bfloat16"),
+        dict(compile=True), dict(published=FileHints(time_reversed=False)), dict(sampler=SamplerConfig(steps=25)),
+        dict(sampler=SamplerConfig(diffusion_norm=0.0)), dict(sampler=SamplerConfig("ode")),
+        dict(sampler=SamplerConfig(cfg_scale=0.0)),
+    ],
+)  # fmt: skip
+def test_settings_of_how_samples_are_made_are_refused_for_those_that_are(settings):
+    with pytest.raises(UserError, match="is for `ckpt`: samples are as they were made"):
+        Arguments("digits", samples="x", **settings)
+    made = dict(num_samples=5, batch_size=8, image_size=32, save="a.npz", vae="digits", device="cpu", compile=False)
+    assert Arguments("digits", samples="x", **made).num_samples == 5
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,27 +13,37 @@ from sit.checkpoint.convert import Convert, convert
 from sit.checkpoint.info import CheckpointInfo
 from sit.checkpoint.load import load_for_sampling
 from sit.checkpoint.save import save_checkpoint
-from sit.latents.vae import DIGITS_VAE
+from sit.latents.vae import DIGITS_VAE, load_vae
 from sit.metrics.arguments import Arguments as EvaluationArguments
 from sit.metrics.generated import GeneratedImages
 from sit.model import SiT
 from sit.sampling.arguments import Arguments
 from sit.sampling.config import SamplerConfig
 from sit.sampling.guidance import GuidedModel
+from sit.sampling.images import latent_shape_for
+from sit.sampling.run import sample as make
 from sit.sampling.sampler import KeyedNoise, generate, guided_model, sample
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 
 
-def other(folder: Path, transport: Transport | None = None, classes: int = 10) -> Path:
-    """A second checkpoint with random weights."""
+def other(
+    folder: Path,
+    transport: Transport | None = None,
+    classes: int = 10,
+    vae: str | Path = DIGITS_VAE,
+    latents: tuple[int, int] = (4, 8),
+    patch_size: int = 4,
+) -> Path:
+    """A second checkpoint with random weights, of ``latents`` (channels, side)."""
     torch.manual_seed(1)
-    model = SiT(8, patch_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=classes, mixer="attention",
-                null_class=False)  # fmt: skip
+    channels, side = latents
+    model = SiT(side, patch_size=patch_size, in_channels=channels, hidden_size=16, depth=1, num_heads=2,
+                num_classes=classes, mixer="attention", null_class=False)  # fmt: skip
     for parameter in model.parameters():
         parameter.data.normal_(std=0.1)
     info = CheckpointInfo(1, 1, (32, 32), classes, [str(d) for d in range(classes)], "digits", "attention")
-    return save_checkpoint(folder, model=model, transport=transport or Transport(), vae_source=DIGITS_VAE, info=info)
+    return save_checkpoint(folder, model=model, transport=transport or Transport(), vae_source=vae, info=info)
 
 
 def test_the_formula():
@@ -103,6 +114,47 @@ def test_what_one_file_leaves_open_its_like_does_too_and_a_folder_does_not(tmp_p
     for guide, width in ((file, 32), (other(tmp_path / "guide"), 16)):
         loaded = load_for_sampling(file, guide=guide, num_heads=2)
         assert loaded.guide is not None and loaded.guide.model.config["hidden_size"] == width
+
+
+def test_a_guide_of_other_latents_is_refused(checkpoint, tmp_path):
+    """Unless both are given their VAE, or nothing here tells; another decoder is no matter."""
+    gray, stretched = "none:channels=1", "none:channels=1:scale=1.42"
+    run, same, stranger = (
+        other(tmp_path / name, vae=vae, latents=(1, 16))
+        for name, vae in (("run", gray), ("same", f"{gray}:scale=2"), ("stranger", stretched))
+    )
+    assert load_for_sampling(run, guide=same).guide is not None
+    with pytest.raises(
+        UserError, match="`guide=.*stranger` can't guide .*shift and scale 0.0 and 1.42, not 0.0 and 2.0"
+    ):
+        load_for_sampling(run, guide=stranger)
+    assert load_for_sampling(run, guide=stranger, vae=gray).guide is not None
+    for part, refused in (("decoder", False), ("encoder", True)):
+        vae = load_vae("digits")
+        getattr(vae, part).conv_in.weight.data.mul_(1.5)
+        vae.save_pretrained(tmp_path / f"{part}-vae")
+        guide = other(tmp_path / part, vae=tmp_path / f"{part}-vae")
+        with pytest.raises(UserError, match="made by the encoder in .*vae") if refused else nullcontext():
+            load_for_sampling(checkpoint, guide=guide)
+    assert load_for_sampling(checkpoint, guide=other(tmp_path / "hub", vae="who/knows")).guide is not None
+
+
+def test_a_guide_whose_patches_do_not_divide_the_latents_is_refused(checkpoint, tmp_path):
+    """Before anything is sampled; those of the network are of 2, and the VAE divides sides by 4."""
+    guided = load_for_sampling(checkpoint, guide=other(tmp_path / "fours"))
+    for size, latents in ((None, (4, 8, 8)), ((48, 64), (4, 12, 16))):
+        assert latent_shape_for(guided, size) == latents
+    with pytest.raises(UserError, match="`guide=.*fours` has patches of 4, and the latents are of 8 x 10"):
+        latent_shape_for(guided, (32, 40))
+    guided = load_for_sampling(checkpoint, guide=other(tmp_path / "threes", latents=(4, 12), patch_size=3))
+    arguments = Arguments(str(checkpoint), guide=str(guided.guide.path), sampler=SamplerConfig(cfg_scale=2.0))
+    for refused in (
+        lambda: GeneratedImages(guided, 4, config=arguments.sampler),
+        lambda: make(dataclasses.replace(arguments, out=str(tmp_path / "out"))),
+    ):
+        with pytest.raises(UserError, match="has patches of 3, and the latents are of 8 x 8"):
+            refused()
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes(checkpoint, tmp_path):

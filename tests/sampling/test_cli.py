@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -108,12 +109,56 @@ def test_images_go_back_to_the_noise_that_makes_them(checkpoint, tmp_path, capsy
         (["--data", "digits"], "--data digits is for --reverse and --likelihood"),
         (["--reverse", "--data", "digits", "--sampler", "ode", "--labels", "1"], "leave them out"),
         (["--reverse", "--data", "nowhere", "--sampler", "ode"], "--data nowhere: no such folder"),
+        (["--reverse", "--data", "digits", "--sampler", "ode", "--compile"], "--compile plays no part with --reverse"),
+        (
+            ["--likelihood", "--data", "digits", "--sampler", "ode", "--label-order", "uniform"],
+            "--label-order uniform plays no part with --likelihood: leave it out",
+        ),
+        (
+            ["--reverse", "--data", "digits", "--sampler", "ode", "--probes", "4"],
+            "--probes 4 plays no part without --likelihood: give that too, or leave it out",
+        ),
     ],
 )
 def test_inversion_says_what_it_needs(checkpoint, tmp_path, capsys, arguments, words):
     with pytest.raises(SystemExit):
         run("--ckpt", checkpoint, "--out", tmp_path / "a", *arguments)
     assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+FEW = ["--data", "digits", "--num-samples", 1, "--sampler", "ode", "--method", "euler", "--steps", 1, "--device", "cpu"]
+
+
+@pytest.mark.parametrize("way", ["--reverse", "--likelihood"])
+def test_inversion_refuses_a_folder_in_use_before_it_computes(checkpoint, tmp_path, capsys, monkeypatch, way):
+    (tmp_path / "mine").write_text("precious")
+    monkeypatch.setattr("sit.sampling.inversion.inverted", None)  # called, it would fail
+    with pytest.raises(SystemExit):
+        run("--ckpt", checkpoint, way, *FEW, "--out", tmp_path)
+    assert "exists already" in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_inversion_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("sit.sampling.inversion.inverted", None)
+    with pytest.raises(TypeError):
+        run("--ckpt", checkpoint, "--reverse", *FEW, "--out", tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_inversion_has_a_folder_of_its_own(checkpoint, tmp_path, capsys, monkeypatch):
+    """As samples have, it is named by the time; what is done and the seed tell those of one second apart."""
+    monkeypatch.chdir(tmp_path)
+    now = time.mktime((2026, 1, 2, 3, 4, 5, 0, 0, -1))
+    for seconds, way, seed in ((0, "--reverse", 0), (1, "--reverse", 0), (1, "--likelihood", 0), (1, "--reverse", 7)):
+        then = time.localtime(now + seconds)
+        with monkeypatch.context() as patch:
+            patch.setattr("time.strftime", lambda form, strftime=time.strftime, then=then: strftime(form, then))
+            run("--ckpt", checkpoint, way, *FEW, "--seed", seed)
+    names = ["20260102-030405-reverse-seed0", "20260102-030406-likelihood-seed0"]
+    names += [f"20260102-030406-reverse-seed{seed}" for seed in (0, 7)]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
+    assert all((tmp_path / "samples" / name / "inversion.npz").is_file() for name in names)
+    assert f"noise:   samples/{names[0]}/inversion.npz" in capsys.readouterr().out
 
 
 NAMES = ["tench, Tinca tinca", "three", "golden_retriever", "Tabby Cat", "7"]
@@ -183,6 +228,8 @@ def test_precision(checkpoint, tmp_path):
         (["--image-size", "30", "32"], "--image-size 30 32: both must be multiples of 8"),
         (["--device", "abacus"], "--device abacus can't be used"),
         (["--cfg-interval", "0.7", "0.2"], "--cfg-interval"),
+        (["--cfg-channels", "0"], "--cfg-channels plays no part with --cfg-scale 1"),
+        (["--probes", "2"], "--probes 2 plays no part without --likelihood"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(checkpoint, tmp_path, capsys, arguments, words):

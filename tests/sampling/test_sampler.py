@@ -7,6 +7,7 @@ import functools
 import math
 import re
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import formulas
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from sit.metrics.arguments import Arguments as EvaluationArguments
 from sit.model import SiT
-from sit.sampling.config import ODE_METHODS, SDE_METHODS, SamplerConfig
+from sit.sampling.arguments import Arguments
+from sit.sampling.config import ODE_METHODS, SDE_METHODS, TOLERANT_METHODS, SamplerConfig
 from sit.sampling.guidance import times
 from sit.sampling.likelihood import bits_per_dimension, log_likelihood, random_signs
 from sit.sampling.sampler import KeyedNoise, generate, grouped, sample
@@ -616,6 +619,43 @@ def test_keyed_noise():
 def test_mistakes(arguments, message):
     with pytest.raises(UserError, match=message):
         SamplerConfig(**arguments)
+
+
+GUIDED = dict(cfg_scale=2.0)
+ODE = dict(sampler="ode")
+
+
+@pytest.mark.parametrize(
+    "settings, idle_with, heeded_with, cause",
+    [
+        (dict(last_step_size=0.1), dict(last_step="none"), dict(last_step="tweedie"), "`last_step=none`"),
+        (dict(atol=1e-3), ODE | dict(method="heun2"), ODE, "`method=heun2`"),
+        (dict(rtol=1e-5), ODE | dict(method="explicit_adams"), ODE | dict(method="fixed_adams"), "explicit_adams"),
+        (dict(cfg_channels=0), {}, GUIDED, "`cfg_scale=1`"),
+        (dict(cfg_interval=(0.0, 0.7)), ODE, GUIDED, "`cfg_scale=1`"),
+        (dict(cfg_channels=4), dict(sampler="meanflow"), GUIDED, "`cfg_scale=1`"),
+    ],
+)
+def test_a_setting_that_another_leaves_without_a_part_is_refused_where_users_give_it(
+    settings, idle_with, heeded_with, cause
+):
+    """By sample.py and eval_fid.py; it stands in a configuration that is stored, or guided later on."""
+    (name,) = settings
+    for arguments in (Arguments, partial(EvaluationArguments, "digits")):
+        with pytest.raises(UserError, match=f"`{name}` plays no part with .*{cause}"):
+            arguments(ckpt="x", sampler=SamplerConfig(**settings, **idle_with))
+        arguments(ckpt="x", sampler=SamplerConfig(**settings, **heeded_with))
+        arguments(ckpt="x", sampler=SamplerConfig(**idle_with))
+
+
+@pytest.mark.parametrize("method", ODE_METHODS)
+def test_the_methods_that_heed_tolerances_are_those_whose_samples_they_change(method):
+    velocity, _ = gaussian("linear")
+    made = [
+        sample(velocity, Transport(), normal(*SHAPE), None, SamplerConfig("ode", 8, method, atol=error, rtol=error))
+        for error in (1e-2, 1e-6)
+    ]
+    assert torch.equal(*made) == (method not in TOLERANT_METHODS)
 
 
 def test_the_sampler_is_left_to_the_network():

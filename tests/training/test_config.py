@@ -283,6 +283,8 @@ def test_mistakes_in_a_recipe(tmp_path, content, words):
         (["--recipe", "imaginary"], "`recipe=imaginary`: neither a file nor a recipe; the recipes are .*digits"),
         (["--gpus", "0"], "`gpus` must be at least 1"),
         (["--images-per-second", "-1"], "`images_per_second` must be positive"),
+        (["--gpus", "8"], "`gpus=8` plays no part without `dry_run`: give that too, or leave it out"),
+        (["--images-per-second", "90"], "`images_per_second=90.0` plays no part without `dry_run`"),
         (["--resume", "/nowhere"], "`resume=/nowhere`: neither a run's folder"),
         (["--recipe", "digits", "--resume", "/nowhere"], "exclude each other"),
     ],

@@ -24,11 +24,13 @@ from tiny_runs import tiny_run
 from sit.checkpoint.integrity import INDEX, write_json
 from sit.checkpoint.load import load_for_sampling
 from sit.training.checkpoints import prune_checkpoints
+from sit.training.cli import parse_train_arguments
 from sit.training.config import TrainConfig
 from sit.training.data import Opened
 from sit.training.loader import EpochPermutation
 from sit.training.run_folder import read_metrics
 from sit.training.schedule import learning_rate_at
+from sit.training.start import find_start
 from sit.training.stop_signal import REQUEUE_EXIT
 from sit.training.trainer import train
 from sit.transport.transport import Transport
@@ -132,6 +134,27 @@ def test_an_older_checkpoint_goes_on_without_the_later_ones(finished, tmp_path, 
     AcceleratorState._reset_state(reset_partial_state=True)
     train(tiny_run(run, resume=str(aside / "step-0000006"), steps=7))
     assert names(run / "checkpoints") == ["step-0000004", "step-0000007"]
+
+
+def test_a_run_goes_on_in_its_own_folder_and_in_no_other(finished, tmp_path):
+    """Named in any way, and wherever it was moved since it began; another is refused before anything is changed."""
+    run, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(finished, run)
+    (tmp_path / "link").symlink_to(run)
+    older = run / "checkpoints" / "step-0000003"
+    for resumed in (run, older):
+        for place in (run, tmp_path / "link", run / "logs" / ".."):
+            words = ["--resume", str(resumed), "--output-dir", str(place)]
+            assert find_start(parse_train_arguments(words).config).folder == run
+        assert find_start(parse_train_arguments(["--resume", str(resumed)]).config).folder == run
+        for place in (other, finished, tmp_path):
+            words = ["--resume", str(resumed), "--output-dir", str(place)]
+            with pytest.raises(UserError, match=f"`output_dir={place}` is not the folder of `resume={resumed}`"):
+                find_start(parse_train_arguments(words).config)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(UserError, match="`output_dir=.*other` is not the folder of"):
+        train(tiny_run(other, resume=str(older), steps=9))
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before and not other.exists()
 
 
 def test_a_damaged_newest_checkpoint_does_not_outlive_the_whole_ones(finished, tmp_path, monkeypatch):
