@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import tyro
 
 from sit.metrics.arguments import FeatureWeights
-from sit.sampling.config import LabelOrder, SamplerConfig
+from sit.sampling.config import LabelOrder, SamplerConfig, check_heeded
+from sit.utils.errors import UserError
 from sit.utils.threads import CpuThreads
 
 Against = Literal["guidance", "evaluations", "step", "seconds"]
@@ -49,6 +50,12 @@ class Arguments:
     threads: Annotated[CpuThreads, tyro.conf.OmitArgPrefixes] = field(default_factory=CpuThreads)
     weights_files: Annotated[FeatureWeights, tyro.conf.OmitArgPrefixes] = field(default_factory=FeatureWeights)
     sampler: Annotated[SamplerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 1), ("batch_size", 1), ("speed_repeats", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"`{name}` must be at least {least}, not {getattr(self, name)}")
+        check_heeded(self.sampler)
 
 
 @dataclass

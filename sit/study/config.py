@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-from sit.sampling.config import SamplerConfig
+from sit.sampling.config import SamplerConfig, check_heeded
 from sit.training.config import TrainConfig
 from sit.training.recipes import from_mapping, load_recipe
 from sit.utils.choices import Precision
@@ -313,7 +313,10 @@ def _evaluation(values: dict[str, Any], source: str) -> Evaluation:
     if not isinstance(sampler, dict):
         raise UserError(f"evaluate: sampler is a mapping, such as {{sampler: ode, steps: 25}}, not {sampler!r}")
     sampler = SamplerConfig(**typed(sampler, get_type_hints(SamplerConfig), f"{source}: sampler"))
-    return _make(Evaluation, values | {"sampler": sampler}, source)
+    found = _make(Evaluation, values | {"sampler": sampler}, source)
+    if not found.guidance and not found.autoguidance:  # with them, settings of guidance have their part
+        check_heeded(sampler)
+    return found
 
 
 def _check(study: Study) -> None:

@@ -217,6 +217,19 @@ def test_what_was_timed_is_told():
     assert "Speeds are" not in markdown(found, [], "command", "setting")
 
 
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"num_samples": 0}, "`num_samples` must be at least 1, not 0"),
+        ({"speed_repeats": -1}, "`speed_repeats` must be at least 0, not -1"),
+        ({"sampler": SamplerConfig("ode", 2, "euler", atol=1e-3)}, "`atol` plays no part with `method=euler`"),
+    ],
+)
+def test_arguments_that_can_not_be(settings, said):
+    with pytest.raises(UserError, match=said):
+        Arguments(("a",), "out", **settings)
+
+
 def test_what_is_refused(runs, classifier_of_three, tmp_path):
     with pytest.raises(UserError, match="is not a run's folder"):
         open_runs((str(tmp_path),), ())

@@ -242,6 +242,8 @@ def test_checkpoints_are_where_they_are_evaluated(study):
         (BASE + "variants: [{name: A, prediction: average-velocity}]\n"
          "evaluate: {reference: digits, sampler: {steps: 1}, every: 2, autoguidance: [2], guide_step: 2}",
          "A: evaluate: .*"),
+        (BASE + VARIANTS + "evaluate: {reference: digits, sampler: {cfg_interval: [0.0, 0.5]}}",
+         "`?cfg_interval`? plays no part with `?cfg_scale=1"),
         (BASE + VARIANTS + "evaluate: {reference: digits, sampler: {sampler: meanflow, steps: 1}}",
          "A: evaluate: `sampler=meanflow`: this network predicts no average velocity"),
         (BASE.replace("steps: 6", "steps: 6, posthoc_ema: [0.05]") + VARIANTS
