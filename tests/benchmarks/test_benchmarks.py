@@ -22,7 +22,19 @@ from sit.study.values import LOSS
 from sit.utils.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-frechet, loader, mixers, overhead, reference_memory, sampler_order, sampling_cpu, shares, speed, xl_step = map(
+(
+    frechet,
+    loader,
+    mixers,
+    overhead,
+    reference_memory,
+    sampler_order,
+    sampling_cpu,
+    shares,
+    speed,
+    training_cpu,
+    xl_step,
+) = map(
     importlib.import_module,
     (
         "frechet",
@@ -34,6 +46,7 @@ frechet, loader, mixers, overhead, reference_memory, sampler_order, sampling_cpu
         "sampling_cpu",
         "shares",
         "speed",
+        "training_cpu",
         "xl_step",
     ),
 )
@@ -101,6 +114,20 @@ def test_sampling_cpu(run, monkeypatch):
     monkeypatch.setattr(sampling_cpu.torch, "equal", lambda *_: False)
     with pytest.raises(SystemExit):
         run(sampling_cpu, *words)
+
+
+def test_training_cpu(run, tmp_path):
+    (tmp_path / "small.yaml").write_text("base: digits\nmodel: SiT-XS/2\ndata: digits:heldout\nbatch_size: 2\n")
+    words = ("--recipe", tmp_path / "small.yaml", "--steps", 1, "--repeats", 1, "--busy", 0, 1, "--threads", 2)
+    before = torch.get_num_threads()
+    out, found = run(training_cpu, *words)
+    assert torch.get_num_threads() == before
+    rows = {(row["busy"], row["way"]): row for row in found["rows"]}
+    assert set(rows) == {(busy, way) for busy in (0, 1) for way in ("one thread", "2 threads")}
+    for (busy, way), row in rows.items():
+        alone = rows[busy, "one thread"]["steps_per_second"]
+        assert row["of_one_thread"] == pytest.approx(row["steps_per_second"] / alone)
+        assert f"| {busy} | {way} | {row['steps_per_second']:.2f} |" in out
 
 
 ORDER = ("--particles", 50, "--counts", 4, "--methods", "euler", "dopri5")
@@ -293,6 +320,8 @@ def test_every_benchmark_says_what_it_is_for(name, monkeypatch, capsys):
         (overhead, {"rounds": 0}, "`rounds` must be at least 1, not 0"),
         (sampling_cpu, {"threads": 1}, "`threads` must be at least 2, not 1"),
         (sampling_cpu, {"busy": (-1,)}, "`busy=-1` can't be less than 0"),
+        (training_cpu, {"threads": 1}, "`threads` must be at least 2, not 1"),
+        (training_cpu, {"busy": (-1,)}, "`busy=-1` can't be less than 0"),
         (sampler_order, {"methods": ("guess",)}, "`method=guess`"),
         (shares, {"pixels": 250}, "`pixels=250`: the side must be a multiple of 16"),
         (speed, {"models": ("SiT-Q/2",)}, "unknown model 'SiT-Q/2'"),
