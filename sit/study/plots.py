@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,7 @@ def _look(index: int) -> dict[str, Any]:
 def plot_curves(
     curves: Mapping[str, Sequence[tuple[float, float, float | None]]], path: Path, *, x: str, y: str
 ) -> None:
-    """Quality against seconds or steps, a curve a variant; the axis of quality is logarithmic, and holds all means.
-
-    A wide interval may leave the picture: of two or three seeds it can be many times what all curves span.
+    """Quality against seconds or steps, a curve a variant; the axis of quality is logarithmic.
 
     Args:
         curves: variant → (place on the x axis, mean over seeds, half the width of its interval or None).
@@ -44,12 +42,23 @@ def plot_curves(
             places, values, errors = zip(*points, strict=True)
             bars = [error or 0 for error in errors]
             axes.errorbar(places, values, yerr=bars, label=name, capsize=3, markersize=5, linewidth=1, **_look(index))
-    means = [value for points in curves.values() for _, value, _ in points if np.isfinite(value)] or [1.0]
-    axes.set(xlabel=x, ylabel=y, yscale="log", ylim=(min(means) / MARGIN, max(means) * MARGIN))
+    axes.set(xlabel=x, ylabel=y, yscale="log", ylim=limits(curves.values()))
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.3g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
+
+
+def limits(curves: Iterable[Sequence[tuple[float, float, float | None]]]) -> tuple[float, float]:
+    """What the axis of quality spans: all means, and the ends of intervals that are no more than a factor of two away.
+
+    Another interval leaves the picture: of two or three seeds it can be many times what all curves span.
+    """
+    points = [(value, error or 0.0) for curve in curves for _, value, error in curve if np.isfinite(value)]
+    means = [value for value, _ in points] or [1.0]
+    ends = [end for value, error in points for end in (value - error, value + error)]
+    shown = [*means, *(end for end in ends if min(means) / 2 <= end <= max(means) * 2)]
+    return min(shown) / MARGIN, max(shown) * MARGIN
 
 
 def plot_points(points: Sequence[Mapping[str, Any]], order: Sequence[str], path: Path, fid: str) -> None:

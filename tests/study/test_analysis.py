@@ -13,6 +13,7 @@ from scipy import stats
 from sit.study.analysis import analyze, at_equal_seconds
 from sit.study.at_best import at_best
 from sit.study.config import Evaluation, Study, Variant
+from sit.study.plots import MARGIN, limits
 from sit.study.relations import agreement, causes, correlation, points, spearman
 from sit.study.values import LOSS, Found, groups, of_one_measure
 
@@ -186,6 +187,12 @@ def test_a_distance_that_has_no_logarithm_ends_nothing(records):
         len(points(records, FID)) == 11
         and causes({"seed": groups(of, records, "seed")}, FID)[FID]["b"]["seed"]["seeds"] == 2
     )
+
+
+def test_the_axis_of_quality_holds_the_ends_of_intervals_that_are_not_far():
+    curves = [[(0, 4.0, 1.0), (1, 5.0, None)], [(0, 30.0, 200.0), (1, float("nan"), 1.0)]]
+    assert limits(curves) == (3.0 / MARGIN, 30.0 * MARGIN), "one end below all means, and none at 230 or below zero"
+    assert limits([]) == (1 / MARGIN, MARGIN)
 
 
 def test_rank_correlation(records):
