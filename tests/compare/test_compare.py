@@ -417,7 +417,7 @@ def test_runs_are_compared_with_the_average_that_is_asked_for(tmp_path, without_
 
 
 def test_the_command_that_is_printed_makes_the_same_arguments():
-    sampler = SamplerConfig(sampler="ode", method="heun2", steps=7, cfg_interval=(0.1, 0.9))
+    sampler = SamplerConfig(sampler="ode", method="heun2", steps=7, cfg_scale=2, cfg_interval=(0.1, 0.9))
     weights = FeatureWeights(dinov2_weights="dinov2.safetensors")
     options = dict(reference="digits", at_steps=(1, 2), sampler=sampler, weights_files=weights)
     arguments = Arguments(("a b", "c"), "out", **options)
