@@ -10,15 +10,13 @@ each. The noise, the network and, but for the last way, the images are the same 
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
+from busy import FIRST, BusyArguments, measure, run
 from checks import at_least_one
 
 from sit.model import check_model_name, create_model
@@ -27,54 +25,23 @@ from sit.sampling.config import SamplerConfig
 from sit.transport.transport import Transport
 from sit.utils.cli import one_line_errors
 from sit.utils.errors import UserError, entry_point
-from sit.utils.record import machine, write_record
-from sit.utils.tables import markdown_table
-from sit.utils.threads import usable_cores
-from sit.utils.timing import interleaved
-
-HEADER = ("busy loops", "way", "images/s", "of one thread")
 
 
 @dataclass
-class Arguments:
+class Arguments(BusyArguments):
     """Time sampling beside busy loops."""
 
     model: str = "SiT-XS/2"
     mixer: str = "atconv"
     images: int = 64
     steps: int = 20
-    threads: int | None = None
-    """None takes the cores that this process may use"""
-    busy: tuple[int, ...] = (0, 2, 8)
-    """numbers of busy loops"""
-    repeats: int = 5
-    json: Path | None = None
-    """file for all numbers"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_model_name(self.model)
-        at_least_one(self, "images", "repeats")
+        at_least_one(self, "images")
         if self.steps < 2:
             raise UserError(f"`steps` must be at least 2, not {self.steps}")
-        if self.threads is not None and self.threads < 2:
-            raise UserError(f"`threads` must be at least 2, not {self.threads}")
-        for count in self.busy:
-            if count < 0:
-                raise UserError(f"`busy={count}` can't be less than 0")
-
-
-@contextlib.contextmanager
-def busy_loops(count: int) -> Iterator[None]:
-    """Within the block, ``count`` processes compute without a pause."""
-    loops = []
-    try:
-        for _ in range(count):
-            loops.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 @contextlib.contextmanager
@@ -109,49 +76,30 @@ def ways(arguments: Arguments, threads: int) -> dict[str, Callable[[], torch.Ten
             return made(threads)
 
     return {
-        "one thread": lambda: made(1),
+        FIRST: lambda: made(1),
         "ours": lambda: made(threads),
         "all threads in each operation": in_each_operation,
     }
 
 
-def measure(arguments: Arguments, threads: int) -> list[dict[str, Any]]:
-    """A row for each number of busy loops and each way.
+def found(arguments: Arguments, threads: int) -> list[dict[str, Any]]:
+    """The rows.
 
     Raises:
         UserError: our images are not those of one thread.
     """
-    timed, rows = ways(arguments, threads), []
-    if not torch.equal(timed["one thread"](), timed["ours"]()):
+    timed = ways(arguments, threads)
+    if not torch.equal(timed[FIRST](), timed["ours"]()):
         raise UserError(f"{threads} threads make other images than one")
-    for count in arguments.busy:
-        with busy_loops(count):
-            seconds = interleaved(timed, torch.device("cpu"), arguments.repeats, warm_up=0 if rows else 1)
-        rows += [
-            {"busy": count, "way": way, "images_per_second": arguments.images / time,
-             "of_one_thread": seconds["one thread"] / time}
-            for way, time in seconds.items()
-        ]  # fmt: skip
-    return rows
+    return measure(timed, arguments, arguments.images, "images")
 
 
 @entry_point
 def main() -> None:
     with one_line_errors():
         arguments = tyro.cli(Arguments, prog="benchmarks/sampling_cpu.py")
-    before = torch.get_num_threads()
-    threads = arguments.threads or max(2, usable_cores())
-    torch.set_num_threads(threads)
-    print(f"{arguments.model}, {arguments.mixer}, {arguments.images} images, {arguments.steps} steps; {machine('cpu')}")
-    try:
-        rows = measure(arguments, threads)
-        torch.set_num_threads(threads)
-        cells = [(r["busy"], r["way"], f"{r['images_per_second']:.1f}", f"{r['of_one_thread']:.2f}") for r in rows]
-        print(markdown_table(HEADER, cells))
-        if arguments.json:
-            write_record(arguments.json, "cpu", {"threads": threads, "rows": rows})
-    finally:
-        torch.set_num_threads(before)
+    what = f"{arguments.model}, {arguments.mixer}, {arguments.images} images, {arguments.steps} steps"
+    run(arguments, what, "images", lambda threads: found(arguments, threads))
 
 
 if __name__ == "__main__":

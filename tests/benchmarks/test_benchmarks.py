@@ -50,7 +50,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
         "xl_step",
     ),
 )
-HELPERS = {"baselines", "checks"}
+HELPERS = {"baselines", "busy", "checks"}
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
 
 
@@ -110,7 +110,7 @@ def test_sampling_cpu(run, monkeypatch):
     for (busy, way), row in rows.items():
         alone = rows[busy, "one thread"]["images_per_second"]
         assert row["of_one_thread"] == pytest.approx(row["images_per_second"] / alone)
-        assert f"| {busy} | {way} | {row['images_per_second']:.1f} |" in out
+        assert f"| {busy} | {way} | {row['images_per_second']:.2f} |" in out
     monkeypatch.setattr(sampling_cpu.torch, "equal", lambda *_: False)
     with pytest.raises(SystemExit):
         run(sampling_cpu, *words)
