@@ -15,7 +15,7 @@ from sit.study.at_best import at_best
 from sit.study.config import Evaluation, Study, Variant
 from sit.study.plots import MARGIN, limits
 from sit.study.relations import agreement, causes, correlation, points, spearman
-from sit.study.values import LOSS, Found, groups, of_one_measure
+from sit.study.values import LOSS, Found, groups, measure_of, of_one_measure
 
 FID = "FID"
 
@@ -187,6 +187,16 @@ def test_a_distance_that_has_no_logarithm_ends_nothing(records):
         len(points(records, FID)) == 11
         and causes({"seed": groups(of, records, "seed")}, FID)[FID]["b"]["seed"]["seeds"] == 2
     )
+
+
+def test_a_loss_is_of_what_it_was_when_an_earlier_program_did_not_say():
+    """It had no MeanFlow: what it did not know was as it is now by default."""
+    config = {"prediction": "velocity", "interpolant": "linear", "loss_weight": "none", "train_eps": None}
+    heldout = {"images": "hash", "times": [0.5]}
+    now = {"meanflow_omega": 1.0, "meanflow_kappa": 0.0}
+    then = measure_of({"config": config, "heldout": heldout})
+    assert then == measure_of({"config": config | now, "heldout": heldout})
+    assert then != measure_of({"config": config | now | {"meanflow_omega": 2.0}, "heldout": heldout})
 
 
 def test_the_axis_of_quality_holds_the_ends_of_intervals_that_are_not_far():
