@@ -40,7 +40,7 @@ def explain_os_errors(path: Path) -> Iterator[None]:
         if number in _REFUSED:
             raise UserError(f"{path} can't be written ({os.strerror(number)}); choose another output folder") from error
         missing = error.filename if isinstance(error, OSError) and number == errno.ENOENT else None
-        if missing and Path(missing).parent == path.parent:
+        if missing and (Path(missing).parent == path.parent or Path(missing) in path.parents):
             raise UserError(f"{path} can't be made there; choose another output folder") from error
         if number in (errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"{path} can't be written: a file stands where a folder is needed") from error

@@ -66,8 +66,10 @@ def test_a_folder_made_for_nothing_goes_again(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, where nobody can make a folder")
-def test_a_folder_that_can_not_be_made_is_named():
-    with pytest.raises(UserError, match="/proc/nowhere can't be made there"), locked("/proc/nowhere", "output_dir"):
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "/proc/nowhere/deeper/still"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_folder_that_can_not_be_made_is_named(folder, beside):
+    with pytest.raises(UserError, match=f"{folder} can't be made there"), locked(folder, "out", beside=beside):
         raise AssertionError
 
 
