@@ -96,19 +96,16 @@ def run_study(arguments: Arguments) -> bool:
         return True
     known = Known(study)
     state = known.state()
-    names = {name for run in state.runs for name in (run.name, run.variant)}
-    for name in (*arguments.only, *((arguments.run,) if arguments.run else ())):
-        if name not in names:
-            raise UserError(f"`only={name}`: no run and no variant is called so; the runs: {', '.join(sorted(names))}")
+    only = asked_for(arguments, study, state)
     if arguments.against is not None:
         study.variant(arguments.against)  # a wrong name is told before anything is trained
     if arguments.dry_run:
         from sit.study.plan import plan
 
-        print(plan(study, state, arguments.jobs or 1, arguments.seconds_per_step, arguments.only))
+        print(plan(study, state, arguments.jobs or 1, arguments.seconds_per_step, only))
         return True
     if arguments.print_commands:
-        print(command_lines(study, state, arguments.only, arguments.out))
+        print(command_lines(study, state, only, arguments.out))
         return True
     if arguments.run:
         from sit.study.one_run import do
@@ -119,19 +116,19 @@ def run_study(arguments: Arguments) -> bool:
         report(arguments, study, known.state())
         return True
     check_folder(study, study.out / "report")
-    check_evaluation(study, state.missing(study, arguments.only))
+    check_evaluation(study, state.missing(study, only))
     try:
         if arguments.jobs:
             done = carry_out(
                 study,
                 jobs=arguments.jobs,
-                only=arguments.only,
+                only=only,
                 hours=arguments.hours,
                 out=arguments.out,
                 seconds_per_step=arguments.seconds_per_step,
             )
         else:
-            done = carry_out_here(study, only=arguments.only, hours=arguments.hours)
+            done = carry_out_here(study, only=only, hours=arguments.hours)
     except UserError:
         with contextlib.suppress(UserError):  # what went wrong first is what is told
             if (state := known.state()).found:
@@ -141,6 +138,28 @@ def run_study(arguments: Arguments) -> bool:
     if done or state.found:
         report(arguments, study, state)
     return done
+
+
+def asked_for(arguments: Arguments, study: Study, state: State) -> tuple[str, ...]:
+    """The names that ``only`` asks for, of runs as they are, of variants as the study has them.
+
+    Raises:
+        UserError: one is no run's and no variant's, or ``run`` is no run's.
+    """
+    runs = {run.name for run in state.runs}
+    names = {name: name for name in runs}
+    names |= {spelled: variant.name for variant in study.variants for spelled in (variant.name, variant.slug)}
+    for name in arguments.only:
+        if name not in names:
+            raise UserError(f"`only={name}`: {_no_such('run and no variant', study, state)}")
+    if arguments.run is not None and arguments.run not in runs:
+        raise UserError(f"`run={arguments.run}`: {_no_such('run', study, state)}")
+    return tuple(names[name] for name in arguments.only)
+
+
+def _no_such(what: str, study: Study, state: State) -> str:
+    variants = ", ".join(variant.name for variant in study.variants)
+    return f"no {what} is called so; the variants are {variants}, and a run's name is like {state.runs[0].name}"
 
 
 def report(arguments: Arguments, study: Study, state: State) -> None:

@@ -175,13 +175,13 @@ class Study:
     """what is made of it, so that it is made once"""
 
     def variant(self, name: str) -> Variant:
-        """The variant of that name.
+        """The variant of that name, or of the name that its files have.
 
         Raises:
             UserError: there is none.
         """
         for variant in self.variants:
-            if variant.name == name:
+            if name in (variant.name, variant.slug):
                 return variant
         names = ", ".join(variant.name for variant in self.variants)
         raise UserError(f"`study={self.path}`: no variant is called {name!r}; there are {names}")

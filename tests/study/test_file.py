@@ -14,7 +14,7 @@ import torch
 
 from sit.model import create_model
 from sit.study import record
-from sit.study.cli import main
+from sit.study.cli import Arguments, main, run_study
 from sit.study.config import read_study
 from sit.study.plan import disk_bytes, parameter_counts, plan
 from sit.study.report import at_edge
@@ -286,7 +286,11 @@ def test_a_mistake_in_the_file_is_one_line_that_names_it(tmp_path, monkeypatch, 
         (["{file}", "--jobs", "-1"], "error: --jobs must be at least 0, not -1"),
         (["{file}", "--hours", "0"], "error: --hours must be positive, not 0.0"),
         (["{file}", "--dry-run", "--report-only"], "error: --dry-run and --report-only exclude each other"),
-        (["{file}", "--only", "C"], "error: --only C: no run and no variant is called so; the runs: A, A-seed3"),
+        (
+            ["{file}", "--only", "C"],
+            "error: --only C: no run and no variant .*; the variants are A, B, .* like A-seed3",
+        ),
+        (["{file}", "--run", "A"], "error: --run A: no run is called so; .* like A-seed3"),
         (["{file}", "--report-only", "--only", "A"], "error: --only plays no part with --report-only: leave it out"),
         (["{file}", "--dry-run", "--hours", "1"], "error: --hours plays no part with --dry-run: leave it out"),
         (["{file}", "--jobs", "0", "--seconds-per-step", "1"], "error: --seconds-per-step plays no part with --jobs 0"),
@@ -318,6 +322,16 @@ def test_the_plan_and_the_commands(study, tmp_path, capsys):
     several = dataclasses.replace(of, processes=4)
     (line,) = command_lines(several, Known(of).state(), ("B-0.5-seed3",), None).splitlines()
     assert " -m accelerate.commands.launch --num_processes 4 -m sit.study " in line
+
+
+def test_a_variant_by_the_name_that_its_files_have(study, tmp_path, capsys):
+    of = study(BASE + "variants:\n  - {name: A, mixer: attention}\n  - {name: with table, mixer: atconv}\n")
+    told = []
+    for name in ("with table", "with-table"):
+        assert run_study(Arguments(of.path, out=str(tmp_path / "out"), print_commands=True, only=(name,)))
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] and " --run with-table-seed3 " in told[0] and " --run A-" not in told[0]
+    assert of.variant("with-table") is of.variant("with table")
 
 
 @pytest.mark.parametrize("optimizer", ("adamw", "muon"))
