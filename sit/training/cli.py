@@ -30,7 +30,7 @@ class TrainArguments:
     gpus: int = 1
     """with --dry-run: the number of GPUs to plan for"""
     images_per_second: float | None = None
-    """with --dry-run: the measured speed of all GPUs together, for the time that it would take"""
+    """with --dry-run: the measured speed of all GPUs together, for the time that the steps left would take"""
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -83,8 +83,10 @@ def main(make_evaluation: Callable[..., Any] | None = None) -> None:
     # the heavy imports come once the flags are parsed
     if arguments.dry_run:
         from sit.training.plan import plan
+        from sit.training.start import find_start
 
-        print(plan(config, arguments.gpus, arguments.images_per_second))
+        done = find_start(config, clear=False).step
+        print(plan(config, arguments.gpus, arguments.images_per_second, done))
         return
 
     from sit.training.trainer import train

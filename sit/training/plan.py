@@ -37,13 +37,14 @@ VAE = dict(
 """Stable Diffusion's, planned with where the VAE is not at hand"""
 
 
-def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str:
+def plan(config: TrainConfig, gpus: int, images_per_second: float | None, done: int = 0) -> str:
     """A table, as text: parameters, multiply-accumulates, tokens, memory per GPU, epochs, days.
 
     Args:
         config: the run.
         gpus: GPUs to plan for; the batch is divided among them.
         images_per_second: measured training speed of all of them together.
+        done: steps that a run to be resumed has behind it; the time is that of the others.
 
     Raises:
         UserError: settings that don't fit together; the message tells what was assumed.
@@ -100,8 +101,12 @@ def plan(config: TrainConfig, gpus: int, images_per_second: float | None) -> str
         count, size = len(snapshot_steps(config)), 2 * averages * parameters  # float16
         disk = f"{count} snapshots of {size / 2**30:.3g} GiB = {count * size / 2**30:.3g} GiB of disk"
         rows.append(("post-hoc EMA", f"{2 * size / 2**30:.2f} GiB of that state; {disk}"))
+    left = config.steps - done
+    if done:
+        rows.append(("steps left", f"{left:,} of {config.steps:,}"))
     if images_per_second:
-        rows.append(("time", f"{shown / images_per_second / 86400:.2f} days at {images_per_second:g} images/s"))
+        days = left * config.batch_size / images_per_second / 86400
+        rows.append(("time", f"{days:.2f} days at {images_per_second:g} images/s"))
     else:
         rows.append(("time", "not known without the measured images per second"))
     if assumed:

@@ -53,8 +53,12 @@ def held_start(config: TrainConfig, is_main_process: bool) -> Iterator[Start]:
             yield find_start(config)  # as it is now that nobody else can change it
 
 
-def find_start(config: TrainConfig) -> Start:
+def find_start(config: TrainConfig, clear: bool = True) -> Start:
     """Find out where to start, and refuse what can be seen to be wrong before the data is read.
+
+    Args:
+        config: the run.
+        clear: delete what a process left in the output folder that was killed while it began.
 
     Raises:
         UserError: names that are unknown, an output folder that is taken or is not that of the run to resume, or a run
@@ -71,7 +75,8 @@ def find_start(config: TrainConfig) -> Start:
     if folder is not None:
         check_same_run(config, folder)
     elif config.output_dir is not None:
-        clear_start(config.output_dir)
+        if clear:
+            clear_start(config.output_dir)
         refuse_used(config.output_dir, "output_dir")
 
     checkpoint = _checkpoint(config)

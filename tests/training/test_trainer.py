@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tiny_runs import tiny_run
 from sit.checkpoint.integrity import INDEX, write_json
 from sit.checkpoint.load import load_for_sampling
 from sit.training.checkpoints import prune_checkpoints
-from sit.training.cli import parse_train_arguments
+from sit.training.cli import main, parse_train_arguments
 from sit.training.config import TrainConfig
 from sit.training.data import Opened
 from sit.training.loader import EpochPermutation
@@ -155,6 +156,31 @@ def test_a_run_goes_on_in_its_own_folder_and_in_no_other(finished, tmp_path):
     with pytest.raises(UserError, match="`output_dir=.*other` is not the folder of"):
         train(tiny_run(other, resume=str(older), steps=9))
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before and not other.exists()
+
+
+def test_a_dry_run_of_a_run_to_resume(finished, tmp_path, monkeypatch, capsys):
+    """The time is that of the steps left; what training would refuse is refused, in a folder that stays as it is."""
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    speed = str(tiny_run(finished).batch_size / 86400)  # a step a day
+    resumed = ["--resume", str(finished)]
+
+    def dry_run(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--dry-run", *words])
+        main()
+
+    dry_run(*resumed, "--steps", "9", "--images-per-second", speed)
+    told = capsys.readouterr().out
+    assert "3 of 9" in told and "3.00 days" in told
+    for words, said in (
+        ([*resumed, "--output-dir", str(tmp_path / "other")], "is not the folder of"),
+        ([*resumed, "--seed", "1"], "can't continue the run"),
+        (["--output-dir", str(finished)], "exists and is not empty"),
+    ):
+        with pytest.raises(SystemExit):
+            dry_run(*words)
+        told = capsys.readouterr().err
+        assert said in told and told.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
 def test_a_damaged_newest_checkpoint_does_not_outlive_the_whole_ones(finished, tmp_path, monkeypatch):
