@@ -17,8 +17,9 @@ import torch
 import tyro
 from checks import at_least_one
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
+from atconv import ATConv
 from sit.model import MODELS, check_model_name, create_model
 from sit.transport.transport import Transport
 from sit.utils.cli import one_line_errors
@@ -40,6 +41,7 @@ KINDS = {
 }
 """Beginnings of the names of operators, of each kind; the first that fits counts."""
 OTHER = "other"
+BRANCH = "forward pass of the branch that makes ATConv's kernels"
 Pass = Literal["forward", "training"]
 
 
@@ -79,18 +81,31 @@ def kind_of(operator: str) -> str:
 
 
 def shares(run: Callable[[], object], device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
-    """Own time of each operator over that of all, by kind and name; the largest first."""
+    """Own time of each operator over that of all, by kind and name, the largest first; the branch's last, if it ran."""
     run()
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
         for _ in range(repeats):
             run()
-    times = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in found.key_averages()}
+    events = {event.key: event for event in found.key_averages()}
+    branch = events.pop(BRANCH, None)
+    times = {key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for key, e in events.items()}
     total = sum(times.values())
     kinds: dict[str, dict[str, float]] = {}
     for name, time in sorted(times.items(), key=lambda item: -item[1]):
         kinds.setdefault(kind_of(name), {})[name] = time / total
-    return dict(sorted(kinds.items(), key=lambda item: -sum(item[1].values())))
+    kinds = dict(sorted(kinds.items(), key=lambda item: -sum(item[1].values())))
+    if branch is not None:
+        time = branch.device_time_total if on_gpu else branch.cpu_time_total - branch.self_cpu_time_total
+        kinds[BRANCH] = {"all its operators": time / total}
+    return kinds
+
+
+def tell_branch(network: nn.Module) -> None:
+    """Have the profiler see where ATConv's kernels are made."""
+    for module in network.modules():
+        if isinstance(module, ATConv):
+            module.kernels = record_function(BRANCH)(module.kernels)  # type: ignore[method-assign]
 
 
 def prepared(arguments: Arguments, mixer: str, which: Pass, device: torch.device) -> Callable[[], object]:
@@ -99,6 +114,7 @@ def prepared(arguments: Arguments, mixer: str, which: Pass, device: torch.device
     network = create_model(arguments.model, 0, mixer=mixer, input_size=side).to(device)
     for parameter in network.parameters():  # the zeros of a new network would spare it work
         nn.init.normal_(parameter, std=0.02)
+    tell_branch(network)
     x, t = (
         torch.randn(arguments.batch_size, 4, side, side, device=device),
         torch.rand(arguments.batch_size, device=device),
@@ -133,7 +149,7 @@ def main() -> None:
         for mixer in arguments.mixers
         for which in arguments.passes
     }
-    kinds = list(dict.fromkeys(kind for one in found.values() for kind in one))
+    kinds = sorted(dict.fromkeys(kind for one in found.values() for kind in one), key=lambda kind: kind == BRANCH)
     rows = [(kind, *(f"{sum(one.get(kind, {}).values()):.1%}" for one in found.values())) for kind in kinds]
     print(markdown_table(["", *found], rows))
     if arguments.json:

@@ -167,10 +167,12 @@ def test_the_exact_velocity_is_the_derivative_of_the_quantiles():
 
 
 def test_shares(run):
-    """They add up to one, and the largest is matrix products; names are put where they belong."""
+    """They add up to one, matrix products lead; names are put where they belong; ATConv has a branch of its own."""
     out, found = run(shares, "--model", "SiT-XS/2", "--pixels", 64, "--batch-size", 1, "--repeats", 1)
     assert list(found["shares"]) == [f"{m}, {p}" for m in ("atconv", "attention") for p in ("forward", "training")]
-    for one in found["shares"].values():
+    for name, one in found["shares"].items():
+        branch = sum(one.pop(shares.BRANCH, {"none": 0.0}).values())
+        assert 0 < branch < 0.5 if name.startswith("atconv") else branch == 0
         assert sum(sum(kind.values()) for kind in one.values()) == pytest.approx(1) and one["matrix products"]
     assert found["shares"]["attention, forward"]["attention"] and "| matrix products |" in out
     names = {
