@@ -13,6 +13,8 @@ from scipy import stats
 from sit.metrics.estimate import Estimate
 
 Unit = Literal["samples", "images", "training seeds"]
+ROUNDING = 1e-9
+"""Spread, in parts of the mean, below which differences are equal but for their last digits."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,12 @@ class Difference:
 
     @property
     def p_value(self) -> float:
-        """Two-sided, of no difference."""
-        if self.spread == 0:
-            return float(self.value == 0)
+        """Two-sided, of no difference.
+
+        It is 1 without a spread: differences of shares of few samples are equal by chance, which proves nothing.
+        """
+        if self.spread <= ROUNDING * abs(self.value):
+            return 1.0
         return float(2 * stats.t.sf(abs(self.value) / self.standard_error, self.count - 1))
 
 
@@ -118,11 +123,17 @@ def power(count: int, spread: float, difference: float, *, level: float = 0.05, 
         difference: the true one.
         level: of the two-sided test.
         arms: 1 for paired differences, 2 for two unpaired arms.
+
+    Raises:
+        ValueError: it can't be computed, as of arguments that are not finite.
     """
     degrees = arms * (count - 1)
-    away = difference / (spread * math.sqrt(arms / count))
+    away = abs(difference) / (spread * math.sqrt(arms / count))
     limit = stats.t.ppf(1 - level / 2, degrees)
-    return float(stats.nct.sf(limit, degrees, away) + stats.nct.cdf(-limit, degrees, away))
+    near, far = stats.nct.sf(limit, degrees, away), stats.nct.cdf(-limit, degrees, away)
+    if not math.isfinite(near):
+        raise ValueError(f"no power of {count} seeds, spread {spread} and difference {difference} at level {level}")
+    return float(near + (far if math.isfinite(far) else 0.0))  # SciPy gives NaN for some tails of nearly nothing
 
 
 def seeds_needed(
@@ -143,4 +154,4 @@ def seeds_needed(
         middle = (low + high) // 2
         reached = power(middle, spread, difference, level=level, arms=arms) >= wanted
         low, high = (low, middle) if reached else (middle, high)
-    return high
+    return high if high <= most else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
@@ -63,7 +64,7 @@ def verdict(
     scope = "" if difference.over == "training seeds" else ", for these weights only"
     if (difference.p_value if p_value is None else p_value) < LEVEL:
         return ("better" if (difference.value < 0) == lower else "worse") + scope
-    if scope or not further or not difference.value:
+    if scope or not further or not difference.value or not math.isfinite(difference.value * difference.spread):
         return f"not told apart{scope}"
     needed = seeds_needed(difference.spread, abs(difference.value), level=level)
     if needed is None:

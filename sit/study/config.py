@@ -332,6 +332,13 @@ def _check(study: Study) -> None:
                 raise UserError(f"{place} must name at least one seed, and each once")
     if not study.vary or len(set(study.vary)) < len(study.vary):
         raise UserError(f"vary must name at least one of {', '.join(get_args(Cause))}, and each once")
+    if study.vary != ("seed",):
+        for variant in study.variants:
+            if variant.seeds and variant.seeds[0] != study.seeds[0]:
+                raise UserError(
+                    f"variants: {variant.name}: seeds must begin with {study.seeds[0]}, as the study's do: all runs "
+                    "share that seed's randomness but for the cause that vary names"
+                )
     if study.processes < 1:
         raise UserError(f"processes must be at least 1, not {study.processes}")
     for place, settings in [

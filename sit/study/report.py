@@ -120,6 +120,7 @@ def write_report(study: Study, state: State, against: str | None = None) -> Path
     folder = study.out / "report"
     if against is not None:
         study = study.against(against)
+        against = study.variants[0].name
         folder = study.out / f"report-{study.variants[0].slug}"
         own = (state.found[run.name] for run in state.runs if run.variant == against and run.name in state.found)
         if all(one.get("failed") for one in own):

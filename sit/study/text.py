@@ -39,6 +39,7 @@ def markdown(study: Study, found: Mapping[str, Any], images: Mapping[str, str], 
         "`runs/`.",
         "",
     ]
+    lines += _varied(study)
     lines += _selection(study, found["selection"])
     lines += _set_aside(found)
     if first is None:
@@ -56,6 +57,23 @@ def markdown(study: Study, found: Mapping[str, Any], images: Mapping[str, str], 
     if "samples" in images:
         lines += ["## Samples of the same noise", "", f"![samples]({images['samples']})", ""]
     return "\n".join(lines)
+
+
+def _varied(study: Study) -> list[str]:
+    """What intervals and verdicts are over, where it is not everything."""
+    first, *others = study.vary
+    if first == "seed" and not others:
+        return []
+    others_told = " What each cause brings is told apart below." if others else ""
+    if first == "seed":
+        return [f"Means, differences and verdicts are over the seeds that vary everything.{others_told}", ""]
+    base = (study.variants[0].seeds or study.seeds)[0]
+    return [
+        f"**The seeds of means, differences and verdicts vary the {CAUSES[first]} alone.** All other randomness is "
+        f"seed {base}'s, the samples' too: intervals and verdicts hold for it, and don't say what another brings."
+        + others_told,
+        "",
+    ]
 
 
 def _selection(study: Study, found: Mapping[str, Any]) -> list[str]:

@@ -66,6 +66,55 @@ def test_power_against_draws():
     assert seeds_needed(0.0, 0.15) == 2 and seeds_needed(1e6, 0.15) is None
 
 
+def integrated_power(count: int, effect: float, level: float, arms: int) -> float:
+    """By Gauss's rule over the standard deviation that the test estimates, which is a chi variable."""
+    degrees = arms * (count - 1)
+    away, limit = effect / np.sqrt(arms / count), stats.t.ppf(1 - level / 2, degrees)
+    ends = np.linspace(*(stats.chi.ppf(q, degrees) for q in (1e-13, 1 - 1e-13)), 9)
+    nodes, weights = np.polynomial.legendre.leggauss(120)
+    half = np.diff(ends)[:, None] / 2
+    drawn = half * nodes + (ends[1:] + ends[:-1])[:, None] / 2
+    beyond = limit * drawn / np.sqrt(degrees)
+    told = stats.norm.sf(beyond - away) + stats.norm.cdf(-beyond - away)
+    return float((half * weights * told * stats.chi.pdf(drawn, degrees)).sum())
+
+
+@pytest.mark.parametrize("level", (0.05, 0.01, 0.005, 0.05 / 48))
+@pytest.mark.parametrize("arms", (1, 2))
+def test_power_against_an_integral(level, arms):
+    """Where SciPy's tails are not numbers too; and the seeds needed are where it passes the power that is wanted."""
+    for effect in (0.0, 0.1, 0.3, 1.0, 1.7, 2.5, 4.55, 10.0):
+        for count in (2, 3, 4, 5, 8, 9, 12, 13, 14, 20, 60, 400):
+            found = power(count, 1.0, effect, level=level, arms=arms)
+            assert found == pytest.approx(integrated_power(count, effect, level, arms), abs=1e-4)
+            assert power(count, 1.0, -effect, level=level, arms=arms) == found
+        if effect >= 0.3:
+            needed = seeds_needed(1.0, effect, level=level, arms=arms)
+            assert integrated_power(needed, effect, level, arms) >= 0.8
+            assert needed == 2 or integrated_power(needed - 1, effect, level, arms) < 0.8
+
+
+def test_seeds_needed_have_a_limit():
+    assert seeds_needed(1.0, 0.0225, most=10_000) is None and 15_000 < seeds_needed(1.0, 0.0225, most=20_000) < 16_000
+    with pytest.raises(ValueError, match="no power of 2 seeds, spread nan"):
+        seeds_needed(float("nan"), 0.1)
+
+
+def test_no_spread_proves_nothing():
+    """Shares of 200 samples and two training seeds: at most a table in twenty has a false verdict."""
+    equal = over_seeds({0: 0.960, 1: 0.954}, {0: 0.963, 1: 0.957})
+    rounded = over_seeds({0: 0.1, 1: 0.3}, {0: 0.2, 1: 0.4})
+    assert equal.spread == 0 < rounded.spread < 1e-12 and equal.p_value == rounded.p_value == 1
+    chances = {"Class accuracy": 0.95, "Precision": 0.6, "Recall": 0.8, "Coverage": 0.9}
+    metrics, false = {metric: metric for metric in chances}, 0
+    for _ in range(400):
+        drawn = rng.binomial(200, list(chances.values()), size=(2, 2, 4)) / 200  # run, seed, metric
+        first, second = ([dict(enumerate(run[:, i])) for i in range(4)] for run in drawn)
+        said = verdicts({m: over_seeds(a, b) for m, a, b in zip(metrics, first, second, strict=True)}, metrics)
+        false += any(not word.startswith("not told apart") for word in said.values())
+    assert false <= 0.08 * 400  # a twentieth, and three standard errors
+
+
 def test_verdicts_in_words():
     clear, unclear = Difference(-0.4, 0.2, 5, "training seeds"), Difference(-0.05, 0.2, 3, "training seeds")
     assert verdict(clear, lower=True) == "better" and verdict(clear, lower=False) == "worse"
@@ -84,7 +133,8 @@ def test_verdicts_in_words():
     wild = Difference(0.1, 1e9, 3, "training seeds")
     said = "not told apart: more training seeds than can be had would tell it"
     assert verdict(wild, lower=True) == said
-    assert verdict(Difference(0.0, 1.0, 3, "training seeds"), lower=True) == "not told apart"
+    for value, spread in ((0.0, 1.0), (float("nan"), 1.0), (0.1, float("nan")), (float("inf"), float("nan"))):
+        assert verdict(Difference(value, spread, 3, "training seeds"), lower=True) == "not told apart"
 
 
 def test_a_table_is_adjusted_as_one():

@@ -21,6 +21,7 @@ from sit.study.report import at_edge
 from sit.study.runs import planned, to_be_known
 from sit.study.schedule import Known, command_lines
 from sit.study.selection import chosen, tried
+from sit.study.text import markdown
 from sit.training.optimization import make_optimizer
 from sit.training.recipes import load_recipe
 from sit.utils.errors import UserError
@@ -162,6 +163,15 @@ def test_one_cause_varied_alone(study):
     }
 
 
+def test_the_report_says_what_the_seeds_vary(study):
+    found = {"runs": {"done": 0, "of": 3}, "machines": [], "selection": {}}
+    ways = ("seed", "[seed, order]", "order")
+    told = {vary: markdown(study(BASE + VARIANTS + f"vary: {vary}\n"), found, {}) for vary in ways}
+    assert " vary" not in told["seed"]
+    assert "over the seeds that vary everything. What each cause" in told["[seed, order]"]
+    assert "vary the order of the images alone" in told["order"] and "is seed 3's, the" in told["order"]
+
+
 def test_a_recipes_own_evaluations_are_not_made(study, tmp_path):
     (tmp_path / "watched.yaml").write_text("data: digits\nsteps: 6\neval_every: 2\n")
     assert load_recipe(str(tmp_path / "watched.yaml")).eval_every == 2
@@ -221,6 +231,7 @@ def test_checkpoints_are_where_they_are_evaluated(study):
         (BASE + "variants: [{name: a b}, {name: a/b}]", "two are called 'a-b'"),
         (BASE.replace("[3, 4]", "[3, 3]") + VARIANTS, "seeds must name at least one seed, and each once"),
         (BASE + VARIANTS + "vary: luck", "vary: 'luck'"),
+        (BASE + "vary: weights\nvariants: [{name: A, seeds: [4, 3]}]", "A: seeds must begin with 3, as the study"),
         (BASE + VARIANTS + "processes: 0", "processes must be at least 1, not 0"),
         (BASE + VARIANTS + "select: {learning_rate: [1e-3]}", "select: needs seed"),
         (BASE + VARIANTS + "select: {seed: 0, learning_rate: 1e-3}", "select: needs settings with a list"),

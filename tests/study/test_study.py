@@ -116,7 +116,7 @@ def test_a_report_against_another_variant(done, tmp_path):
     """Differences change their signs, the means stay, and the first report is as without it."""
     out, file = tmp_path / "out", str(done.parent / "digits.yaml")
     shutil.copytree(done / "runs", out / "runs")
-    assert run_study(Arguments(file, out=str(out), report_only=True, against="depthwise & table"))
+    assert run_study(Arguments(file, out=str(out), report_only=True, against="depthwise-table"))
     usual, turned = (
         json.loads((out / name / "numbers.json").read_text()) for name in ("report", "report-depthwise-table")
     )
