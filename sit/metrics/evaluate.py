@@ -262,6 +262,12 @@ class Measured:
         labels = "; ".join(extractor.label for extractor in extractors)
         report = Report(self.name, self.count, reference.name, labels, numbers, notes)
         report.by_class, report.class_names = by_class, self.class_names
+        for extractor in extractors:
+            moments, _ = self._reference_moments(extractor)
+            report.reference_moments[extractor.name] = [
+                float(np.linalg.norm(moments.mu)),
+                float(np.trace(moments.sigma)),
+            ]
         return report
 
     def _numbers_of(self, extractor: Extractor, by_class: dict[str, list[ClassShare]]) -> Iterator[Number]:

@@ -46,6 +46,8 @@ class Report:
     """class accuracy and precision of each class by the metric's name, the worst first"""
     class_names: list[str] = field(default_factory=list)
     """by label; empty if unknown"""
+    reference_moments: dict[str, list[float]] = field(default_factory=dict)
+    """by features: norm of the mean and trace of the covariance; they tell another reference of the same name"""
 
     def to_json(self) -> str:
         """All of it as JSON."""

@@ -16,6 +16,7 @@ import torch
 from sit.data.torchvision import TORCHVISION
 from sit.study.config import Study
 from sit.study.runs import Run
+from sit.training.identity import read_identity
 from sit.training.recipes import from_mapping, load_run_settings
 from sit.training.run_folder import read_metrics
 from sit.utils.errors import UserError
@@ -34,7 +35,7 @@ HOW_IT_RUNS = {
 HOW_IT_IS_EVALUATED = {"every", "batch_size", "guidance", "ema", "autoguidance", "guide_step"}
 """The same of Evaluation's."""
 PLACES = ("data", "vae", "heldout", "reference", "features", "classifier", "inception_weights", "dinov2_weights")
-"""Settings that name a place, which may be another on another machine: see :func:`_without_folders`."""
+"""Settings that name a place, which may be another on another machine: see :func:`without_folders`."""
 
 
 def check_begun(run: Run, study: Study) -> None:
@@ -61,6 +62,7 @@ def describe_training(run: Run, study: Study, device: torch.device, failed: str 
         "loss": [[row["step"], _rounded(row["loss"])] for row in losses],
         "heldout": _heldout(folder, rows),
         "speed": speed(losses),
+        "trained_on": _trained_on(folder),
         "evaluation": None,
         **({"failed": failed} if failed else {}),
         "versions": {
@@ -98,6 +100,12 @@ def _heldout(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         "step": last["step"],
         "per_image": [[_rounded(value) for value in row] for row in last["loss"]],
     }
+
+
+def _trained_on(folder: Path) -> dict[str, str] | None:
+    """Hashes of the training images and the VAE; None if the run's folder doesn't tell."""
+    identity = read_identity(folder)
+    return None if identity is None else {"images": identity.images, "vae": identity.vae}
 
 
 def _rounded(value: float, digits: int = 5) -> float:
@@ -139,7 +147,7 @@ def read(run: Run, study: Study) -> dict[str, Any] | None:
 def _check_same(path: Path, done: str, then: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
         before = then.get(name)  # what an earlier program did not know was not set
-        same = _without_folders(before) == _without_folders(value) if name in PLACES else before == value
+        same = without_folders(before) == without_folders(value) if name in PLACES else before == value
         if not same:
             raise UserError(
                 f"{path} was {done} with {name} {before}, and the study says {value}: remove it, rename the "
@@ -147,7 +155,7 @@ def _check_same(path: Path, done: str, then: dict[str, Any], now: dict[str, Any]
             )
 
 
-def _without_folders(place: Any) -> str:
+def without_folders(place: Any) -> str:
     """What stays the same of a place on another machine: the last part of its path, with kind, split and options.
 
     torchvision's sets are the same whatever folder they are in, so of them the kind alone.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sit.study import plots, text
+from sit.study.alike import check_alike
 from sit.study.analysis import analyze
 from sit.study.at_best import at_best
 from sit.study.config import Selection, Study
@@ -24,11 +25,12 @@ def numbers(study: Study, state: State) -> dict[str, Any]:
     """All numbers of the report.
 
     Raises:
-        UserError: no run is done that could be reported.
+        UserError: no run is done that could be reported, or two were made with different data under one name.
     """
     done = {run.name: state.found[run.name] for run in state.runs if run.name in state.found}
     failed = {name: one["failed"] for name, one in done.items() if one.get("failed")}
     compared = {run.name: done[run.name] for run in state.runs if run.compared and run.name in done.keys() - failed}
+    check_alike(study, compared)
     compared, other_measure = of_one_measure(study, compared)
     if not compared and not failed and not any(state.losses.values()):
         raise UserError(f"no run of {study.path} is done yet: there is nothing to report")

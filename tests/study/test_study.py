@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -20,6 +21,7 @@ from sit.metrics.generated import GeneratedImages
 from sit.metrics.image_sets import DataImages
 from sit.sampling.config import SamplerConfig
 from sit.study import one_run, record
+from sit.study.alike import check_alike
 from sit.study.cli import Arguments, run_study
 from sit.study.config import read_study
 from sit.study.evaluation import evaluate_run
@@ -80,6 +82,66 @@ def done(tmp_path_factory) -> Path:
 
 def study_of(out: Path):
     return read_study(out.parent / "digits.yaml", str(out))
+
+
+def test_runs_of_other_data_under_one_name_are_not_compared(done, tmp_path):
+    """Images, VAE, reference and classifier are told by what is in them; earlier JSONs tell nothing and are taken."""
+    stored = {name: json.loads((done / "runs" / f"{name}.json").read_text()) for name in NAMES}
+    assert len({one["trained_on"]["images"] for one in stored.values()}) == 1
+    extractor = get_extractor("digits", torch.device("cpu"))
+    images = DataImages("digits", 32)
+    features = extractor(images.batch(np.arange(len(images))))["features"].astype(np.float64)
+    moments = [np.linalg.norm(features.mean(axis=0)), np.trace(np.cov(features.T))]
+    for one in stored.values():
+        assert one["evaluation"]["of"] == {
+            "reference": {"digits": pytest.approx(moments, rel=1e-5)},
+            "classifier": None,
+        }
+    study = study_of(done)
+    check_alike(study, stored)
+    check_alike(study, {name: {**one, "trained_on": None} for name, one in stored.items()})
+
+    def changed(*keys: str, value: object) -> dict:
+        other = json.loads(json.dumps(stored))
+        place = other[NAMES[2]]
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        return other
+
+    nearly = [moments[0], moments[1] * 1.0005]
+    check_alike(study, changed("evaluation", "of", "reference", value={"digits": nearly}))
+    for setting, other in (
+        ("data", changed("trained_on", "images", value="0" * 32)),
+        ("vae", changed("trained_on", "vae", value="0" * 32)),
+        ("reference", changed("evaluation", "of", "reference", value={"digits": [moments[0], moments[1] * 1.01]})),
+    ):
+        with pytest.raises(UserError, match=f"{NAMES[2]}.json and {NAMES[0]}.json were made with .* `{setting}`"):
+            check_alike(study, other)
+    by_classifiers = changed("evaluation", "of", "classifier", value="0" * 32)
+    check_alike(study, by_classifiers)  # the others don't say theirs
+    by_classifiers[NAMES[1]]["evaluation"]["of"]["classifier"] = "1" * 32
+    with pytest.raises(UserError, match="`classifier`"):
+        check_alike(study, by_classifiers)
+
+    out = tmp_path / "out"
+    shutil.copytree(done / "runs", out / "runs")
+    damaged = changed("trained_on", "images", value="0" * 32)[NAMES[2]]
+    record.write(out / "runs" / f"{NAMES[2]}.json", damaged)
+    with pytest.raises(UserError, match="different contents of `data`"):
+        run_study(Arguments(str(done.parent / "digits.yaml"), out=str(out), report_only=True))
+
+
+def test_evaluations_of_another_reference_are_not_added(done):
+    study = study_of(done)
+    run = planned(study, {})[0]
+    before = json.loads(run.json(study).read_text())["evaluation"]
+    lacking = before | {"steps": {"2": before["steps"]["2"]}}
+    assert evaluate_run(run, study, [2, 4], torch.device("cpu"), lacking)["steps"].keys() == {"2", "4"}
+    other = lacking | {"of": {"reference": {"digits": [1.0, 2.0]}, "classifier": None}}
+    with pytest.raises(UserError, match=f"{run.name}.json was evaluated with other contents of `reference`"):
+        evaluate_run(run, study, [2, 4], torch.device("cpu"), other)
+    shutil.rmtree(run.work(study) / "evaluation")
 
 
 def test_speeds_measured_apart(done, tmp_path, monkeypatch, capsys):
