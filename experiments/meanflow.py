@@ -26,7 +26,7 @@ import tyro
 from training_runs import ensure_trained
 
 from sit.checkpoint.load import Loaded, load_for_sampling
-from sit.compare.curves import seconds_of_training
+from sit.compare.points import seconds_of_training
 from sit.metrics.classifier import LabelClassifier
 from sit.metrics.estimate import half_width
 from sit.metrics.evaluate import Against, measure

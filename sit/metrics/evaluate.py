@@ -8,7 +8,7 @@ checkpoints measures all of them first, lets the other processes go, and then ma
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,13 @@ from sit.metrics.classifier import LabelClassifier
 from sit.metrics.digits import class_accuracy
 from sit.metrics.distances import RootedMoments
 from sit.metrics.estimate import Estimate, jackknife_groups, of_mean
-from sit.metrics.extraction import Found, Pixels, Wanted, extract, folder_of
+from sit.metrics.extraction import Digests, Found, Pixels, Wanted, extract, folder_of
 from sit.metrics.features import Extractor
-from sit.metrics.identity import About, short_hash
+from sit.metrics.identity import About, Identity, hash_arrays, hash_numbers, short_hash
 from sit.metrics.image_sets import Images, SomeImages
 from sit.metrics.moments import Moments
 from sit.metrics.packing import pack_samples
-from sit.metrics.report import Number, Report
+from sit.metrics.report import NUMBERS, Number, Report
 from sit.metrics.statistics_files import Statistics
 from sit.metrics.work_folder import WorkDirectory
 from sit.utils.device import process_state
@@ -36,9 +36,6 @@ from sit.utils.files import atomic_write
 
 REFERENCE_IMAGES = 10_000
 """reference images that precision, recall and KID use at most (ADM's suite)"""
-
-NUMBERS = 2
-"""version of how numbers are made of features: those that another version left are made again"""
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ def measure(samples: Images, against: Against, work: Path, *, save: Path | None 
     making = dict(device=against.device, batch_size=against.batch_size)
     measured.real = _measure_reference(against, work)
     if against.training is not None:
-        every = [Wanted(extractor, summed=False) for extractor in against.extractors]
+        every = [Wanted(reader, summed=False) for reader in (*against.extractors, Digests())]
         measured.training = extract(against.training, every, work, description="training", **making)
     wanted = [Wanted(extractor, group) for extractor in against.extractors]
     if against.classifier is not None:
@@ -171,6 +168,7 @@ def _measure_reference(against: Against, work: Path) -> dict[str, Found]:
     else:  # its moments are known
         images = SomeImages(images, chosen)
         wanted = [Wanted(extractor, summed=False) for extractor in against.extractors]
+    wanted.append(Wanted(Digests(), summed=False))
     making = dict(device=against.device, batch_size=against.batch_size)
     return extract(images, wanted, work, description="reference", **making) or {}
 
@@ -262,12 +260,6 @@ class Measured:
         labels = "; ".join(extractor.label for extractor in extractors)
         report = Report(self.name, self.count, reference.name, labels, numbers, notes)
         report.by_class, report.class_names = by_class, self.class_names
-        for extractor in extractors:
-            moments, _ = self._reference_moments(extractor)
-            report.reference_moments[extractor.name] = [
-                float(np.linalg.norm(moments.mu)),
-                float(np.trace(moments.sigma)),
-            ]
         return report
 
     def _numbers_of(self, extractor: Extractor, by_class: dict[str, list[ClassShare]]) -> Iterator[Number]:
@@ -275,29 +267,43 @@ class Measured:
         can be had."""
         on = "" if extractor.name == "inception" else f" ({extractor.name} features)"
         full = "" if extractor.name == "inception" else f" ({extractor.label})"
+        basis = {"features": Identity(extractor.label, short_hash(extractor.about))}
+        against = basis | {"reference": self._reference_identity(extractor)}
         found = self.found[extractor.name]
         features, spatial = self._reference_moments(extractor)
         rooted = RootedMoments.of(features)
         fid = distances.frechet(found.sums["features"], rooted)
-        yield _number(f"FID{full}", fid)
+        yield _number(f"FID{full}", fid, against)
         if fid.replicates:
             infinite = distances.frechet_at_infinity(found.sums["features"], rooted, fid)
-            yield _number(f"FID at infinity{full}", infinite, "extrapolated over 1/N")
+            yield _number(f"FID at infinity{full}", infinite, against, "extrapolated over 1/N")
         if "spatial" in found.sums and spatial is not None:
-            yield _number("sFID", distances.frechet(found.sums["spatial"], RootedMoments.of(spatial)))
+            yield _number("sFID", distances.frechet(found.sums["spatial"], RootedMoments.of(spatial)), against)
         rows = found.rows("features", "logits")
         if "logits" in rows and self.group is not None:
             shuffled = distances.sorted_by_class(rows["logits"].argmax(axis=1))
             how = "shuffled for its splits, as the samples lie sorted by class" if shuffled else ""
-            yield _number(f"Inception score{on}", distances.inception_score(rows["logits"], self.group), how)
+            yield _number(f"Inception score{on}", distances.inception_score(rows["logits"], self.group), basis, how)
         if self.real:
             real = self.real[extractor.name].rows("features")["features"]
-            yield from self._neighborhood_numbers(rows["features"], real, on, by_class)
+            near = self._neighborhood_numbers(rows["features"], real, on, by_class)
+            yield from (replace(number, basis=against) for number in near)
         if self.training:
             training = self.training[extractor.name].rows("features")["features"]
             hits, real_share = neighbors.copies(rows["features"], training, device=self.against.device)
             how = f"{real_share:.1%} of the {len(training):,} training images are so among themselves"
-            yield _number(f"Copies{on}", of_mean(hits, self.group), how)
+            copied = basis | {"training images": Identity(self.against.training.name, _pixels_hash(self.training))}
+            yield _number(f"Copies{on}", of_mean(hits, self.group), copied, how)
+
+    def _reference_identity(self, extractor: Extractor) -> Identity:
+        """The reference as far as an extractor's numbers are of it: its moments where it has them, and its images."""
+        reference, images = self.against.reference, _pixels_hash(self.real) if self.real else ""
+        if not isinstance(reference, Statistics):
+            return Identity(reference.name, images)
+        part = reference.of(extractor)
+        every = [part.features] + ([part.spatial] if part.spatial is not None else [])
+        moments = hash_arrays(*(array for one in every for array in (one.mu, one.sigma)))
+        return Identity(reference.name, short_hash({"moments": moments, "images": images}))
 
     def _reference_moments(self, extractor: Extractor) -> tuple[Moments, Moments | None]:
         """The reference's moments of features and of spatial features, of as many dimensions as the samples'."""
@@ -328,8 +334,9 @@ class Measured:
                 by_class[f"precision{on}"] = shares_by_class(within, self.labels)
             for name, estimate in estimates.items():
                 k = neighbors.K if name in ("precision", "recall") else neighbors.K_DENSITY
-                yield _number(f"{name.capitalize()}{on}", estimate, f"k = {k}", has_error=name in neighbors.MEANS)
-        yield _number(f"KID{on}", distances.kernel_distance(features, real, self.group, device=_with_float64(device)))
+                yield _number(f"{name.capitalize()}{on}", estimate, {}, f"k = {k}", has_error=name in neighbors.MEANS)
+        kid = distances.kernel_distance(features, real, self.group, device=_with_float64(device))
+        yield _number(f"KID{on}", kid, {})
 
     def _class_accuracy(self, by_class: dict[str, list[ClassShare]]) -> Iterator[Number]:
         """How often a sample shows the class of its label, by the classifier that was given or by digits' SVM."""
@@ -338,20 +345,29 @@ class Measured:
             return
         if classifier is not None:
             predicted = self.found[_Predictions.name].rows("predicted")["predicted"]
-            hits, how = predicted == self.labels, classifier.description
+            hits, how, about = predicted == self.labels, classifier.description, classifier.about
         elif "digits" in self.found:
             by_svm = class_accuracy(self.found["digits"].rows("small")["small"], self.labels)
             hits, how = by_svm.hits, f"SVM fitted on real digits, held-out accuracy {by_svm.held_out:.1%}"
+            about = {"classifier": "SVM fitted on real digits"}
         else:
             return
         by_class["class accuracy"] = shares_by_class(hits, self.labels)
-        yield _number("Class accuracy", of_mean(hits, self.group), how)
+        basis = {"classifier": Identity(how, short_hash(about))}
+        yield _number("Class accuracy", of_mean(hits, self.group), basis, how)
 
 
-def _number(name: str, estimate: Estimate, how: str = "", *, has_error: bool = True) -> Number:
+def _pixels_hash(found: dict[str, Found]) -> str:
+    """A hash of the pixels of all images that readers went through, in their order."""
+    return hash_numbers(found[Digests.name].rows("digest")["digest"])
+
+
+def _number(
+    name: str, estimate: Estimate, basis: dict[str, Identity], how: str = "", *, has_error: bool = True
+) -> Number:
     if has_error and not estimate.replicates:
         how = "; ".join(filter(None, (how, "too few samples for an error")))
-    return Number(name, estimate.value, estimate.error, how, estimate.replicates)
+    return Number(name, estimate.value, estimate.error, how, estimate.replicates, basis)
 
 
 def _with_float64(device: torch.device) -> torch.device:

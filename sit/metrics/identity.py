@@ -4,12 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 About = dict[str, Any]
 """What something is of, as JSON has it; equal for equal things, wherever their files lie"""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What something is called, and what it is; equal for equal content, whatever it is called.
+
+    Attributes:
+        name: in words, perhaps with the path of its file.
+        content: a hash of what it is, the same wherever the file lies.
+    """
+
+    name: str = field(compare=False)
+    content: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.content[:12]})"
+
+
+def hash_arrays(*arrays: np.ndarray) -> str:
+    """16 hexadecimal digits of arrays: their types, shapes and values, bit by bit."""
+    digest = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def hash_numbers(numbers: np.ndarray) -> str:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from sit.metrics.by_class import ClassShare
+from sit.metrics.identity import Identity
 from sit.utils.tables import text_table
 
 WORST = 3
 """classes that the text names; the JSON has all"""
+
+NUMBERS = 3
+"""version of how numbers are made of features, and told: those that another version left are made again"""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,8 @@ class Number:
         error: half the width of its 95 % interval over samples; None where there are too few samples for one.
         how: what else must be known.
         replicates: those of :class:`Estimate`, with which two reports of the same labels are paired.
+        basis: what it was measured with (reference, features, classifier, training images), as far as it plays a part;
+            numbers are of one kind only where these are equal.
     """
 
     name: str
@@ -29,6 +36,13 @@ class Number:
     error: float | None = None
     how: str = ""
     replicates: tuple[float, ...] = ()
+    basis: dict[str, Identity] = field(default_factory=dict)
+
+    @classmethod
+    def from_mapping(cls, content: dict[str, Any]) -> Number:
+        """A number as JSON has it; those of before have no basis."""
+        basis = {name: Identity(**one) for name, one in content.get("basis", {}).items()}
+        return cls(**content | {"replicates": tuple(content["replicates"]), "basis": basis})
 
 
 @dataclass
@@ -46,8 +60,8 @@ class Report:
     """class accuracy and precision of each class by the metric's name, the worst first"""
     class_names: list[str] = field(default_factory=list)
     """by label; empty if unknown"""
-    reference_moments: dict[str, list[float]] = field(default_factory=dict)
-    """by features: norm of the mean and trace of the covariance; they tell another reference of the same name"""
+    version: int = NUMBERS
+    """of how the numbers are made; 0 where the file doesn't say"""
 
     def to_json(self) -> str:
         """All of it as JSON."""
@@ -61,9 +75,9 @@ class Report:
             ValueError, TypeError, KeyError: it is something else.
         """
         content = json.loads(text)
-        numbers = [Number(**number | {"replicates": tuple(number["replicates"])}) for number in content["numbers"]]
+        numbers = [Number.from_mapping(number) for number in content["numbers"]]
         by_class = {name: [ClassShare(**one) for one in shares] for name, shares in content["by_class"].items()}
-        return cls(**content | {"numbers": numbers, "by_class": by_class})
+        return cls(**{"version": 0} | content | {"numbers": numbers, "by_class": by_class})
 
     def __str__(self) -> str:
         rows = []

@@ -6,24 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sit.study.config import Study
 from sit.study.record import without_folders
 from sit.utils.errors import UserError
-
-CLOSE = 1e-3
-"""Relative, between moments of one reference as two machines compute them; those of two references differ by more."""
-
-Told = str | list[float] | None
-"""What tells a thing from another of the same name: a hash, or moments; None if a JSON doesn't say"""
-
-
-def agree(one: Told, other: Told) -> bool:
-    """Whether both are of the same, as far as both tell."""
-    if one is None or other is None or isinstance(one, str):
-        return None in (one, other) or one == other
-    return bool(np.allclose(one, other, rtol=CLOSE, atol=0))
 
 
 def check_alike(study: Study, records: Mapping[str, Mapping[str, Any]]) -> None:
@@ -38,13 +23,11 @@ def check_alike(study: Study, records: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         UserError: two runs were made with different ones; the message names both files.
     """
-    known: dict[tuple[str, str], tuple[str, Told]] = {}
+    known: dict[tuple[str, str], tuple[str, str]] = {}
     for name, one in records.items():
-        for setting, named, told in _made_of(one):
-            if told is None:
-                continue
-            first, begun = known.setdefault((setting, named), (name, told))
-            if not agree(told, begun):
+        for setting, named, content in _made_of(one):
+            first, begun = known.setdefault((setting, named), (name, content))
+            if content != begun:
                 raise UserError(
                     f"{study.out / 'runs' / name}.json and {first}.json were made with different contents of "
                     f"`{setting}`, {named}: remove the one that is out of date, and its run is made again"
@@ -62,27 +45,28 @@ def check_evaluated_alike(path: Path, before: Mapping[str, Any], now: Mapping[st
     Raises:
         UserError: it is another.
     """
-    first, second = ({setting: told for setting, _, told in _evaluated_with(one)} for one in (before, now))
-    for setting in sorted(first.keys() & second.keys()):
-        if not agree(first[setting], second[setting]):
+    begun = {(setting, metric): content for setting, metric, content in _evaluated_with(before)}
+    for setting, metric, content in _evaluated_with(now):
+        if begun.get((setting, metric), content) != content:
             raise UserError(
-                f"{path} was evaluated with other contents of `{setting}` than are there now: put those back, or "
+                f"{path} has evaluations with other contents of `{setting}` than are there now: put those back, or "
                 "remove that file, and all of it is made again"
             )
 
 
-def _made_of(record: Mapping[str, Any]) -> Iterator[tuple[str, str, Told]]:
-    """Setting of the study's file, what it names, and what that was."""
+def _made_of(record: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Setting of the study's file, what it names or what is measured with it, and a hash of its content."""
     config, trained_on = record["config"], record.get("trained_on") or {}
     data, vae = without_folders(config["data"]), without_folders(config["vae"])
-    yield "data", f"{data} at {config['image_size']} pixels", trained_on.get("images")
-    yield "vae", vae, trained_on.get("vae")
-    for setting, named, told in _evaluated_with(record["evaluation"] or {}):
-        yield setting, f"{named} at {config['image_size']} pixels", told
+    for setting, named, hashed in (("data", data, "images"), ("vae", vae, "vae")):
+        if hashed in trained_on:
+            yield setting, f"{named} at {config['image_size']} pixels", trained_on[hashed]
+    for setting, metric, content in _evaluated_with(record["evaluation"] or {}):
+        yield setting, f"of {metric} at {config['image_size']} pixels", content
 
 
-def _evaluated_with(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, Told]]:
-    of, settings = evaluation.get("of") or {}, evaluation.get("settings", {})
-    for features, moments in of.get("reference", {}).items():
-        yield "reference", f"{without_folders(settings['reference'])} on features {features}", moments
-    yield "classifier", without_folders(settings.get("classifier")), of.get("classifier")
+def _evaluated_with(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for numbers in (*evaluation.get("steps", {}).values(), *evaluation.get("others", {}).values()):
+        for number in numbers:
+            for setting, identity in number.get("basis", {}).items():
+                yield setting, number["name"], identity["content"]

@@ -22,7 +22,6 @@ from sit.metrics.classifier import LabelClassifier
 from sit.metrics.evaluate import Against, measure
 from sit.metrics.features import default_features, get_extractor
 from sit.metrics.generated import GeneratedImages
-from sit.metrics.report import Report
 from sit.metrics.statistics_files import open_reference
 from sit.metrics.work_folder import WorkDirectory
 from sit.sampling.images import balanced_labels, sample_images
@@ -90,7 +89,6 @@ def evaluate_run(
     if settings is None:
         raise ValueError("the study evaluates nothing")
     have: dict[str, Any] = before or {"steps": {}}
-    of = have.get("of")
     wanted = [(str(step), step, Way(settings.sampler)) for step in steps]
     wanted += [(name, steps[-1], way) for name, way in settings.others.items()]
     found = have["steps"] | have.get("others", {})
@@ -118,7 +116,6 @@ def evaluate_run(
             measured = measure(samples, against, work)
             report = None if measured is None else measured.report()
             found[name] = [] if report is None else [dataclasses.asdict(number) for number in report.numbers]
-            of = of if report is None else _of(report, against)
         loaded = load_for_sampling(checkpoints[steps[-1]], device=device, dtype=dtype)
         if process_state().is_main_process:
             _share(work, study.out / "work" / "reference")
@@ -126,19 +123,12 @@ def evaluate_run(
     evaluation = {
         "settings": dataclasses.asdict(settings),
         "seed": evaluation_seed(run.config),
-        "of": of,
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
         "steps": have["steps"] | {str(step): found[str(step)] for step in steps},
         "others": have.get("others", {}) | {name: found[name] for name in settings.others},
     }
     check_evaluated_alike(run.json(study), have, evaluation)
     return evaluation
-
-
-def _of(report: Report, against: Against) -> dict[str, Any]:
-    """What tells the reference and the classifier from others of the same name."""
-    classifier = against.classifier and against.classifier.about["weights"]
-    return {"reference": report.reference_moments, "classifier": classifier}
 
 
 def _against(run: Run, settings: Evaluation, checkpoint: Path, device: torch.device) -> Against:
