@@ -142,7 +142,8 @@ class DataImages(Images):
     @functools.cached_property
     def about(self) -> About:
         size, listed = self.data.image_size, self.data.fingerprint()
-        return {"images": self.name, "size": size, "list": listed, "files": stamp(self.name)}
+        files = list(self.data.source_files()) or [self.name]  # embedded images have a name alone
+        return {"images": self.name, "size": size, "list": listed, "files": stamp(*files)}
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.stack([self.data[int(number)][0] for number in numbers])
@@ -162,10 +163,11 @@ class RegisteredImages(Images):
             mend = f"put torchvision's files into {root}"
             raise UserError(f"the data set {name} can't be had ({first_line(error)}): {mend}") from error
         self.name, self.count, self.image_size = name, len(self.data), image_size
+        self.folder = root / getattr(self.data, "base_folder", "")  # torchvision's name of a set's own folder
 
-    @property
+    @functools.cached_property
     def about(self) -> About:
-        return {"images": self.name, "size": self.image_size}
+        return {"images": self.name, "size": self.image_size, "files": stamp(self.folder)}
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         images = [Image.fromarray(self.data[int(number)].permute(1, 2, 0).numpy()) for number in numbers]
