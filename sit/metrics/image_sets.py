@@ -97,7 +97,42 @@ class ArrayImages(Images):
         return torch.from_numpy(self.array[numbers]).permute(0, 3, 1, 2)
 
 
-class FileImages(Images):
+class ReadImages(Images):
+    """Images that are read one at a time, cropped to ``image_size`` or, if it is None, all of one size as they are."""
+
+    image_size: int | None
+
+    def read(self, number: int) -> Image.Image:
+        """Image ``number`` as RGB."""
+        raise NotImplementedError
+
+    def describe(self, number: int) -> str:
+        """Which one image ``number`` is, for messages."""
+        raise NotImplementedError
+
+    def pixels(self, number: int) -> np.ndarray:
+        """Image ``number`` as (H, W, 3) uint8, cropped as training data are."""
+        image = self.read(number)
+        return np.array(image if self.image_size is None else center_crop(image, self.image_size))
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the first image, which all must have, in whichever batch and process they are read."""
+        return self.pixels(0).shape
+
+    def batch(self, numbers: np.ndarray) -> torch.Tensor:
+        arrays = [self.pixels(int(number)) for number in numbers]
+        for number, array in zip(numbers.tolist(), arrays, strict=True):
+            if array.shape != self.shape:
+                one, other = (f"{width} x {height}" for height, width, _ in (array.shape, self.shape))
+                sizes = f"{self.describe(number)} has {one} pixels, {self.describe(0)} {other}"
+                raise UserError(
+                    f"the images of {self.name} are of different sizes: crop them by `image_size` ({sizes})"
+                )
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+class FileImages(ReadImages):
     """The images of a folder, in the order of their names, whatever subfolders they are in.
 
     Args:
@@ -121,14 +156,11 @@ class FileImages(Images):
     def about(self) -> About:
         return {"images": self.name, "size": self.image_size, "files": stamp(*self.paths)}
 
-    def batch(self, numbers: np.ndarray) -> torch.Tensor:
-        arrays = []
-        for number in numbers:
-            path = self.paths[number]
-            arrays.append(_pixels(read_rgb(functools.partial(Image.open, path), str(path)), self.image_size))
-        if len({array.shape for array in arrays}) > 1:
-            raise UserError(f"the images of {self.name} are of different sizes: crop them by `image_size`")
-        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    def read(self, number: int) -> Image.Image:
+        return read_rgb(functools.partial(Image.open, self.paths[number]), self.describe(number))
+
+    def describe(self, number: int) -> str:
+        return str(self.paths[number])
 
 
 class DataImages(Images):
@@ -149,7 +181,7 @@ class DataImages(Images):
         return torch.stack([self.data[int(number)][0] for number in numbers])
 
 
-class RegisteredImages(Images):
+class RegisteredImages(ReadImages):
     """A data set that torch-fidelity knows by name, such as ``cifar10-train``, from its usual place or downloaded.
 
     ``image_size`` is the side that its images are cropped to; None takes them as they are.
@@ -169,15 +201,11 @@ class RegisteredImages(Images):
     def about(self) -> About:
         return {"images": self.name, "size": self.image_size, "files": stamp(self.folder)}
 
-    def batch(self, numbers: np.ndarray) -> torch.Tensor:
-        images = [Image.fromarray(self.data[int(number)].permute(1, 2, 0).numpy()) for number in numbers]
-        arrays = [_pixels(image, self.image_size) for image in images]
-        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    def read(self, number: int) -> Image.Image:
+        return Image.fromarray(self.data[number].permute(1, 2, 0).numpy())
 
-
-def _pixels(image: Image.Image, image_size: int | None) -> np.ndarray:
-    """An RGB image as (H, W, 3) uint8, cropped as training data are; None leaves it as it is."""
-    return np.array(image if image_size is None else center_crop(image, image_size))
+    def describe(self, number: int) -> str:
+        return f"number {number}"
 
 
 class CacheImages(Images):
