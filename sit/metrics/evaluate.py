@@ -127,7 +127,7 @@ def measure(samples: Images, against: Against, work: Path, *, save: Path | None 
         UserError: too few images, statistics of other features, or a full disk.
     """
     distances.enough(len(samples), 2, "a Fréchet distance")
-    labels = None if samples.labels is None else samples.labels[: len(samples)]
+    labels = samples.labels
     group = jackknife_groups(len(samples), labels)
     place = folder_of(samples, work, "samples")
     measured = Measured(samples.name, len(samples), labels, group, against, place, list(samples.class_names))

@@ -16,6 +16,7 @@ from torch_fidelity.registry import DATASETS_REGISTRY
 from sit.data.dataset import center_crop
 from sit.data.factory import open_images
 from sit.data.folder import has_classes, only_tars
+from sit.data.heldout import keyed_order
 from sit.data.reading import EXTENSIONS, image_files, read_rgb
 from sit.latents.cache import MANIFEST, CachedLatents, is_cache
 from sit.latents.vae import decode, load_vae, scale_latents, vae_fingerprint
@@ -52,28 +53,18 @@ class Images:
         """What tells them from others, their number aside."""
         return {"images": self.name}
 
-    def limit(self, count: int | None) -> None:
-        """Use only the first ``count``.
-
-        Raises:
-            UserError: there are fewer.
-        """
-        if count is None:
-            return
-        if count > self.count:
-            raise UserError(f"`num_samples={count}`: {self.name} has only {self.count} images")
-        self.count = count
-
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         raise NotImplementedError
 
 
 class SomeImages(Images):
-    """Some of other images, by their numbers (n,), in that order."""
+    """Some of other images, by their numbers (n,), in that order, with their labels."""
 
     def __init__(self, images: Images, numbers: np.ndarray) -> None:
         self.images, self.numbers = images, numbers
-        self.name, self.count = images.name, len(numbers)
+        self.name, self.count, self.source = images.name, len(numbers), images.source
+        self.labels = None if images.labels is None else images.labels[numbers]
+        self.classes, self.class_names = images.classes, images.class_names
 
     @property
     def about(self) -> About:
@@ -81,6 +72,22 @@ class SomeImages(Images):
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         return self.images.batch(self.numbers[numbers])
+
+
+def drawn(images: Images, count: int | None) -> Images:
+    """``count`` of some images, drawn at random, always the same ones, and of each class its share; None takes all.
+
+    The first ones would not do: those of class folders, or of an npz sorted by class, are of the first classes alone.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if count is None or count == len(images):
+        return images
+    if count > len(images):
+        raise UserError(f"`num_samples={count}`: {images.name} has only {len(images)} images")
+    labels = np.zeros(len(images), dtype=np.int64) if images.labels is None else images.labels
+    return SomeImages(images, np.sort(keyed_order(labels, "samples")[:count]))
 
 
 class ArrayImages(Images):
