@@ -28,6 +28,7 @@ from sit.training.recipes import load_recipe
 from sit.training.run_folder import read_metrics
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_folder
+from sit.utils.json_text import json_text
 from sit.utils.tables import markdown_table
 
 AXES = {
@@ -301,7 +302,7 @@ def write_curves(arguments: CurvesArguments, command: str) -> Path:
     with atomic_folder(arguments.out) as place:
         draw(found, arguments, place / "curves.png")
         told = {"against": AXES[arguments.against], "metric": arguments.metric, "curves": found}
-        (place / "curves.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        (place / "curves.json").write_text(json_text(told, indent=1) + "\n")
         (place / "README.md").write_text(_page(found, arguments, command))
     return Path(arguments.out)
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from sit.metrics.by_class import ClassShare
+from sit.utils.json_text import json_text
 from sit.utils.tables import text_table
 
 WORST = 3
@@ -31,6 +32,11 @@ class Number:
     replicates: tuple[float, ...] = ()
 
 
+def _refuse(constant: str) -> None:
+    """NaN and infinity, which an earlier version wrote: such a report is made again."""
+    raise ValueError(f"{constant} is no JSON")
+
+
 @dataclass
 class Report:
     """What an evaluation found."""
@@ -49,7 +55,7 @@ class Report:
 
     def to_json(self) -> str:
         """All of it as JSON."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return json_text(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -58,8 +64,10 @@ class Report:
         Raises:
             ValueError, TypeError, KeyError: it is something else.
         """
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=_refuse)
         numbers = [Number(**number | {"replicates": tuple(number["replicates"])}) for number in content["numbers"]]
+        if any(number.value is None or None in number.replicates for number in numbers):
+            raise ValueError("a number is not finite")
         by_class = {name: [ClassShare(**one) for one in shares] for name, shares in content["by_class"].items()}
         return cls(**content | {"numbers": numbers, "by_class": by_class})
 
