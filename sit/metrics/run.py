@@ -15,7 +15,7 @@ from sit.metrics.arguments import Arguments, ReferenceArguments
 from sit.metrics.classifier import LabelClassifier
 from sit.metrics.evaluate import Against, measure
 from sit.metrics.extraction import folder_of, row_bytes
-from sit.metrics.features import default_features, get_extractors
+from sit.metrics.features import get_extractors
 from sit.metrics.generated import GeneratedImages
 from sit.metrics.image_sets import Images, drawn, open_samples
 from sit.metrics.reference import make_reference
@@ -41,7 +41,7 @@ def evaluate_samples(arguments: Arguments) -> None:
         _check_targets(arguments)
 
     # the samples, and the side of squares that the reference is cropped to
-    features = arguments.features or (default_features(arguments.reference),)
+    features = arguments.features_made
     if arguments.ckpt is not None:
         count = arguments.num_samples or (1_000 if features == ("digits",) else 50_000)
         samples, size = _generated(arguments, count, device, state)
