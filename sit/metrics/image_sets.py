@@ -35,11 +35,13 @@ class Images:
         labels: (count,) integers, or None.
         classes: how many classes there are; None if unknown.
         class_names: their names in the order of the labels; empty if unknown.
+        note: what a report must say of them; None if nothing.
         source: where they come from, for whoever reads a work folder; it tells nothing apart.
     """
 
     name: str
     count: int
+    note: str | None = None
     source: dict[str, Any] = {}
     labels: np.ndarray | None = None
     classes: int | None = None
@@ -62,7 +64,7 @@ class SomeImages(Images):
 
     def __init__(self, images: Images, numbers: np.ndarray) -> None:
         self.images, self.numbers = images, numbers
-        self.name, self.count, self.source = images.name, len(numbers), images.source
+        self.name, self.count, self.note, self.source = images.name, len(numbers), images.note, images.source
         self.labels = None if images.labels is None else images.labels[numbers]
         self.classes, self.class_names = images.classes, images.class_names
 
@@ -158,6 +160,8 @@ class FileImages(ReadImages):
         if not self.paths:
             raise UserError(f"{folder} has no images ({', '.join(EXTENSIONS)} are looked for)")
         self.count = len(self.paths)
+        if image_size is None and has_classes(folder):
+            self.note = f"the subfolders of {folder} are not taken for classes, as no image size is given"
 
     @functools.cached_property
     def about(self) -> About:
