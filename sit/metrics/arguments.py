@@ -76,7 +76,8 @@ class Arguments:
     samples: str | None = None
     """a folder or npz of samples, or a data set, instead of --ckpt"""
     num_samples: int | None = None
-    """how many; None: 50,000 of a checkpoint (1,000 on digits features), all of given samples"""
+    """how many; None: 50,000 of a checkpoint (1,000 on digits features), all of given samples. Of more given ones they
+    are drawn at random, always the same"""
     label_order: LabelOrder = "balanced"
     """the classes of a checkpoint's samples: each as often, or drawn at random as in the papers"""
     seed: int = 0
