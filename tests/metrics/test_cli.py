@@ -523,7 +523,7 @@ def test_samples_of_another_size_than_the_training(checkpoint, tmp_path, capsys)
 def test_settings_of_how_samples_are_made_are_refused_for_those_that_are(settings):
     with pytest.raises(UserError, match="is for `ckpt`: samples are as they were made"):
         Arguments("digits", samples="x", **settings)
-    made = dict(num_samples=5, batch_size=8, image_size=32, save="a.npz", vae="digits", device="cpu", compile=False)
+    made = dict(num_samples=5, batch_size=8, image_size=32, save="a.npz", device="cpu", compile=False)
     assert Arguments("digits", samples="x", **made).num_samples == 5
 
 
