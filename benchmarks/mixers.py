@@ -35,6 +35,7 @@ from sit.utils.cli import one_line_errors
 from sit.utils.device import pick_device
 from sit.utils.errors import UserError, entry_point
 from sit.utils.files import atomic_write
+from sit.utils.json_text import json_text
 from sit.utils.record import record
 from sit.utils.tables import markdown_table
 from sit.utils.timing import interleaved
@@ -272,7 +273,7 @@ def main() -> None:
     print("\n" + table(rows, how["sides"]))
     if arguments.json is not None:
         with atomic_write(arguments.json) as temporary:
-            text = json.dumps(figures | {"rows": [asdict(row) for row in rows]}, indent=2, ensure_ascii=False)
+            text = json_text(figures | {"rows": [asdict(row) for row in rows]}, indent=2)
             temporary.write_text(text + "\n", encoding="utf-8")
 
 

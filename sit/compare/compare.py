@@ -9,7 +9,6 @@ Runs that differ by their seed alone are one group, with intervals over the seed
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import statistics
@@ -29,10 +28,11 @@ from sit.compare.plots import plot_losses, plot_metrics
 from sit.compare.report import markdown
 from sit.compare.runs import Run, grouped, keep_common_steps, listed, open_runs
 from sit.compare.speed import measure_speed, objective
+from sit.metrics.arguments import check_weights_heeded, default_features
 from sit.metrics.classifier import LabelClassifier
 from sit.metrics.estimate import Estimate
 from sit.metrics.evaluate import Against, Measured, measure
-from sit.metrics.features import default_features, get_extractors
+from sit.metrics.features import get_extractors
 from sit.metrics.generated import GeneratedImages
 from sit.metrics.paired import Difference, over_samples, over_seeds
 from sit.metrics.report import Number, Report
@@ -48,6 +48,7 @@ from sit.utils.device import pick_device, process_state
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_folder
 from sit.utils.image_grid import labeled_grid, save_png
+from sit.utils.json_text import json_text
 from sit.utils.precision import for_sampling
 from sit.utils.record import machine
 
@@ -210,7 +211,9 @@ def _against(arguments: Arguments, groups: dict[str, list[Run]], device: torch.d
     classifier = None
     if arguments.classifier is not None:
         classifier = LabelClassifier.load(arguments.classifier, device, info.classes or None, info.label_names)
-    extractors = get_extractors(arguments.features or (usual,), device, arguments.weights_files)
+    features = arguments.features or (usual,)
+    check_weights_heeded(arguments.weights_files, features)
+    extractors = get_extractors(features, device, arguments.weights_files)
     reference = open_reference(arguments.reference or "digits", first.config.image_size, device=device)
     return Against(reference, extractors, classifier, device, arguments.batch_size)
 
@@ -261,7 +264,7 @@ def _write(
         lines = {name: [losses(run) for run in members] for name, members in groups.items()}
         plot_losses({name: rows for name, rows in lines.items() if all(rows)}, place / "loss.png")
         plots = plot_metrics(found["groups"], place)
-        (place / "numbers.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        (place / "numbers.json").write_text(json_text(found, indent=2) + "\n")
         (place / "README.md").write_text(
             markdown(found, plots, command(arguments), setting(arguments, sampler, against))
         )
@@ -276,7 +279,7 @@ def resolved(sampler: SamplerConfig, newest: dict[str, Loaded]) -> SamplerConfig
 
 def losses(run: Run) -> list[dict[str, float]]:
     """The rows of a run's metrics that have a loss."""
-    return [row for row in read_metrics(run.folder / "metrics.jsonl") if "loss" in row]
+    return [row for row in read_metrics(run.folder / "metrics.jsonl") if row.get("loss") is not None]
 
 
 def command(arguments: Arguments) -> str:

@@ -25,6 +25,7 @@ from sit.compare.points import Point, read_points
 from sit.metrics.estimate import half_width
 from sit.metrics.identity import Identity
 from sit.utils.files import atomic_folder
+from sit.utils.json_text import json_text
 from sit.utils.tables import markdown_table
 
 AXES = {
@@ -166,7 +167,7 @@ def write_curves(arguments: CurvesArguments, command: str) -> Path:
         draw(found, arguments, place / "curves.png")
         told = {"against": AXES[arguments.against], "metric": arguments.metric, "curves": found}
         told |= {"notes": {name: notes(line, told["against"]) for name, line in found.items()}, "left out": left_out}
-        (place / "curves.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        (place / "curves.json").write_text(json_text(told, indent=1) + "\n")
         (place / "README.md").write_text(_page(told, arguments, command))
     return Path(arguments.out)
 

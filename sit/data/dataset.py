@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -54,6 +55,10 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Hash of which images these are, in which order and with which labels (not of their pixels)."""
+        ...
+
+    def source_files(self) -> Iterable[str | Path]:
+        """The files that the images are read from, by whose sizes and times a change is noticed; none if embedded."""
         ...
 
     def contents(self) -> str:
@@ -116,6 +121,10 @@ class ImageData(torch.utils.data.Dataset):
     def fingerprint(self) -> str:
         """The source's: hash of the list of images and labels, not of pixels."""
         return self.source.fingerprint()
+
+    def source_files(self) -> Iterable[str | Path]:
+        """The source's: the files that the images are read from."""
+        return self.source.source_files()
 
     def contents(self) -> str:
         """The source's: hash of the list, of all sizes, and of the bytes of some images.

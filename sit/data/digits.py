@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,6 +52,9 @@ class Digits:
 
     def fingerprint(self) -> str:
         return hash_names([self.name.encode()], self.labels)
+
+    def source_files(self) -> Iterable[Path]:
+        return ()
 
     def contents(self) -> str:
         return hash_contents(self, (), lambda index: self.images[index].tobytes())

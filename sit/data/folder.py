@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,10 @@ class FolderSource:
 
     def fingerprint(self) -> str:
         return hash_names((bytes(path) for path in self.paths), self.labels)
+
+    def source_files(self) -> Iterable[str]:
+        root = os.fsencode(self.root)
+        return (os.fsdecode(os.path.join(root, bytes(path))) for path in self.paths)
 
     def contents(self) -> str:
         root = os.fsencode(self.root)

@@ -17,7 +17,7 @@ SEED = 0
 """Keys the choice of images, for all runs alike."""
 
 
-def keyed_order(labels: np.ndarray) -> np.ndarray:
+def keyed_order(labels: np.ndarray, purpose: str = "heldout") -> np.ndarray:
     """A permutation of the images whose every beginning has the classes in their proportions, to about one image.
 
     Each class is shuffled by a key of its own, and image number r of n in a class stands at the (r + 1/2) / n-th part
@@ -25,6 +25,7 @@ def keyed_order(labels: np.ndarray) -> np.ndarray:
 
     Args:
         labels: (count,) int64.
+        purpose: what the order is for; another purpose has another order.
 
     Returns:
         (count,) int64 indices, the same for the same labels.
@@ -32,9 +33,9 @@ def keyed_order(labels: np.ndarray) -> np.ndarray:
     places = np.empty(len(labels))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        shuffled = torch.randperm(len(members), generator=generator(SEED, "heldout", "class", int(label))).numpy()
+        shuffled = torch.randperm(len(members), generator=generator(SEED, purpose, "class", int(label))).numpy()
         places[members[shuffled]] = (np.arange(len(members)) + 0.5) / len(members)
-    ties = torch.randperm(len(labels), generator=generator(SEED, "heldout", "ties")).numpy()
+    ties = torch.randperm(len(labels), generator=generator(SEED, purpose, "ties")).numpy()
     return np.lexsort((ties, places))
 
 

@@ -88,6 +88,14 @@ class HubSource:
     def fingerprint(self) -> str:
         return hash_names([self._identity.encode()], self.labels)
 
+    def source_files(self) -> Iterable[str]:
+        import pyarrow.compute as compute
+
+        yield from (entry["filename"] for entry in self.data.cache_files)
+        cells = self.data.data.column(self.column)
+        beside = compute.is_null(compute.struct_field(cells, "bytes"))  # of these the table has the paths alone
+        yield from (path.as_py() for path in compute.struct_field(cells, "path").filter(beside) if path.is_valid)
+
     def contents(self) -> str:
         import datasets
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,10 @@ class LmdbSource:
 
     def fingerprint(self) -> str:
         return hash_names(self.keys, self.labels)
+
+    def source_files(self) -> Iterable[Path]:
+        path = Path(self.path)
+        return [path / "data.mdb" if path.is_dir() else path]  # the lock file beside it changes with each reader
 
     def contents(self) -> str:
         return hash_contents(self, (), self._bytes)

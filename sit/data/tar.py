@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +99,9 @@ class TarSource:
 
     def fingerprint(self) -> str:
         return hash_names((bytes(name) for name in self.names), self.labels)
+
+    def source_files(self) -> Iterable[Path]:
+        return self.files
 
     def contents(self) -> str:
         return hash_contents(self, self.places[:, 2], self._bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ class TorchvisionSource:
 
     def fingerprint(self) -> str:
         return hash_names([self.name.partition(":")[0].encode()], self.labels)
+
+    def source_files(self) -> Iterable[Path]:
+        if hasattr(self.data, "samples"):
+            return (Path(path) for path, _ in self.data.samples)
+        inside = getattr(self.data, "raw_folder", None) or Path(self.folder) / self.data.base_folder
+        return sorted(path for path in Path(inside).iterdir() if path.is_file())
 
     def contents(self) -> str:
         if hasattr(self.data, "data"):  # in memory, all of one size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,6 +31,35 @@ class FeatureWeights:
         return {"inception": self.inception_weights, "dinov2": self.dinov2_weights}.get(features)
 
 
+def default_features(data: str) -> str:
+    """The features for images of ``data``, named as :func:`sit.data.factory.open_images` takes it."""
+    return "digits" if data.split(":")[0] == "digits" else "inception"
+
+
+def check_weights_heeded(weights: FeatureWeights, features: Sequence[str]) -> None:
+    """Raise UserError if a file of weights is named, and its features are not among those that are made.
+
+    Args:
+        weights: the files.
+        features: as :func:`sit.metrics.features.get_extractors` takes them.
+    """
+    kinds = {name.partition(":")[0] for name in features}
+    for one in dataclasses.fields(weights):
+        kind, value = one.name.removesuffix("_weights"), getattr(weights, one.name)
+        if value is not None and kind not in kinds:
+            raise UserError(f"`{one.name}={value}` plays no part without `features={kind}`: leave it out, or give that")
+
+
+def check_vae_heeded(vae: str | None, *images: str | None) -> None:
+    """Raise UserError if a VAE is named, and none of the ``images`` is a latent cache that it could decode."""
+    if vae is None:
+        return
+    from sit.latents.cache import is_cache  # takes NumPy
+
+    if not any(is_cache(place) for place in images if place is not None):
+        raise UserError(f"`vae={vae}` plays no part, as nothing is a latent cache: leave it out")
+
+
 @dataclass
 class Arguments:
     """Evaluate samples, or the samples that a checkpoint makes, against a reference."""
@@ -46,7 +76,8 @@ class Arguments:
     samples: str | None = None
     """a folder or npz of samples, or a data set, instead of --ckpt"""
     num_samples: int | None = None
-    """how many; None: 50,000 of a checkpoint (1,000 on digits features), all of given samples"""
+    """how many; None: 50,000 of a checkpoint (1,000 on digits features), all of given samples. Of more given ones they
+    are drawn at random, always the same"""
     label_order: LabelOrder = "balanced"
     """the classes of a checkpoint's samples: each as often, or drawn at random as in the papers"""
     seed: int = 0
@@ -88,12 +119,19 @@ class Arguments:
             raise UserError("give either `ckpt`, to sample from, or `samples`, a folder or npz")
         if self.ckpt is None:
             self._check_nothing_is_made()
+            check_vae_heeded(self.vae, self.samples, self.reference, self.training_data)
+        check_weights_heeded(self.weights_files, self.features_made)
         check_heeded(self.sampler)
         check_guide(self.guide, self.sampler)
         _check_counts(self, "num_samples", "batch_size")
         size = height_and_width(self.image_size)
         if self.samples is not None and size is not None and size[0] != size[1]:
             raise UserError(f"`image_size={size[0]} {size[1]}`: `samples` are cropped to squares; give one side")
+
+    @property
+    def features_made(self) -> tuple[str, ...]:
+        """Those that were named, or the usual ones of the reference."""
+        return self.features or (default_features(self.reference),)
 
     def _check_nothing_is_made(self) -> None:
         """Raise UserError if something is set of how a checkpoint makes samples."""
@@ -138,6 +176,8 @@ class ReferenceArguments:
 
     def __post_init__(self) -> None:
         _check_counts(self, "images", "batch_size")
+        check_weights_heeded(self.weights_files, self.features)
+        check_vae_heeded(self.vae, self.data)
 
 
 def _check_counts(arguments: Arguments | ReferenceArguments, *names: str) -> None:

@@ -24,6 +24,7 @@ from torch import nn
 from sit.metrics.identity import About
 from sit.utils.errors import UserError, first_line
 from sit.utils.fingerprint import weights_fingerprint
+from sit.utils.json_text import json_text
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -38,7 +39,7 @@ class ClassifierConfig:
     classes: list[str]
     data: str = ""
     heldout: str = ""
-    accuracy: float = float("nan")
+    accuracy: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -61,7 +62,7 @@ class Classifier(nn.Module):
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:
     """Write its config and weights into ``folder``."""
-    (folder / CONFIG).write_text(json.dumps(asdict(classifier.config), indent=2) + "\n")
+    (folder / CONFIG).write_text(json_text(asdict(classifier.config), indent=2) + "\n")
     save_file(classifier.network.state_dict(), folder / WEIGHTS)
 
 
@@ -142,4 +143,5 @@ class LabelClassifier:
     def description(self) -> str:
         """What a report says of it: its architecture, its folder and its held-out accuracy."""
         config = self.classifier.config
-        return f"{config.architecture} of {self.folder}, held-out accuracy {config.accuracy:.1%}"
+        accuracy = "unknown" if config.accuracy is None else f"{config.accuracy:.1%}"
+        return f"{config.architecture} of {self.folder}, held-out accuracy {accuracy}"

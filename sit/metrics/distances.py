@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from scipy import linalg
 
-from sit.metrics.estimate import Estimate, jackknife
+from sit.metrics.estimate import FEWEST_GROUPS, PER_GROUP, Estimate, jackknife
 from sit.metrics.moments import GroupSums, Moments
 from sit.utils.errors import UserError
 
 SPLIT = 5000
 """samples of one split of the inception score (ADM's suite)"""
+
+FEWEST_IN_SUBSET = FEWEST_GROUPS * PER_GROUP
+"""features in a subset of KID that its error needs, as many as samples"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,12 +188,19 @@ def kernel_distance(
     Args:
         features: (N, D).
         reference: (M, D).
-        group: (N,) groups of the jackknife, which leaves a group out of every subset; None gives no error.
+        group: (N,) groups of the jackknife, which leaves a group out of every subset; None gives no error, and neither
+            do subsets of fewer than :data:`FEWEST_IN_SUBSET`, of which a group may be nearly all.
         subsets: how many.
         size: features in each; fewer where there are fewer.
         device: where products are made, in float64.
+
+    Raises:
+        UserError: there are fewer than two of either.
     """
     size = min(size, len(features), len(reference))
+    enough(size, 2, "KID")
+    if size < FEWEST_IN_SUBSET:
+        group = None
     if size == len(features) == len(reference):
         subsets = 1  # they would all be the same
     groups = 1 if group is None else int(group.max()) + 1

@@ -124,10 +124,12 @@ def measure(samples: Images, against: Against, work: Path, *, save: Path | None 
         UserError: too few images, statistics of other features, or a full disk.
     """
     distances.enough(len(samples), 2, "a Fréchet distance")
-    labels = None if samples.labels is None else samples.labels[: len(samples)]
+    _check_heeded(samples, against)
+    labels = samples.labels
     group = jackknife_groups(len(samples), labels)
     place = folder_of(samples, work, "samples")
-    measured = Measured(samples.name, len(samples), labels, group, against, place, list(samples.class_names))
+    names = list(samples.class_names)
+    measured = Measured(samples.name, len(samples), labels, group, against, place, names, samples.note)
     if save is None and _agreed(measured.kept() is not None):
         return measured if process_state().is_main_process else None
 
@@ -148,6 +150,16 @@ def measure(samples: Images, against: Against, work: Path, *, save: Path | None 
     if save is not None:
         pack_samples(found[Pixels.name], len(samples), labels, save)
     return measured
+
+
+def _check_heeded(samples: Images, against: Against) -> None:
+    """Raise UserError unless the classifier has labels to predict, and the training images neighbors of their own."""
+    if against.classifier is not None and samples.labels is None:
+        named = f"`classifier={against.classifier.folder}`"
+        mend = "leave it out, or give an npz with arr_1, or class folders and their `image_size`"
+        raise UserError(f"{named} predicts classes, and {samples.name} has no labels: {mend}")
+    if against.training is not None:
+        distances.enough(len(against.training), 2, f"`training_data={against.training.name}`: a search for copies")
 
 
 def _measure_reference(against: Against, work: Path) -> dict[str, Found]:
@@ -205,6 +217,7 @@ class Measured:
         against: what they are evaluated with.
         place: the samples' folder in the work folder.
         class_names: by label; empty if unknown.
+        note: what the report must say of the samples.
         found: what the extractors and the classifier made of the samples; None where the numbers are there already.
         real: what the extractors made of the reference's images.
         training: what they made of the training images.
@@ -217,6 +230,7 @@ class Measured:
     against: Against
     place: Path
     class_names: list[str]
+    note: str | None = None
     found: dict[str, Found] | None = None
     real: dict[str, Found] | None = None
     training: dict[str, Found] | None = None
@@ -252,11 +266,13 @@ class Measured:
         numbers: list[Number] = []
         notes: list[str] = []
         by_class: dict[str, list[ClassShare]] = {}
+        notes += [self.note] if self.note else []
         for extractor in extractors:
             numbers += self._numbers_of(extractor, by_class)
             note = reference.note(extractor) if isinstance(reference, Statistics) else None
             notes += [note] if note else []
         numbers += self._class_accuracy(by_class)
+        notes += self._too_few()
         labels = "; ".join(extractor.label for extractor in extractors)
         report = Report(self.name, self.count, reference.name, labels, numbers, notes)
         report.by_class, report.class_names = by_class, self.class_names
@@ -326,17 +342,28 @@ class Measured:
     def _neighborhood_numbers(
         self, features: np.ndarray, real: np.ndarray, on: str, by_class: dict[str, list[ClassShare]]
     ) -> Iterator[Number]:
-        """Numbers of features (N, D) against some of the reference's (M, D)."""
+        """Numbers of features (N, D) against some of the reference's (M, D); none where there are too few of either."""
         device = self.against.device
-        if min(len(features), len(real)) > neighbors.K_DENSITY:
-            estimates, within = neighbors.neighborhoods(features, real, self.group, device=device)
-            if self.labels is not None:
-                by_class[f"precision{on}"] = shares_by_class(within, self.labels)
-            for name, estimate in estimates.items():
-                k = neighbors.K if name in ("precision", "recall") else neighbors.K_DENSITY
-                yield _number(f"{name.capitalize()}{on}", estimate, {}, f"k = {k}", has_error=name in neighbors.MEANS)
+        if min(len(features), len(real)) <= neighbors.K_DENSITY:
+            return
+        estimates, within = neighbors.neighborhoods(features, real, self.group, device=device)
+        if self.labels is not None:
+            by_class[f"precision{on}"] = shares_by_class(within, self.labels)
+        for name, estimate in estimates.items():
+            k = neighbors.K if name in ("precision", "recall") else neighbors.K_DENSITY
+            yield _number(f"{name.capitalize()}{on}", estimate, {}, f"k = {k}", has_error=name in neighbors.MEANS)
         kid = distances.kernel_distance(features, real, self.group, device=_with_float64(device))
-        yield _number(f"KID{on}", kid, {})
+        few = "reference images" if self.group is not None else "samples"
+        yield _number(f"KID{on}", kid, {}, few=few)
+
+    def _too_few(self) -> Iterator[str]:
+        """What a report says where numbers of nearest neighbors are left out."""
+        if not self.real:
+            return
+        needed, kept = neighbors.K_DENSITY + 1, len(next(iter(self.real.values())).kept)
+        if min(self.count, kept) < needed:
+            counts = f"{self.count} samples and {kept} images of the reference"
+            yield f"precision, recall, density, coverage and KID need {needed} of each, and there are {counts}"
 
     def _class_accuracy(self, by_class: dict[str, list[ClassShare]]) -> Iterator[Number]:
         """How often a sample shows the class of its label, by the classifier that was given or by digits' SVM."""
@@ -363,10 +390,16 @@ def _pixels_hash(found: dict[str, Found]) -> str:
 
 
 def _number(
-    name: str, estimate: Estimate, basis: dict[str, Identity], how: str = "", *, has_error: bool = True
+    name: str,
+    estimate: Estimate,
+    basis: dict[str, Identity],
+    how: str = "",
+    *,
+    has_error: bool = True,
+    few: str = "samples",
 ) -> Number:
     if has_error and not estimate.replicates:
-        how = "; ".join(filter(None, (how, "too few samples for an error")))
+        how = "; ".join(filter(None, (how, f"too few {few} for an error")))
     return Number(name, estimate.value, estimate.error, how, estimate.replicates, basis)
 
 

@@ -242,11 +242,6 @@ EXTRACTORS: dict[str, Callable[[torch.device, str | None], Extractor]] = {
 }
 
 
-def default_features(data: str) -> str:
-    """The features for images of ``data``, named as :func:`sit.data.factory.open_images` takes it."""
-    return "digits" if data.split(":")[0] == "digits" else "inception"
-
-
 def get_extractor(name: str, device: torch.device, weights: str | None = None) -> Extractor:
     """The extractor of that name; ``classifier:FOLDER`` names its folder with it.
 

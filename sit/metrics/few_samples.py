@@ -12,9 +12,9 @@ from accelerate.utils import gather_object
 
 from sit.checkpoint.load import Loaded
 from sit.latents.vae import NotFinite, downsampling
-from sit.metrics.arguments import FeatureWeights
+from sit.metrics.arguments import FeatureWeights, default_features
 from sit.metrics.evaluate import Against, measure
-from sit.metrics.features import default_features, get_extractors
+from sit.metrics.features import get_extractors
 from sit.metrics.generated import GeneratedImages
 from sit.metrics.statistics_files import open_reference
 from sit.metrics.work_folder import WorkDirectory

@@ -16,6 +16,7 @@ from torch_fidelity.registry import DATASETS_REGISTRY
 from sit.data.dataset import center_crop
 from sit.data.factory import open_images
 from sit.data.folder import has_classes, only_tars
+from sit.data.heldout import keyed_order
 from sit.data.reading import EXTENSIONS, image_files, read_rgb
 from sit.latents.cache import MANIFEST, CachedLatents, is_cache
 from sit.latents.vae import decode, load_vae, scale_latents, vae_fingerprint
@@ -34,11 +35,13 @@ class Images:
         labels: (count,) integers, or None.
         classes: how many classes there are; None if unknown.
         class_names: their names in the order of the labels; empty if unknown.
+        note: what a report must say of them; None if nothing.
         source: where they come from, for whoever reads a work folder; it tells nothing apart.
     """
 
     name: str
     count: int
+    note: str | None = None
     source: dict[str, Any] = {}
     labels: np.ndarray | None = None
     classes: int | None = None
@@ -52,28 +55,18 @@ class Images:
         """What tells them from others, their number aside."""
         return {"images": self.name}
 
-    def limit(self, count: int | None) -> None:
-        """Use only the first ``count``.
-
-        Raises:
-            UserError: there are fewer.
-        """
-        if count is None:
-            return
-        if count > self.count:
-            raise UserError(f"`num_samples={count}`: {self.name} has only {self.count} images")
-        self.count = count
-
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         raise NotImplementedError
 
 
 class SomeImages(Images):
-    """Some of other images, by their numbers (n,), in that order."""
+    """Some of other images, by their numbers (n,), in that order, with their labels."""
 
     def __init__(self, images: Images, numbers: np.ndarray) -> None:
         self.images, self.numbers = images, numbers
-        self.name, self.count = images.name, len(numbers)
+        self.name, self.count, self.note, self.source = images.name, len(numbers), images.note, images.source
+        self.labels = None if images.labels is None else images.labels[numbers]
+        self.classes, self.class_names = images.classes, images.class_names
 
     @property
     def about(self) -> About:
@@ -81,6 +74,22 @@ class SomeImages(Images):
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         return self.images.batch(self.numbers[numbers])
+
+
+def drawn(images: Images, count: int | None) -> Images:
+    """``count`` of some images, drawn at random, always the same ones, and of each class its share; None takes all.
+
+    The first ones would not do: those of class folders, or of an npz sorted by class, are of the first classes alone.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if count is None or count == len(images):
+        return images
+    if count > len(images):
+        raise UserError(f"`num_samples={count}`: {images.name} has only {len(images)} images")
+    labels = np.zeros(len(images), dtype=np.int64) if images.labels is None else images.labels
+    return SomeImages(images, np.sort(keyed_order(labels, "samples")[:count]))
 
 
 class ArrayImages(Images):
@@ -97,7 +106,42 @@ class ArrayImages(Images):
         return torch.from_numpy(self.array[numbers]).permute(0, 3, 1, 2)
 
 
-class FileImages(Images):
+class ReadImages(Images):
+    """Images that are read one at a time, cropped to ``image_size`` or, if it is None, all of one size as they are."""
+
+    image_size: int | None
+
+    def read(self, number: int) -> Image.Image:
+        """Image ``number`` as RGB."""
+        raise NotImplementedError
+
+    def describe(self, number: int) -> str:
+        """Which one image ``number`` is, for messages."""
+        raise NotImplementedError
+
+    def pixels(self, number: int) -> np.ndarray:
+        """Image ``number`` as (H, W, 3) uint8, cropped as training data are."""
+        image = self.read(number)
+        return np.array(image if self.image_size is None else center_crop(image, self.image_size))
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the first image, which all must have, in whichever batch and process they are read."""
+        return self.pixels(0).shape
+
+    def batch(self, numbers: np.ndarray) -> torch.Tensor:
+        arrays = [self.pixels(int(number)) for number in numbers]
+        for number, array in zip(numbers.tolist(), arrays, strict=True):
+            if array.shape != self.shape:
+                one, other = (f"{width} x {height}" for height, width, _ in (array.shape, self.shape))
+                sizes = f"{self.describe(number)} has {one} pixels, {self.describe(0)} {other}"
+                raise UserError(
+                    f"the images of {self.name} are of different sizes: crop them by `image_size` ({sizes})"
+                )
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+class FileImages(ReadImages):
     """The images of a folder, in the order of their names, whatever subfolders they are in.
 
     Args:
@@ -116,19 +160,18 @@ class FileImages(Images):
         if not self.paths:
             raise UserError(f"{folder} has no images ({', '.join(EXTENSIONS)} are looked for)")
         self.count = len(self.paths)
+        if image_size is None and has_classes(folder):
+            self.note = f"the subfolders of {folder} are not taken for classes, as no image size is given"
 
     @functools.cached_property
     def about(self) -> About:
         return {"images": self.name, "size": self.image_size, "files": stamp(*self.paths)}
 
-    def batch(self, numbers: np.ndarray) -> torch.Tensor:
-        arrays = []
-        for number in numbers:
-            path = self.paths[number]
-            arrays.append(_pixels(read_rgb(functools.partial(Image.open, path), str(path)), self.image_size))
-        if len({array.shape for array in arrays}) > 1:
-            raise UserError(f"the images of {self.name} are of different sizes: crop them by `image_size`")
-        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    def read(self, number: int) -> Image.Image:
+        return read_rgb(functools.partial(Image.open, self.paths[number]), self.describe(number))
+
+    def describe(self, number: int) -> str:
+        return str(self.paths[number])
 
 
 class DataImages(Images):
@@ -142,13 +185,14 @@ class DataImages(Images):
     @functools.cached_property
     def about(self) -> About:
         size, listed = self.data.image_size, self.data.fingerprint()
-        return {"images": self.name, "size": size, "list": listed, "files": stamp(self.name)}
+        files = list(self.data.source_files()) or [self.name]  # embedded images have a name alone
+        return {"images": self.name, "size": size, "list": listed, "files": stamp(*files)}
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.stack([self.data[int(number)][0] for number in numbers])
 
 
-class RegisteredImages(Images):
+class RegisteredImages(ReadImages):
     """A data set that torch-fidelity knows by name, such as ``cifar10-train``, from its usual place or downloaded.
 
     ``image_size`` is the side that its images are cropped to; None takes them as they are.
@@ -162,20 +206,17 @@ class RegisteredImages(Images):
             mend = f"put torchvision's files into {root}"
             raise UserError(f"the data set {name} can't be had ({first_line(error)}): {mend}") from error
         self.name, self.count, self.image_size = name, len(self.data), image_size
+        self.folder = root / getattr(self.data, "base_folder", "")  # torchvision's name of a set's own folder
 
-    @property
+    @functools.cached_property
     def about(self) -> About:
-        return {"images": self.name, "size": self.image_size}
+        return {"images": self.name, "size": self.image_size, "files": stamp(self.folder)}
 
-    def batch(self, numbers: np.ndarray) -> torch.Tensor:
-        images = [Image.fromarray(self.data[int(number)].permute(1, 2, 0).numpy()) for number in numbers]
-        arrays = [_pixels(image, self.image_size) for image in images]
-        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    def read(self, number: int) -> Image.Image:
+        return Image.fromarray(self.data[number].permute(1, 2, 0).numpy())
 
-
-def _pixels(image: Image.Image, image_size: int | None) -> np.ndarray:
-    """An RGB image as (H, W, 3) uint8, cropped as training data are; None leaves it as it is."""
-    return np.array(image if image_size is None else center_crop(image, image_size))
+    def describe(self, number: int) -> str:
+        return f"number {number}"
 
 
 class CacheImages(Images):

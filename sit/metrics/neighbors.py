@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from sit.metrics.distances import enough
 from sit.metrics.estimate import Estimate, of_mean
 
 K = 3
@@ -212,7 +213,11 @@ def copies(
 
     Returns:
         Whether each sample is a copy, (N,) bool, and the share of training images that are, each against the others.
+
+    Raises:
+        UserError: there are fewer than two training images.
     """
+    enough(len(training), 2, "a search for copies")
     hits = memorization_scores(nearest(samples, training, device=device)[1]) < 1
     others = nearest(training, training, NEAREST + 1, device=device)[1][:, 1:]  # without itself
     return hits, float((memorization_scores(others) < 1).mean())

@@ -8,6 +8,7 @@ from typing import Any
 
 from sit.metrics.by_class import ClassShare
 from sit.metrics.identity import Identity
+from sit.utils.json_text import json_text
 from sit.utils.tables import text_table
 
 WORST = 3
@@ -45,6 +46,11 @@ class Number:
         return cls(**content | {"replicates": tuple(content["replicates"]), "basis": basis})
 
 
+def _refuse(constant: str) -> None:
+    """NaN and infinity, which an earlier version wrote: such a report is made again."""
+    raise ValueError(f"{constant} is no JSON")
+
+
 @dataclass
 class Report:
     """What an evaluation found."""
@@ -65,7 +71,7 @@ class Report:
 
     def to_json(self) -> str:
         """All of it as JSON."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return json_text(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -74,8 +80,10 @@ class Report:
         Raises:
             ValueError, TypeError, KeyError: it is something else.
         """
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=_refuse)
         numbers = [Number.from_mapping(number) for number in content["numbers"]]
+        if any(number.value is None or None in number.replicates for number in numbers):
+            raise ValueError("a number is not finite")
         by_class = {name: [ClassShare(**one) for one in shares] for name, shares in content["by_class"].items()}
         return cls(**{"version": 0} | content | {"numbers": numbers, "by_class": by_class})
 

@@ -15,9 +15,9 @@ from sit.metrics.arguments import Arguments, ReferenceArguments
 from sit.metrics.classifier import LabelClassifier
 from sit.metrics.evaluate import Against, measure
 from sit.metrics.extraction import folder_of, row_bytes
-from sit.metrics.features import default_features, get_extractors
+from sit.metrics.features import get_extractors
 from sit.metrics.generated import GeneratedImages
-from sit.metrics.image_sets import Images, open_samples
+from sit.metrics.image_sets import Images, drawn, open_samples
 from sit.metrics.reference import make_reference
 from sit.metrics.statistics_files import open_reference
 from sit.metrics.work_folder import WorkDirectory, folder_size
@@ -41,14 +41,13 @@ def evaluate_samples(arguments: Arguments) -> None:
         _check_targets(arguments)
 
     # the samples, and the side of squares that the reference is cropped to
-    features = arguments.features or (default_features(arguments.reference),)
+    features = arguments.features_made
     if arguments.ckpt is not None:
         count = arguments.num_samples or (1_000 if features == ("digits",) else 50_000)
         samples, size = _generated(arguments, count, device, state)
     else:
         size = height_and_width(arguments.image_size)
-        samples = open_samples(arguments.samples, size and size[0], arguments.vae, device)
-        samples.limit(arguments.num_samples)
+        samples = drawn(open_samples(arguments.samples, size and size[0], arguments.vae, device), arguments.num_samples)
     side = size[0] if size is not None and size[0] == size[1] else None  # nothing is cropped to a rectangle
 
     # what they are measured against, and by what

@@ -17,10 +17,10 @@ from sit.checkpoint.find import find_checkpoints
 from sit.checkpoint.info import read_info
 from sit.checkpoint.integrity import is_complete
 from sit.checkpoint.load import Loaded, load_for_sampling
-from sit.metrics.arguments import FeatureWeights
+from sit.metrics.arguments import FeatureWeights, check_weights_heeded, default_features
 from sit.metrics.classifier import LabelClassifier
 from sit.metrics.evaluate import Against, measure
-from sit.metrics.features import default_features, get_extractor
+from sit.metrics.features import get_extractor
 from sit.metrics.generated import GeneratedImages
 from sit.metrics.statistics_files import open_reference
 from sit.metrics.work_folder import WorkDirectory
@@ -142,6 +142,7 @@ def _open(
 ) -> Against:
     features = settings.features or default_features(settings.reference)
     weights = FeatureWeights(settings.inception_weights, settings.dinov2_weights)
+    check_weights_heeded(weights, (features,))
     extractor = get_extractor(features, device, weights.of(features))
     reference = open_reference(settings.reference, config.image_size, device=device)
     classifier = None

@@ -21,6 +21,7 @@ from sit.training.recipes import from_mapping, load_run_settings
 from sit.training.run_folder import read_metrics
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_write
+from sit.utils.json_text import json_text
 from sit.utils.record import record
 from sit.version import __version__
 
@@ -50,7 +51,7 @@ def describe_training(run: Run, study: Study, device: torch.device, failed: str 
     """The JSON of a run whose training is finished, without an evaluation yet; ``failed`` says why it ended early."""
     folder = run.training(study)
     rows = read_metrics(folder / "metrics.jsonl")
-    losses = [row for row in rows if "loss" in row]
+    losses = [row for row in rows if row.get("loss") is not None]
     return {
         "format": FORMAT,
         "name": run.name,
@@ -114,7 +115,7 @@ def _rounded(value: float, digits: int = 5) -> float:
 
 def write(path: Path, found: dict[str, Any]) -> None:
     """Write a run's JSON whole: a line for each of its entries, so that it is small and can be looked at."""
-    lines = [f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in found.items()]
+    lines = [f"{json.dumps(name)}: {json_text(value)}" for name, value in found.items()]
     with atomic_write(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 

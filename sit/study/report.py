@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from sit.study.speed import measured
 from sit.study.values import LOSS, groups, of_one_measure
 from sit.utils.errors import UserError
 from sit.utils.files import replaced_folder
+from sit.utils.json_text import finite, json_text
 
 
 def numbers(study: Study, state: State) -> dict[str, Any]:
@@ -87,15 +87,6 @@ def at_edge(selection: Selection, choice: int) -> bool:
     return values[choice] in (min(values), max(values))
 
 
-def finite(found: Any) -> Any:
-    """The same with None for numbers that are not finite, which JSON does not know."""
-    if isinstance(found, Mapping):
-        return {name: finite(value) for name, value in found.items()}
-    if isinstance(found, list | tuple):
-        return [finite(value) for value in found]
-    return None if isinstance(found, float) and not math.isfinite(found) else found
-
-
 def check_folder(study: Study, folder: Path) -> None:
     """Raise UserError if the folder is the report of another study: it would be written over."""
     try:
@@ -131,8 +122,7 @@ def write_report(study: Study, state: State, against: str | None = None) -> Path
     found = numbers(study, state)
     with replaced_folder(folder) as place:
         images = draw(study, state, found, place)
-        content = json.dumps(finite(found), indent=1, ensure_ascii=False, allow_nan=False)
-        (place / "numbers.json").write_text(content + "\n", encoding="utf-8")
+        (place / "numbers.json").write_text(json_text(found, indent=1) + "\n", encoding="utf-8")
         (place / "README.md").write_text(text.markdown(study, found, images, against), encoding="utf-8")
     return folder
 

@@ -18,6 +18,7 @@ from sit.training.config import TrainConfig
 from sit.training.recipes import run_settings
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_write, clear_dead, explain_os_errors, new_output
+from sit.utils.json_text import json_text
 
 
 def make_run_folder(
@@ -82,7 +83,7 @@ class JsonLinesTracker(GeneralTracker):
     def start(self) -> None:
         rows = [row for row in read_metrics(self.path) if row["step"] <= self.resumed_step]
         with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            temporary.write_text("".join(json_text(row) + "\n" for row in rows))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115
 
     @property
@@ -95,7 +96,7 @@ class JsonLinesTracker(GeneralTracker):
     @on_main_process
     def log(self, values: dict, step: int | None = None, **kwargs) -> None:
         with explain_os_errors(self.path):
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.write(json_text({"step": step, **values}) + "\n")
 
     @on_main_process
     def finish(self) -> None:

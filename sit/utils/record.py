@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from sit.utils.files import atomic_write
+from sit.utils.json_text import json_text
 
 
 def machine(device: torch.device | str) -> str:
@@ -33,8 +33,7 @@ def record(device: torch.device | str) -> dict[str, str]:
 def write_record(path: str | Path, device: torch.device | str, figures: dict[str, Any]) -> None:
     """Write :func:`record` and the figures as JSON; a file that is there is replaced whole."""
     with atomic_write(path) as temporary:
-        text = json.dumps(record(device) | figures, indent=2, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(json_text(record(device) | figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _program() -> list[str]:

@@ -32,7 +32,7 @@ from sit.metrics.extraction import CHUNK, Wanted, extract
 from sit.metrics.features import get_extractor
 from sit.metrics.generated import GeneratedImages
 from sit.metrics.identity import canonical
-from sit.metrics.image_sets import ArrayImages, DataImages, open_samples
+from sit.metrics.image_sets import ArrayImages, DataImages, SomeImages, drawn, open_samples
 from sit.metrics.statistics_files import open_reference
 from sit.sampling.config import SamplerConfig
 from sit.utils.errors import UserError
@@ -79,9 +79,8 @@ def test_digits_fid_is_torch_fidelitys(tmp_path):
         input1=Images("heldout"), input2=Images("train"), feature_extractor=EXTRACTOR, fid=True, cuda=False,
         verbose=False, save_cpu_ram=True, cache=False,
     )["frechet_inception_distance"]  # fmt: skip
-    samples, reference = (DataImages(f"digits:{part}", None) for part in ("heldout", "train"))
-    samples.limit(200)
-    reference.limit(200)
+    first = np.arange(200)
+    samples, reference = (SomeImages(DataImages(f"digits:{part}", None), first) for part in ("heldout", "train"))
     report = evaluate(samples, reference, get_extractor("digits", CPU), device=CPU)
     assert report.numbers[0].name == "FID (digits features, not comparable with Inception FID)"
     assert report.numbers[0].value == pytest.approx(theirs, rel=1e-3)
@@ -254,7 +253,7 @@ def test_other_mistakes(tmp_path):
         few = open_samples(str(write_npz(tmp_path / "few.npz", 5)))
         evaluate(few, open_reference(str(tmp_path / "stats.npz")), get_extractor("digits", CPU), device=CPU)
     with pytest.raises(UserError, match="`num_samples=9`: .* has only 5 images"):
-        few.limit(9)
+        drawn(few, 9)
 
 
 def test_a_single_array_odd_sizes_and_counts_below_one(tmp_path, capsys):
@@ -524,7 +523,7 @@ def test_samples_of_another_size_than_the_training(checkpoint, tmp_path, capsys)
 def test_settings_of_how_samples_are_made_are_refused_for_those_that_are(settings):
     with pytest.raises(UserError, match="is for `ckpt`: samples are as they were made"):
         Arguments("digits", samples="x", **settings)
-    made = dict(num_samples=5, batch_size=8, image_size=32, save="a.npz", vae="digits", device="cpu", compile=False)
+    made = dict(num_samples=5, batch_size=8, image_size=32, save="a.npz", device="cpu", compile=False)
     assert Arguments("digits", samples="x", **made).num_samples == 5
 
 
