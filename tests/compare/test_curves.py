@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from sit.checkpoint.load import Loaded, load_for_sampling
@@ -23,6 +24,7 @@ from sit.compare.curves import _names, curves
 from sit.compare.points import evaluations, read_points, seconds_of_training
 from sit.data.digits import digits_arrays
 from sit.latents.vae import vae_fingerprint
+from sit.metrics.classifier import WEIGHTS
 from sit.metrics.evaluate import evaluate
 from sit.metrics.extraction import folder_of
 from sit.metrics.features import get_extractor
@@ -37,6 +39,8 @@ from sit.sampling.guidance import GuidedModel
 from sit.sampling.sampler import SAMPLERS, KeyedNoise
 from sit.training.config import TrainConfig
 from sit.utils.errors import UserError
+
+CPU = torch.device("cpu")
 
 
 def drawn(work: Path, against: str = "step") -> dict[str, list[dict]]:
@@ -267,40 +271,40 @@ def test_no_two_curves_have_one_name():
 
 
 def write_reference(kind: str, path: Path, images: np.ndarray) -> None:
-    """Digits, as images or as statistics that say what they are of."""
+    """Digits, as images, as statistics that say what they are of, or as moments that don't."""
     path.unlink(missing_ok=True)
-    pixels = path.with_name("pixels.npz") if kind == "statistics" else path
+    pixels = path if kind == "images" else path.with_name("pixels.npz")
     np.savez(pixels, arr_0=np.repeat(images[..., None], 3, axis=3))
-    if kind == "statistics":
-        cpu = torch.device("cpu")
-        extractors, making = [get_extractor("digits", cpu)], dict(keep=20, device=cpu, batch_size=64)
+    if kind != "images":
+        extractors, making = [get_extractor("digits", CPU)], dict(keep=20, device=CPU, batch_size=64)
         make_reference(open_reference(str(pixels)), extractors, path, path.parent / "making", **making)
+    if kind == "moments":
+        with np.load(path) as archive:
+            moments = {name: archive[name] for name in ("mu", "sigma")}
+        np.savez(path, **moments)
 
 
-@pytest.mark.parametrize("kind", ["images", "statistics"])
-@pytest.mark.parametrize("metric", ["FID", "KID"])
+def measured(work: Path, loaded: Loaded, reference: Path | str, *, features: str = "digits", metric: str) -> float:
+    """A metric of a few samples, by an evaluation that leaves it in the work folder."""
+    samples = GeneratedImages(loaded, 20, config=SamplerConfig(steps=2))
+    extractor = get_extractor(features, CPU)
+    report = evaluate(samples, open_reference(str(reference)), extractor, device=CPU, work_dir=str(work))
+    return next(one.value for one in report.numbers if one.name.startswith(f"{metric} ("))
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric"), [("images", "FID"), ("images", "KID"), ("statistics", "KID"), ("moments", "FID")]
+)
 def test_numbers_against_other_content_of_one_path_are_other_curves(kind, metric, two_runs, tmp_path):
     """Real evaluations of two steps; the reference is made again in place, then again as at first, at another path."""
     digits, work, run = digits_arrays()[0], tmp_path / "work", two_runs[0]
-
-    def number(step: int, path: Path) -> float:
-        samples = GeneratedImages(run[step], 20, config=SamplerConfig(steps=2))
-        report = evaluate(
-            samples,
-            open_reference(str(path)),
-            get_extractor("digits", torch.device("cpu")),
-            device=torch.device("cpu"),
-            work_dir=str(work),
-        )
-        return next(one.value for one in report.numbers if one.name.startswith(f"{metric} ("))
-
     values = []
     for first, steps in ((0, (10, 20)), (400, (10, 20)), (900, (20,))):
         write_reference(kind, tmp_path / "ref.npz", digits[first : first + 60])
-        values.append([number(step, tmp_path / "ref.npz") for step in steps])
+        values.append([measured(work, run[step], tmp_path / "ref.npz", metric=metric) for step in steps])
     (tmp_path / "elsewhere").mkdir()
     write_reference(kind, tmp_path / "elsewhere" / "other.npz", digits[:60])
-    values[0].append(number(10, tmp_path / "elsewhere" / "other.npz"))
+    values[0].append(measured(work, run[10], tmp_path / "elsewhere" / "other.npz", metric=metric))
     assert values[0][0] == pytest.approx(values[0].pop()), "the content is the same"
 
     found = curves(read_points(Arguments(str(work), "out", metric=metric))[0])
@@ -308,6 +312,23 @@ def test_numbers_against_other_content_of_one_path_are_other_curves(kind, metric
     assert [len(line) for line in lines] == [len(line) for line in sorted(values)]
     assert np.concatenate(lines) == pytest.approx(np.concatenate(sorted(values)))
     assert all(f", reference {tmp_path}" in name for name in found)
+
+
+def test_features_of_a_classifier_that_was_trained_again_are_another_curve(two_runs, classifier_of_three, tmp_path):
+    """In its folder; a copy of the first, under another name, is the first."""
+    work, run, folder = tmp_path / "work", two_runs[0], shutil.copytree(classifier_of_three, tmp_path / "classifier")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+
+    def number(step: int, classifier: Path) -> float:
+        return measured(work, run[step], "digits:heldout", features=f"classifier:{classifier}", metric="FID")
+
+    first = [number(10, folder)]
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, folder / WEIGHTS)
+    again = [number(20, folder)]
+    first.append(number(20, copy))
+    found = [[point["value"] for point in line] for line in drawn(work).values()]
+    assert sorted(found) == sorted([first, again])
 
 
 def test_a_run_that_was_trained_again_in_its_folder(two_runs, tmp_path):
