@@ -245,8 +245,11 @@ def test_what_is_refused(runs, classifier_of_three, tmp_path):
     other = make_run(tmp_path / "other", "atconv", (4,), image_size=64)
     with pytest.raises(UserError, match="was trained with image_size 64 and .* with 32"):
         open_runs((runs[0], str(other)), ())
-    weights = FeatureWeights("inception.pth", "dinov2.safetensors")
-    for features, said in (("inception", "inception.pth are missing"), ("dinov2", "`dinov2_weights=dinov2.safetens")):
+    for features, weights, said in (
+        ("inception", FeatureWeights("inception.pth"), "inception.pth are missing"),
+        ("dinov2", FeatureWeights(None, "dinov2.safetensors"), "`dinov2_weights=dinov2.safetensors`: no such file"),
+        ("digits", FeatureWeights("inception.pth"), "`inception_weights=inception.pth` plays no part"),
+    ):
         with pytest.raises(UserError, match=said):
             compare(Arguments(runs, str(tmp_path / "no"), features=(features,), weights_files=weights))
     with pytest.raises(UserError, match="knows 3 classes, and the samples have 10"):
