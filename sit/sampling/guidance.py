@@ -94,9 +94,14 @@ class GuidedModel:
         **conditions: torch.Tensor,
     ) -> torch.Tensor:
         if labels is not None:
-            conditions["y"] = labels
+            conditions["y"] = savable(labels)
         model = self.model if model is None else model
         return model(x.to(getattr(model, "dtype", x.dtype)), times(t, x), **conditions).to(x.dtype)
+
+
+def savable(x: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if inference mode made it and is off now: a backward pass can't save it as it is."""
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
 
 
 def times(t: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
