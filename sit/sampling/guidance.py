@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from sit.sampling.config import SamplerConfig
+from sit.sampling.config import SamplerConfig, guided_channels
 from sit.transport.transport import null_label_of
 
 GRID_ERROR = 1e-6
@@ -76,7 +76,7 @@ class GuidedModel:
         else:
             with_label, without = self._run(torch.cat([x, x]), t, self.both).chunk(2)
         guided = without + self.config.cfg_scale * (with_label - without)
-        channels = self.config.cfg_channels or x.shape[1]
+        channels = guided_channels(self.config.cfg_channels, x.shape[1])
         return torch.cat([guided[:, :channels], with_label[:, channels:]], dim=1)
 
     def _guided(self, t: float | torch.Tensor) -> bool:
