@@ -229,15 +229,20 @@ class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             yield mixer
 
     def initialize_weights(self, seed: int) -> None:
-        """Give every parameter its initial value under ``seed``, as a network made with this seed has it.
+        """Give every parameter its initial value under ``seed``, and the positional table its own, as a network made
+        with this seed has them; so one that was made on the meta device becomes whole.
 
         The published ones outside the mixers: Xavier-uniform linear layers, zero biases, adaLN and output zero, and
         embeddings of standard deviation 0.02. A mixer gets those of a fresh one of its kind. A projector
         (:func:`sit.training.repa.attach_projector`) is left as it is.
         """
         self._initialize_around_mixers(seed)
+        if self.config.positional_embedding:
+            self.pos_embed.copy_(stretched_table(self.config.hidden_size, self.laid_over, self.grid))
         for block, fresh in zip(self.blocks, self._make_mixers(seed), strict=True):
             block.attn.load_state_dict(fresh.state_dict())
+            for name, buffer in block.attn.named_buffers():  # those that no state_dict has, too
+                buffer.copy_(fresh.get_buffer(name))
 
     @torch.no_grad()
     def _initialize_around_mixers(self, seed: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -42,13 +42,22 @@ Callback = Callable[["SiTPipeline", int, float | None, dict[str, Any]], dict[str
 
 
 def _flattened(labels: Labels) -> Iterator[int | str]:
+    """The labels one by one, numbers as int and names as str.
+
+    Raises:
+        UserError: a number that is none of a class, such as 2.9, or something else.
+    """
     if isinstance(labels, torch.Tensor | np.ndarray | np.generic):
         labels = labels.tolist()
-    if isinstance(labels, int | float | str):
+    if isinstance(labels, str):
         yield labels
-    else:
+    elif isinstance(labels, int | float) and float(labels).is_integer():
+        yield int(labels)
+    elif isinstance(labels, Iterable):
         for entry in labels:
             yield from _flattened(entry)
+    else:
+        raise UserError(f"class_labels has {labels!r}, which is no class: give whole numbers, or names of classes")
 
 
 class _Interrupted(Exception):
@@ -278,7 +287,7 @@ class SiTPipeline(DiffusionPipeline):
     def _label_tensor(self, class_labels: Labels) -> torch.Tensor:
         """(B,) int64 labels, checked."""
         entries = list(_flattened(class_labels))
-        labels = [self.get_label_ids(entry)[0] if isinstance(entry, str) else int(entry) for entry in entries]
+        labels = [self.get_label_ids(entry)[0] if isinstance(entry, str) else entry for entry in entries]
         classes = self.transformer.config.num_classes
         for label in labels:
             if not 0 <= label < classes:

@@ -23,6 +23,10 @@ COUNTS = {
 }
 
 
+MIXERS = [name for name in known_mixers() if name != "shift"]
+"""those of the package, and not an example's"""
+
+
 def on_meta(name: str, **options) -> SiT:
     with torch.device("meta"):
         return create_model(name, **options)
@@ -158,6 +162,38 @@ def test_initial_values_can_be_given_anew():
     model = awake(small(mixer="attention,depthwise", seed=1))
     model.initialize_weights(2)
     assert same(model.state_dict(), small(mixer="attention,depthwise", seed=2).state_dict())
+
+
+class Scaled(nn.Linear):
+    """A mixer with a buffer that its state_dict leaves out."""
+
+    positional_embedding = True
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(dim, dim)
+        self.register_buffer("scale", torch.arange(1.0, dim + 1) / dim, persistent=False)
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
+@pytest.mark.parametrize("mixer", [*MIXERS, "scaled"])
+@pytest.mark.parametrize("block", ["published", "modern"])
+def test_a_network_of_the_meta_device_becomes_whole(mixer, block, monkeypatch):
+    """Parameters and buffers, whatever the memory held before."""
+    monkeypatch.setitem(registry._registry, "scaled", Scaled)
+    options = dict(mixer=mixer, block=block, average_velocity=True, positional_grid=(8, 8), seed=0)
+    direct = small(**options)
+    with torch.device("meta"):
+        model = small(**options)
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(7.0)
+    model.initialize_weights(0)
+    assert same(model.state_dict(), direct.state_dict())
+    assert same(dict(model.named_buffers()), dict(direct.named_buffers()))
+    inputs = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 5])
+    assert torch.equal(awake(model).eval()(*inputs), awake(direct).eval()(*inputs))
 
 
 def test_the_seed_of_a_named_model():
@@ -410,7 +446,7 @@ def test_autocast_costs_no_more_than_its_products():
 
 
 @pytest.mark.parametrize("latent", [(8, 8), (16, 12)])
-@pytest.mark.parametrize("mixer", [name for name in known_mixers() if name != "shift"])
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_dtypes_of_the_residual_stream(mixer, latent):
     """float32 under autocast, whether or not there is a table; the weights' own without it, on any grid."""
     model, streams = awake(small(mixer=mixer)), []

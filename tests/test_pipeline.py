@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from itertools import pairwise
@@ -156,6 +157,13 @@ def test_the_model_card_says_what_it_is_and_runs(folder, pipe, tmp_path, monkeyp
 
 def test_labels_of_numpy(pipe):
     assert pipe._label_tensor([np.int64(0), [np.arange(2)], np.int32(1)]).tolist() == [0, 0, 1, 1]
+
+
+def test_labels_are_whole_numbers_of_any_kind(pipe):
+    assert pipe._label_tensor([1.0, np.float32(2), torch.tensor(0.0), True]).tolist() == [1, 2, 0, 1]
+    for wrong in (2.9, np.float64(0.5), torch.tensor([1.0, 1.5]), [[0], [math.nan]], math.inf, None, [1, None]):
+        with pytest.raises(UserError, match="class_labels has (2.9|0.5|1.5|nan|inf|None), which is no class"):
+            pipe._label_tensor(wrong)
 
 
 def test_the_card_of_a_network_without_a_null_class_guides_by_nothing():

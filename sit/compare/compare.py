@@ -274,6 +274,8 @@ def _write(
 def resolved(sampler: SamplerConfig, newest: dict[str, Loaded]) -> SamplerConfig:
     """The sampler of all groups; undecided where it is left to the networks, and they differ."""
     averages = {loaded.transport.averages for loaded in newest.values()}
+    channels = {loaded.model.config.in_channels for loaded in newest.values()}
+    sampler = sampler.for_latents(channels.pop()) if len(channels) == 1 else sampler
     return sampler.resolve(averages.pop()) if len(averages) == 1 else sampler
 
 

@@ -47,7 +47,7 @@ class GeneratedImages(Images):
         image_size: tuple[int, int] | None = None,
         hints: FileHints | None = None,
     ) -> None:
-        config = config.resolve(loaded.transport.averages)
+        config = config.resolve(loaded.transport.averages).for_latents(loaded.model.config.in_channels)
         self.shape = latent_shape_for(loaded, image_size)  # a size that doesn't fit is told before anything is made
         self.classes, self.class_names = loaded.model.config.num_classes, loaded.info.label_names
         classes = range(self.classes)

@@ -53,20 +53,29 @@ _registry: dict[str, Callable[..., nn.Module]] = {}
 def register_mixer(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
     """Class or function decorator: make a factory known as ``name``.
 
+    One that is defined anew, as by a notebook's cell that runs again, takes the place of the former one.
+
     Raises:
         TypeError: the factory lacks the attribute ``positional_embedding``.
-        ValueError: the name is taken, or has a character that patterns use (``,``, ``:``, ``=``).
+        ValueError: the name is another factory's, or has a character that patterns use (``,``, ``:``, ``=``).
     """
 
     def register(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         if not name or set(name) & set(",:= "):
             raise ValueError(f"mixer name {name!r} must be non-empty, without ',', ':', '=' or spaces")
-        if _registry.get(name, factory) is not factory:
+        if not _is_redefined(_registry.get(name, factory), factory):
             raise ValueError(f"the mixer name {name!r} is taken by {_registry[name]!r}")
         _registry[name] = _checked(name, factory)
         return factory
 
     return register
+
+
+def _is_redefined(former: Callable[..., nn.Module], factory: Callable[..., nn.Module]) -> bool:
+    """Whether both are one definition: the same object, or of the same place in the same module."""
+    told = ("__module__", "__qualname__")
+    places = [tuple(getattr(one, name, None) for name in told) for one in (former, factory)]
+    return former is factory or (None not in places[0] and places[0] == places[1])
 
 
 def known_mixers() -> list[str]:

@@ -71,8 +71,9 @@ class SamplerConfig:
     """relative tolerance of the same"""
     cfg_scale: float = 1.0
     """classifier-free guidance; 1 is none, and then the network runs once a step instead of twice"""
-    cfg_channels: int = 3
-    """latent channels that guidance acts on: 3 as published, 0 for all"""
+    cfg_channels: int | None = None
+    """the first latent channels, which guidance acts on; 0 for all. None: 3 of latents of 4, as published, and all of
+    any others"""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     """guide only where the noise level 1 - t is within these bounds (as REPA counts it), which belong to it; outside,
     no second pass. An upper bound above 1 is 1"""
@@ -117,7 +118,7 @@ class SamplerConfig:
                 f"`cfg_scale={self.cfg_scale:g}`: guidance is part of what MeanFlow trains, and is not added to its "
                 "average velocities: leave it at 1, or take `sampler=ode`"
             )
-        if self.cfg_channels < 0:
+        if self.cfg_channels is not None and self.cfg_channels < 0:
             raise UserError(f"`cfg_channels` must be 0 (all) or more, not {self.cfg_channels}")
         low, high = self.cfg_interval
         if not (0 <= low <= high < math.inf and low <= 1):
@@ -143,6 +144,21 @@ class SamplerConfig:
         if self.sampler == "meanflow" and not averages:
             raise UserError("`sampler=meanflow`: this network predicts no average velocity: take sde or ode")
         return dataclasses.replace(self, sampler="meanflow" if averages else "sde") if self.sampler is None else self
+
+    def for_latents(self, channels: int) -> SamplerConfig:
+        """The same with its guided channels decided, for latents of so many, as records have them."""
+        return dataclasses.replace(self, cfg_channels=usual_channels(channels)) if self.cfg_channels is None else self
+
+
+def usual_channels(channels: int) -> int:
+    """The ``cfg_channels`` of latents of so many channels: 3 of 4 as published; else all, of fewer by 3 too."""
+    return 3 if channels <= 4 else 0
+
+
+def guided_channels(chosen: int | None, channels: int) -> int:
+    """How many of the latents' channels guidance acts on, from the first, where ``cfg_channels`` is ``chosen``."""
+    chosen = usual_channels(channels) if chosen is None else chosen
+    return min(chosen or channels, channels)
 
 
 def height_and_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from sit.sampling.config import SamplerConfig
+from sit.sampling.config import SamplerConfig, guided_channels
 from sit.transport.transport import null_label_of
 
 GRID_ERROR = 1e-6
@@ -76,7 +76,7 @@ class GuidedModel:
         else:
             with_label, without = self._run(torch.cat([x, x]), t, self.both).chunk(2)
         guided = without + self.config.cfg_scale * (with_label - without)
-        channels = self.config.cfg_channels or x.shape[1]
+        channels = guided_channels(self.config.cfg_channels, x.shape[1])
         return torch.cat([guided[:, :channels], with_label[:, channels:]], dim=1)
 
     def _guided(self, t: float | torch.Tensor) -> bool:
@@ -94,9 +94,14 @@ class GuidedModel:
         **conditions: torch.Tensor,
     ) -> torch.Tensor:
         if labels is not None:
-            conditions["y"] = labels
+            conditions["y"] = savable(labels)
         model = self.model if model is None else model
         return model(x.to(getattr(model, "dtype", x.dtype)), times(t, x), **conditions).to(x.dtype)
+
+
+def savable(x: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if inference mode made it and is off now: a backward pass can't save it as it is."""
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
 
 
 def times(t: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 
 from sit.sampling.config import SamplerConfig
-from sit.sampling.guidance import GuidedModel, times
+from sit.sampling.guidance import GuidedModel, savable, times
 from sit.sampling.ode import solve
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
+from sit.utils.precision import at_least_float32
 
 
 def log_likelihood(
@@ -22,6 +23,8 @@ def log_likelihood(
     probes: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-density of data under the model, with Hutchinson's estimate of the divergence.
+
+    Integrated in float32, or float64 if given it, as :func:`sit.sampling.sampler.sample` does.
 
     Args:
         model: the network, called as ``model(x, t)``: a :class:`sit.sampling.guidance.GuidedModel`.
@@ -48,11 +51,14 @@ def log_likelihood(
                 divergence = divergence + (product * probe).flatten(1).sum(1) / len(probes)
         return velocity.detach(), divergence.detach()
 
-    state = (x, torch.zeros(len(x), dtype=x.dtype, device=x.device))
-    noise, change = solve(velocity_and_divergence, state, transport, config, reverse=True)
-    normal = -0.5 * (noise.flatten(1).square() + math.log(2 * math.pi)).sum(1)
-    # d log p / dt = −div v along the path: from the data back to noise, `change` has gathered the integral of div v
-    return normal + change, noise
+    with torch.inference_mode(False), torch.no_grad():  # the divergence is a derivative, whatever the caller's mode
+        x = at_least_float32(x).clone()
+        probes = savable(probes.to(x.dtype))
+        state = (x, torch.zeros(len(x), dtype=x.dtype, device=x.device))
+        noise, change = solve(velocity_and_divergence, state, transport, config, reverse=True)
+        normal = -0.5 * (noise.flatten(1).square() + math.log(2 * math.pi)).sum(1)
+        # d log p / dt = −div v along the path: from the data back to noise, `change` has gathered the integral of div v
+        return normal + change, noise
 
 
 def bits_per_dimension(log_density: torch.Tensor, dimensions: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ from sit.sampling.ode import sample_ode
 from sit.sampling.sde import sample_sde
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
+from sit.utils.precision import at_least_float32
 from sit.utils.random import generator, randn
 from sit.utils.workers import Tell, computes_apart, one_thread, run_apart
 
@@ -74,8 +75,7 @@ def sample(
             network that has no average velocities.
     """
     config = config.resolve(transport.averages)
-    if noise.dtype not in (torch.float32, torch.float64):
-        noise = noise.float()
+    noise = at_least_float32(noise)
     guided = guided_model(model, labels, config, noise, guide)
     sampler = SAMPLERS[config.sampler]
     return sampler(guided, transport, noise, config, step_noise=step_noise, on_step=on_step, reverse=reverse)

@@ -123,6 +123,7 @@ def evaluate_run(
     evaluation = {
         "settings": dataclasses.asdict(settings),
         "seed": evaluation_seed(run.config),
+        "latent_channels": loaded.model.config.in_channels,
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
         "steps": have["steps"] | {str(step): found[str(step)] for step in steps},
         "others": have.get("others", {}) | {name: found[name] for name in settings.others},

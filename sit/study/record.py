@@ -13,7 +13,9 @@ from typing import Any
 import accelerate
 import torch
 
+from sit.checkpoint.find import find_checkpoints
 from sit.data.torchvision import TORCHVISION
+from sit.sampling.config import guided_channels
 from sit.study.config import Study
 from sit.study.runs import Run
 from sit.training.identity import read_identity
@@ -22,6 +24,7 @@ from sit.training.run_folder import read_metrics
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_write
 from sit.utils.json_text import json_text
+from sit.utils.reading import read_json
 from sit.utils.record import record
 from sit.version import __version__
 
@@ -141,8 +144,36 @@ def read(run: Run, study: Study) -> dict[str, Any] | None:
     if study.evaluate is not None and found["evaluation"] is not None:
         wanted = json.loads(json.dumps(dataclasses.asdict(study.evaluate)))
         wanted = {name: wanted[name] for name in sorted(wanted.keys() - HOW_IT_IS_EVALUATED)}
-        _check_same(path, "evaluated", found["evaluation"]["settings"], wanted)
+        channels = _guided_latents(found["evaluation"], run, study)
+        evaluated, wanted = (_by_guided_channels(one, channels) for one in (found["evaluation"]["settings"], wanted))
+        _check_same(path, "evaluated", evaluated, wanted)
     return found
+
+
+def _guided_latents(evaluation: dict[str, Any], run: Run, study: Study) -> int | None:
+    """The channels of the latents that an evaluation guided; None if it guided nothing.
+
+    An earlier program did not note them: then they are those of the run's checkpoint, or 4 if that is elsewhere.
+    """
+    usual = evaluation["settings"].get("sampler") or {}
+    if usual.get("cfg_scale", 1) == 1 and not any("guidance" in name for name in evaluation.get("others", {})):
+        return None
+    if "latent_channels" in evaluation:
+        return evaluation["latent_channels"]
+    configs = [place / "transformer" / "config.json" for _, place in find_checkpoints(run.training(study))]
+    return next((read_json(path)["in_channels"] for path in configs if path.is_file()), 4)
+
+
+def _by_guided_channels(settings: dict[str, Any], channels: int | None) -> dict[str, Any]:
+    """An evaluation's settings with how many of the latents' channels were guided, whatever it was said by.
+
+    So the three channels of before are today's default of latents of 4, and another thing than that of 16.
+    """
+    sampler = settings.get("sampler")
+    if not isinstance(sampler, dict):
+        return settings
+    guided = None if channels is None else guided_channels(sampler.get("cfg_channels"), channels)
+    return settings | {"sampler": sampler | {"cfg_channels": guided}}
 
 
 def _check_same(path: Path, done: str, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from sit.mixers import parse_mixers
 from sit.model import check_model_name
 from sit.sampling.config import check_guide
 from sit.study.config import IMAGES, MEASURES, Cause, Study, Variant, Way
-from sit.training.config import TrainConfig
+from sit.training.config import TrainConfig, check_heeded
 from sit.training.posthoc_ema import snapshot_steps
 from sit.utils.errors import UserError
 
@@ -117,6 +117,7 @@ def _make_run(study: Study, variant: Variant, choice: int | None, cause: Cause, 
         config = dataclasses.replace(study.config(variant, choice), **seeds, **places)
         parse_mixers(config.mixer)
         check_model_name(config.model)
+        check_heeded(config)
     except UserError as error:
         where = f"`study={study.path}`"
         raise UserError(str(error) if str(error).startswith(where) else f"{where}: {variant.name}: {error}") from error

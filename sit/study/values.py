@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sit.study.config import MEASURES, Study
-from sit.training.config import TrainConfig
+from sit.training.config import TrainConfig, as_said_today
 
 LOSS = "Loss, held out"
 """what the held-out loss is called among the metrics"""
@@ -63,7 +63,8 @@ def measure_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a run's held-out loss is of: losses are compared where this is the same."""
     heldout = record["heldout"] or {}
     usual = TrainConfig()  # what an earlier program did not know was as it is now by default
-    settings = (record["config"].get(name, getattr(usual, name)) for name in MEASURES)
+    config = as_said_today(record["config"])
+    settings = (config.get(name, getattr(usual, name)) for name in MEASURES)
     return heldout.get("images"), heldout.get("times"), *settings
 
 

@@ -68,7 +68,7 @@ class TrainConfig:
     """how training draws t from its interval; logit-normal (Stable Diffusion 3) prefers the middle, logit-normal-0.4
     (MeanFlow) a little more of the image"""
     train_eps: float | None = fixed(None)
-    """how far training stays from time's singular ends; None: as published. Ignored by velocity with linear or gvp"""
+    """how far training stays from time's singular ends; None: as published. Velocity with linear or gvp has none"""
     sample_eps: float | None = None
     """the same for sampling"""
 
@@ -333,10 +333,40 @@ CHECKS = (
 """(fields, what must hold of their values, in words); None, where a field takes it, is always right."""
 
 
+ALWAYS_FIXED = (
+    "data", "image_size", "flip", "vae", "model", "mixer", "learn_sigma", "class_dropout", "interpolant", "prediction",
+    "loss_weight", "train_eps", "repa", "repa_weight", "repa_block", "batch_size", "betas", "weight_decay", "ema_decay",
+    "seed",
+)  # fmt: skip
+"""settings that the first step fixes in every version, by which those of a run are told from a recipe's"""
+
+
 def as_said_today(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings, all of them, with today's default of what serves nothing: a block without ``repa``."""
+    """A run's settings, all of them, with today's default of what serves nothing: a block without ``repa``, and an ε
+    that the velocity does not take."""
     is_unsaid = "repa" in settings and settings["repa"] is None and settings.get("repa_block") == 8
-    return {**settings, "repa_block": None} if is_unsaid else dict(settings)
+    unsaid = {"repa_block": None} if is_unsaid else {}
+    if settings.keys() >= {*ALWAYS_FIXED}:
+        unsaid |= dict.fromkeys(idle_eps(settings))
+    return {**settings, **unsaid}
+
+
+def idle_eps(settings: Mapping[str, Any]) -> list[str]:
+    """The ε that are set and play no part: as published, the velocity has no singular end under linear and gvp."""
+    if settings["interpolant"] == "vp" or not str(settings["prediction"]).endswith("velocity"):
+        return []
+    return [name for name in ("train_eps", "sample_eps") if isinstance(eps := settings.get(name), int | float) and eps]
+
+
+def check_heeded(config: TrainConfig) -> None:
+    """Refuse what a user sets, and another setting leaves without effect.
+
+    Raises:
+        UserError: an ε of a velocity that takes none.
+    """
+    for name in idle_eps(vars(config)):
+        cause = f"`prediction={config.prediction}` and `interpolant={config.interpolant}`, which has no singular end"
+        raise UserError(f"`{name}={getattr(config, name):g}` plays no part with {cause}: leave it out, or change those")
 
 
 def fixed_fields() -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from sit.training.config import TrainConfig, as_said_today, fixed_fields
+from sit.training.config import ALWAYS_FIXED, TrainConfig, as_said_today, fixed_fields
 from sit.utils.choices import choices, understood
 from sit.utils.errors import UserError
 from sit.utils.reading import read_yaml, typed
@@ -18,11 +18,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 FIRST_LINE, LAST_LINE = "# the settings of a run; the last line says that all are here", "# all settings"
 """of a run's ``config.yaml``, which cut off at the end of a line is YAML like any other"""
 
-ALWAYS_WRITTEN = (
-    "data", "image_size", "flip", "vae", "model", "mixer", "learn_sigma", "class_dropout", "interpolant", "prediction",
-    "loss_weight", "train_eps", "repa", "repa_weight", "repa_block", "batch_size", "betas", "weight_decay", "ema_decay",
-    "seed", "keep_every",
-)  # fmt: skip
+ALWAYS_WRITTEN = (*ALWAYS_FIXED, "keep_every")
 """settings in the ``config.yaml`` of every version: what fixes a run, and what 0.1.0 put last"""
 
 

@@ -11,7 +11,7 @@ from sit.checkpoint.find import FOR_RESUMING, newest_checkpoint, resolve
 from sit.checkpoint.info import read_info
 from sit.mixers import parse_mixers
 from sit.model import MODELS, check_model_name
-from sit.training.config import TrainConfig
+from sit.training.config import TrainConfig, check_heeded
 from sit.training.meanflow import check_meanflow
 from sit.training.recipes import check_same_run, run_folder
 from sit.training.repa import aligned_block, check_block
@@ -67,6 +67,7 @@ def find_start(config: TrainConfig, clear: bool = True) -> Start:
     parse_mixers(config.mixer)
     check_model_name(config.model)
     check_trackers(config.trackers)
+    check_heeded(config)
     check_meanflow(config)
     if config.repa is not None:
         check_block(aligned_block(config), MODELS[config.model]["depth"])

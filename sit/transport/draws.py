@@ -19,6 +19,13 @@ def noise(x1: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     return torch.randn(x1.shape, generator=generator, device=device, dtype=x1.dtype).to(x1.device)
 
 
+def consecutive(x1: torch.Tensor, count: int, *, generator: torch.Generator | None) -> torch.Tensor:
+    """``count`` numbers in a row from one that is drawn below 2³¹, int64 on x1's device; made as :func:`uniform` is."""
+    device = x1.device if generator is None else generator.device
+    first = torch.randint(2**31, (), generator=generator, device=device)
+    return first.to(x1.device) + torch.arange(count, device=x1.device)
+
+
 def check_dropout(probability: float) -> None:
     """Raise UserError unless the ``class_dropout`` is a probability."""
     if not 0 <= probability <= 1:

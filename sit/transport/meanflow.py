@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from sit.mixers.forward_mode import plain_operations
-from sit.transport.draws import check_dropout, noise, uniform
+from sit.transport.draws import check_dropout, consecutive, noise, uniform
 from sit.transport.interpolants import expand_t_like_x
 from sit.transport.transport import Field, Transport, null_label_of
 from sit.utils.errors import UserError
@@ -122,7 +122,8 @@ class MeanFlow:
             null_label: the label of no class; None takes ``model.null_label``.
             u: (B, 2) uniform draws in [0, 1), from which two times come: the earlier, noisier one is t, and the later
                 is r, or for those without a step t, as published. Draws that are None are made here.
-            positions: (B,) int64, numbers that :meth:`takes_a_step` decides by; None is 0 … B − 1.
+            positions: (B,) int64, numbers that :meth:`takes_a_step` decides by; None counts from a number that is drawn
+                here, so that the images of every batch, however small, take their share of the steps.
             x0: (B, …) standard normal noise.
             drop: (B,) uniform draws in [0, 1); a label is replaced where they are below ``class_dropout``.
             generator: source of the draws made here, on its own device; None is the global one of x1's device.
@@ -138,14 +139,14 @@ class MeanFlow:
             raise UserError("`meanflow_omega` and `meanflow_kappa` guide by labels, and there are none")
         u = uniform(x1, len(x1), 2, generator=generator) if u is None else u
         x0 = noise(x1, generator) if x0 is None else x0
-        if positions is None:
-            positions = torch.arange(len(x1), device=x1.device)
         null_labels = dropped = None
         if y is not None and (class_dropout > 0 or self.guides):
             null_labels = torch.full_like(y, null_label_of(model) if null_label is None else null_label)
             drop = uniform(x1, len(x1), generator=generator) if drop is None else drop
             dropped = drop < class_dropout
             y = torch.where(dropped, null_labels, y)
+        if positions is None:  # drawn last, so that one generator gives the other draws with and without positions
+            positions = consecutive(x1, len(x1), generator=generator)
         t, late = self.transport.sample_times(u).aminmax(dim=1)
         end = torch.where(self.takes_a_step(positions), late, t)
         return self.squared_error(model, x1, t, end, x0, y=y, null_labels=null_labels, dropped=dropped)

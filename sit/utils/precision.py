@@ -41,6 +41,11 @@ def for_sampling(precision: Precision | None, device: torch.device) -> torch.dty
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """The state of a sampler as it is integrated: float64 stays, everything else becomes float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """No TF32 within, neither in matrix products nor in convolutions: for figures that are compared across machines."""

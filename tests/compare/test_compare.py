@@ -324,6 +324,7 @@ def test_seeds_are_repetitions(tmp_path, without_plots, monkeypatch):
     options = dict(num_samples=20, speed_repeats=0, sampler=SamplerConfig(steps=2))
     compare(Arguments(tuple(paths), str(tmp_path / "report"), **options))
     found = json.loads((tmp_path / "report" / "numbers.json").read_text())
+    assert found["sampler"]["cfg_channels"] == 3
     ours = found["groups"]["SiT-XS/2 atconv"]
     assert ours["seeds"] == [0, 1, 2] and ours["metrics"]["2"]["FID"]["values"] == values["atconv"]
     low, high = stats.t.interval(0.95, 2, loc=5.0, scale=stats.sem(values["atconv"]))

@@ -339,6 +339,7 @@ def test_everything_that_samples_depend_on_tells_them_from_others(checkpoint, cl
     told = GeneratedImages(load_for_sampling(run, vae=vae), 20, config=few).about["config"]
     assert not {"average_velocity", "positional_grid"} & set(told), "features that were made before are found again"
     first = one()
+    assert one(config=SamplerConfig(steps=2, cfg_channels=3)) == first, "as samples of 4 channels were told before"
     seen = [first, one(image_size=(64, 64)), one(seed=1), one(labels="uniform"), one(config=SamplerConfig(steps=3))]
     seen += [one(config=SamplerConfig(steps=2, cfg_scale=1.5)), one(config=SamplerConfig("ode", 2, "euler"))]
     for folder in (run / "transformer", vae):

@@ -125,6 +125,24 @@ def test_registration(monkeypatch):
         register_mixer("a:b")(Identity)
 
 
+def test_a_cell_that_runs_again_registers_its_mixer_again(monkeypatch):
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    cell = """
+@register_mixer("mine")
+class Mine(torch.nn.Identity):
+    positional_embedding = {}
+"""
+    for needed in (True, False):
+        names = {"__name__": "__main__", "register_mixer": register_mixer, "torch": torch}
+        exec(cell.format(needed), names)
+        assert registry._registry["mine"] is names["Mine"]
+        assert needs_positional_embedding(parse_mixers("mine")) is needed
+    for other in ("another.module", "__main__"):
+        names = {"__name__": other, "register_mixer": register_mixer, "torch": torch}
+        with pytest.raises(ValueError, match="taken by .*Mine"):
+            exec(cell.format(True).replace("Mine", "Mine" if other != "__main__" else "Yours"), names)
+
+
 def test_a_package_brings_a_mixer_by_its_entry_point(tmp_path):
     """A distribution that is only on the path is found by name; one that is broken says so."""
     (tmp_path / "stranger.py").write_text(

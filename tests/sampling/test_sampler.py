@@ -19,7 +19,7 @@ from sit.metrics.arguments import Arguments as EvaluationArguments
 from sit.model import SiT
 from sit.sampling.arguments import Arguments
 from sit.sampling.config import ODE_METHODS, SDE_METHODS, TOLERANT_METHODS, SamplerConfig
-from sit.sampling.guidance import times
+from sit.sampling.guidance import GuidedModel, times
 from sit.sampling.likelihood import bits_per_dimension, log_likelihood, random_signs
 from sit.sampling.sampler import KeyedNoise, generate, grouped, sample
 from sit.sampling.sde import DIFFUSION_FORMS, LAST_STEPS, sample_sde, sde_times
@@ -390,6 +390,26 @@ def test_guidance():
 
 
 @pytest.mark.parametrize(
+    "channels, chosen, guided",
+    [(4, None, 3), (16, None, 16), (32, None, 32), (1, None, 1), (3, None, 3), (16, 3, 3), (16, 0, 16), (4, 8, 4)],
+)
+def test_guided_channels(channels, chosen, guided):
+    """Three of four as published, all of any other number, or those that are chosen; and so it is recorded."""
+
+    def shares(x, t, y):
+        return (y == 0).float()[:, None, None, None].expand_as(x)
+
+    shares.null_label = 5
+    config = SamplerConfig(cfg_scale=3.0, cfg_channels=chosen)
+    x, labels = torch.zeros(1, channels, 2, 2), torch.zeros(1).long()
+    for one in (config, config.for_latents(channels)):
+        found = GuidedModel(shares, labels, one)(x, 0.5)[0, :, 0, 0]
+        assert found.tolist() == [3.0] * guided + [1.0] * (channels - guided)
+    recorded = config.for_latents(channels).cfg_channels
+    assert recorded == (chosen if chosen is not None else 3 if channels <= 4 else 0)
+
+
+@pytest.mark.parametrize(
     "interval, guided",
     [
         ((0.25, 0.5), [0.5, 0.75]),
@@ -632,6 +652,7 @@ ODE = dict(sampler="ode")
         (dict(atol=1e-3), ODE | dict(method="heun2"), ODE, "`method=heun2`"),
         (dict(rtol=1e-5), ODE | dict(method="explicit_adams"), ODE | dict(method="fixed_adams"), "explicit_adams"),
         (dict(cfg_channels=0), {}, GUIDED, "`cfg_scale=1`"),
+        (dict(cfg_channels=3), {}, GUIDED, "`cfg_scale=1`"),
         (dict(cfg_interval=(0.0, 0.7)), ODE, GUIDED, "`cfg_scale=1`"),
         (dict(cfg_channels=4), dict(sampler="meanflow"), GUIDED, "`cfg_scale=1`"),
     ],

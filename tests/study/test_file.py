@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from sit.model import create_model
 from sit.study import record
@@ -22,6 +23,7 @@ from sit.study.runs import planned, to_be_known
 from sit.study.schedule import Known, command_lines
 from sit.study.selection import chosen, tried
 from sit.study.text import markdown
+from sit.study.values import measure_of
 from sit.training.optimization import make_optimizer
 from sit.training.recipes import load_recipe
 from sit.utils.errors import UserError
@@ -141,6 +143,52 @@ def test_a_place_on_another_machine_is_the_same_place_where_nothing_but_its_fold
         assert record.read(run, of) == stored
 
 
+@pytest.mark.parametrize(
+    "latents, then, others, now, same",
+    [
+        (4, "cfg_scale: 2.0, cfg_channels: 3", {}, "cfg_scale: 2.0", True),
+        (None, "cfg_scale: 2.0, cfg_channels: 3", {}, "cfg_scale: 2.0", True),  # an earlier program's, elsewhere
+        (1, "cfg_scale: 2.0, cfg_channels: 3", {}, "cfg_scale: 2.0", True),
+        (16, "cfg_scale: 2.0, cfg_channels: 3", {}, "cfg_scale: 2.0", False),
+        (16, "cfg_scale: 2.0, cfg_channels: 0", {}, "cfg_scale: 2.0", True),
+        (4, "cfg_scale: 2.0, cfg_channels: 0", {}, "cfg_scale: 2.0", False),
+        (4, "cfg_scale: 2.0", {}, "cfg_scale: 2.0, cfg_channels: 3", True),
+        (16, "cfg_scale: 2.0", {}, "cfg_scale: 2.0, cfg_channels: 3", False),
+        (16, "cfg_scale: 1.0, cfg_channels: 3", {}, "cfg_scale: 1.0", True),  # and nothing was guided
+        (16, "cfg_scale: 1.0, cfg_channels: 3", {"guidance 2": []}, "cfg_scale: 1.0", False),
+        (16, "cfg_scale: 1.0, cfg_channels: 3", {"ema 0.1": []}, "cfg_scale: 1.0", True),
+    ],
+)
+def test_an_evaluation_is_the_same_where_as_many_channels_are_guided(study, latents, then, others, now, same):
+    of = study(BASE + VARIANTS + f"evaluate: {{reference: digits, sampler: {{{now}}}}}\n")
+    run = planned(of, {})[0]
+    settings = dataclasses.asdict(of.evaluate)
+    settings["sampler"] |= {"cfg_channels": None} | yaml.safe_load(f"{{{then}}}")
+    evaluation = {"settings": settings, "others": others} | ({} if latents is None else {"latent_channels": latents})
+    stored = {"format": record.FORMAT, "config": dataclasses.asdict(run.config), "evaluation": evaluation}
+    run.json(of).parent.mkdir(parents=True)
+    record.write(run.json(of), stored)
+    with contextlib.nullcontext() if same else pytest.raises(UserError, match="was evaluated with sampler"):
+        assert record.read(run, of) == json.loads(json.dumps(stored))
+
+
+def test_an_earlier_evaluation_guided_the_latents_of_its_checkpoint(study):
+    of = study(BASE + VARIANTS + "evaluate: {reference: digits, sampler: {cfg_scale: 2.0}}\n")
+    run = planned(of, {})[0]
+    settings = dataclasses.asdict(of.evaluate)
+    settings["sampler"] |= {"cfg_channels": 3}
+    stored = {"format": record.FORMAT, "config": dataclasses.asdict(run.config), "evaluation": {"settings": settings}}
+    run.json(of).parent.mkdir(parents=True)
+    record.write(run.json(of), stored)
+    network = run.training(of) / "checkpoints" / "step-0000006" / "transformer"
+    network.mkdir(parents=True)
+    (network / "config.json").write_text('{"in_channels": 4}')
+    assert record.read(run, of) is not None
+    (network / "config.json").write_text('{"in_channels": 16}')
+    with pytest.raises(UserError, match="was evaluated with sampler"):
+        record.read(run, of)
+
+
 def test_where_sampling_begins_is_not_how_a_run_was_watched(study):
     """It decides what the samples are."""
     of = study((BASE + VARIANTS).replace("steps: 6,", "steps: 6, prediction: noise, sample_eps: 1e-3,"))
@@ -150,6 +198,26 @@ def test_where_sampling_begins_is_not_how_a_run_was_watched(study):
     record.write(run.json(of), stored | {"config": stored["config"] | {"sample_eps": 1e-2}})
     with pytest.raises(UserError, match="was made with sample_eps 0.01"):
         record.read(run, of)
+
+
+def test_an_eps_without_a_part_is_refused_in_a_study_and_read_in_its_jsons(study):
+    with pytest.raises(UserError, match="mine.yaml`: B: `train_eps=0.05` plays no part with `prediction=velocity`"):
+        planned(study(BASE + VARIANTS.replace("steps: 9", "steps: 9, train_eps: 0.05")), {})
+    of = study(
+        (BASE + VARIANTS)
+        .replace("steps: 6,", "steps: 6, train_eps: 0.05,")
+        .replace("mixer:", "prediction: score, mixer:")
+    )
+    assert {run.config.train_eps for run in planned(of, {})} == {0.05}
+
+    of = study(BASE + VARIANTS)
+    run = planned(of, {})[0]
+    stored = {"format": record.FORMAT, "config": dataclasses.asdict(run.config), "evaluation": None, "heldout": None}
+    earlier = stored | {"config": stored["config"] | {"train_eps": 0.05, "sample_eps": 0.01}}
+    run.json(of).parent.mkdir(parents=True)
+    record.write(run.json(of), earlier)
+    assert record.read(run, of) is not None
+    assert measure_of(earlier) == measure_of(stored)
 
 
 def test_one_cause_varied_alone(study):

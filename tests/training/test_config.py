@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
 
 from sit.model import create_model
 from sit.training.cli import parse_train_arguments
-from sit.training.config import TrainConfig, fixed_fields
-from sit.training.recipes import check_same_run, from_mapping, known_recipes, load_recipe
+from sit.training.config import TrainConfig, check_heeded, fixed_fields, idle_eps
+from sit.training.recipes import (
+    check_same_run,
+    from_mapping,
+    known_recipes,
+    load_recipe,
+    load_run_settings,
+    run_settings,
+)
+from sit.training.start import find_start
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 
@@ -158,6 +167,47 @@ def test_a_run_of_an_earlier_version_without_alignment_goes_on(tmp_path):
     (tmp_path / "config.yaml").write_text(TrainConfig(repa_block=8, repa="an/encoder").to_yaml())
     with pytest.raises(UserError, match="`repa_block=None` can't continue"):
         check_same_run(TrainConfig(repa="an/encoder"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train_eps", "sample_eps"])
+def test_an_eps_without_a_part_is_refused_where_users_set_it(name, tmp_path, monkeypatch):
+    """By a flag, a recipe or a program; where the objective takes it, it stays."""
+    monkeypatch.chdir(tmp_path)
+    told = f"`{name}=0.05` plays no part with `prediction=velocity` and `interpolant=gvp`"
+    flag, config = f"--{name.replace('_', '-')}", TrainConfig(**{name: 0.05}, interpolant="gvp")
+    Path("mine.yaml").write_text(f"{name}: 0.05\ninterpolant: gvp\nprediction: velocity\n")
+    for arguments in (["--recipe", "mine.yaml"], [flag, "0.05", "--interpolant", "gvp"]):
+        with pytest.raises(UserError, match=told):
+            find_start(parse_train_arguments(arguments).config)
+    with pytest.raises(UserError, match=told):
+        find_start(config)  # as `train` begins
+    for heeded in (dict(interpolant="vp"), dict(prediction="score"), dict(prediction="noise"), {name: 0.0}):
+        find_start(dataclasses.replace(config, **heeded))
+
+
+@pytest.mark.parametrize("interpolant", ["linear", "gvp", "vp"])
+@pytest.mark.parametrize("prediction", ["velocity", "score", "noise", "average-velocity"])
+def test_those_without_a_part_are_those_that_the_transport_does_not_take(interpolant, prediction):
+    if (interpolant, prediction) == ("vp", "average-velocity"):
+        return  # there is none
+    eps = dict(train_eps=0.01, sample_eps=0.02)
+    transport = Transport(interpolant, prediction, **eps)
+    idle = idle_eps(eps | dict(interpolant=interpolant, prediction=prediction))
+    assert idle == [name for name, value in eps.items() if getattr(transport, name) != value]
+
+
+def test_a_run_that_was_begun_with_an_eps_without_a_part_goes_on(tmp_path):
+    begun = TrainConfig(train_eps=0.05, sample_eps=0.05, output_dir=str(tmp_path))
+    (tmp_path / "config.yaml").write_text(run_settings(begun))
+    resumed = parse_train_arguments(["--resume", str(tmp_path)]).config
+    assert (resumed.train_eps, resumed.sample_eps) == (None, None)
+    check_heeded(resumed)
+    check_same_run(resumed, tmp_path)
+    scored = dataclasses.replace(begun, prediction="score")
+    (tmp_path / "config.yaml").write_text(run_settings(scored))
+    assert load_run_settings(tmp_path) == scored
+    with pytest.raises(UserError, match="`train_eps=None` can't continue the run"):
+        check_same_run(dataclasses.replace(scored, train_eps=None), tmp_path)
 
 
 def test_a_share_is_the_same_from_a_recipe_and_from_the_command_line(tmp_path):

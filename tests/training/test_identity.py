@@ -183,6 +183,8 @@ def test_a_note_of_before_has_another_block_where_there_is_no_encoder(tmp_path):
     write(settings | {"repa_block": 7})
     with pytest.raises(UserError, match="`repa_block=None` can't continue the run .* was begun with 7"):
         keep_identity(tmp_path, one, config)
+    write(settings | {"train_eps": 0.05})  # which the velocity did not take
+    assert read_identity(tmp_path) == one
     write(3)
     with pytest.raises(UserError, match=f"{FILE} is damaged"):
         read_identity(tmp_path)

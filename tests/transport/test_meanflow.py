@@ -201,10 +201,50 @@ def test_a_share_of_the_images_takes_a_step():
         assert running.max() - running.min() <= 1 and abs(taken.mean() - share) < 2e-3
     model = Levels()
     u = torch.tensor([[0.2, 0.7], [0.9, 0.4], [0.6, 0.1], [0.3, 0.5]])
-    MeanFlow(transport(), share=0.25).training_loss(model, torch.zeros(4, 1, 2, 2), torch.zeros(4).long(), u=u)
+    x1, y = torch.zeros(4, 1, 2, 2), torch.zeros(4).long()
+    MeanFlow(transport(), share=0.25).training_loss(model, x1, y, u=u, positions=torch.arange(4))
     (of, _, _), (t, _, end) = model.calls
     assert t.tolist() == pytest.approx([0.2, 0.4, 0.1, 0.3]) and end.tolist() == pytest.approx([0.2, 0.4, 0.1, 0.5])
     assert len(of) == 1  # the derivative is taken of the image with a step alone
+
+
+class Counting(MeanFlow):
+    """Counts the images with a step in place of the error."""
+
+    def squared_error(self, model, x1, t, end, x0, **_):
+        return (end > t).float()
+
+
+@pytest.mark.parametrize("share", [0.25, 0.3, 1.0])
+def test_batches_of_every_size_take_their_share_of_the_steps(share):
+    """Without positions each call begins at a number of its own, so that images of small batches take steps too."""
+    meanflow, source, calls = Counting(transport(), share=share), torch.Generator().manual_seed(0), 1000
+    for size in range(1, 9):
+        x1 = torch.zeros(size, 1, 1, 1)
+        taken = [meanflow.training_error(None, x1, generator=source).sum().item() for _ in range(calls)]
+        assert {*taken} <= {math.floor(size * share), math.ceil(size * share)}
+        assert sum(taken) / calls == pytest.approx(size * share, abs=4 * 0.5 / calls**0.5)
+
+
+def test_the_numbers_to_begin_at_leave_all_other_draws_alone():
+    seen = []
+
+    class Seeing(MeanFlow):
+        def squared_error(self, model, x1, t, end, x0, *, dropped, **_):
+            seen.append((t, x0, dropped))
+            return torch.zeros(len(x1))
+
+    options = dict(null_label=3, class_dropout=0.5)
+    for positions in (None, torch.arange(8)):
+        source = torch.Generator().manual_seed(0)
+        x1, y = torch.zeros(8, 1, 2, 2), torch.zeros(8).long()
+        Seeing(transport()).training_loss(None, x1, y, positions=positions, generator=source, **options)
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+    u, x0, drop = torch.rand(8, 2), torch.randn(8, 1, 2, 2), torch.rand(8)
+    given = dict(u=u, x0=x0, drop=drop, positions=torch.arange(8), generator=source, **options)
+    before = source.get_state()
+    Seeing(transport()).training_loss(None, x1, y, **given)
+    assert torch.equal(source.get_state(), before)
 
 
 def test_the_weight():
