@@ -14,7 +14,7 @@ from sit.study.runs import Run
 from sit.study.schedule import State
 from sit.training.config import TrainConfig
 from sit.training.muon import hidden_matrices
-from sit.training.plan import describe_data
+from sit.training.plan import describe_data, naming
 from sit.training.posthoc_ema import snapshot_steps
 from sit.utils.errors import UserError
 from sit.utils.sizes import size_text
@@ -88,11 +88,11 @@ def parameter_counts(run: Run) -> tuple[int, int]:
     """The parameters of a run's network, and those with one moment, which are Muon's; counted on the meta device.
 
     Raises:
-        UserError: the network can't be made for the data; the message names the variant.
+        UserError: the network can't be made for the data; the message names the variant, and what was assumed.
     """
-    shape, classes, _, _ = describe_data(run.config)
+    shape, classes, _, assumed = describe_data(run.config)
     try:
-        with torch.device("meta"):
+        with naming(assumed), torch.device("meta"):
             network = create_model(run.config.model, **run.config.network_options(shape, classes))
     except UserError as error:
         raise UserError(f"{run.variant}: {error}") from error

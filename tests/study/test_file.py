@@ -403,6 +403,14 @@ def test_the_plan_and_the_commands(study, tmp_path, capsys):
     assert " -m accelerate.commands.launch --num_processes 4 -m sit.study " in line
 
 
+def test_a_plan_says_what_it_assumed_where_that_may_be_why_it_fails(study):
+    """Without the VAE's folder a latent is taken for an eighth of the image's side."""
+    elsewhere = (BASE + "variants:\n  - {name: A, mixer: atconv}\n").replace("steps: 6,", "steps: 6, vae: nowhere,")
+    of = study(elsewhere)
+    with pytest.raises(UserError, match=r"A: .* 9 taps .*\(assumed: .*VAE nowhere is here: 4 channels, 1/8"):
+        plan(of, Known(of).state(), 1, 1.0)
+
+
 def test_a_variant_by_the_name_that_its_files_have(study, tmp_path, capsys):
     of = study(BASE + "variants:\n  - {name: A, mixer: attention}\n  - {name: with table, mixer: atconv}\n")
     told = []
