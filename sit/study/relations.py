@@ -20,20 +20,27 @@ FEWEST = 4
 
 
 def points(records: Mapping[str, Mapping[str, Any]], fid: str) -> list[dict[str, Any]]:
-    """All (variant, seed, step) with a held-out loss and an FID."""
+    """All (variant, seed, step) with a held-out loss, mean and by time, and an FID."""
     found = []
     for name, one in records.items():
         for step in map(int, (one["evaluation"] or {"steps": {}})["steps"]):
             loss, distance = loss_at(one, step), metrics_at(one, step).get(fid)
             if loss is not None and distance is not None and min(loss, distance) > 0:  # for their logarithms
-                found.append({"run": name, "variant": one["variant"], "step": step, "loss": loss, "fid": distance})
+                point = {"run": name, "variant": one["variant"], "step": step, "loss": loss, "fid": distance}
+                heldout = one["heldout"]
+                by_time = zip(heldout["times"], heldout["by_time"][heldout["steps"].index(step)], strict=True)
+                found.append(point | {"by_time": {f"{time:.2f}": value for time, value in by_time}})
     return sorted(found, key=lambda point: (point["run"], point["step"]))
 
 
-def correlation(found: list[dict[str, Any]]) -> dict[str, Any] | None:
+def correlation(found: list[dict[str, Any]], time: str | None = None) -> dict[str, Any] | None:
     """Spearman's rank correlation of held-out loss and FID, with a 95 % bootstrap interval over runs.
 
     Runs are drawn again, not points: the steps of a run depend on each other.
+
+    Args:
+        found: :func:`points`.
+        time: at which the loss is, a key of their ``by_time``; None for the mean over times.
 
     Returns:
         None with fewer than :data:`FEWEST` points.
@@ -42,7 +49,8 @@ def correlation(found: list[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     by_run: dict[str, list[tuple[float, float]]] = {}
     for point in found:
-        by_run.setdefault(point["run"], []).append((point["loss"], point["fid"]))
+        loss = point["loss"] if time is None else point["by_time"][time]
+        by_run.setdefault(point["run"], []).append((loss, point["fid"]))
     parts = [np.asarray(part) for part in by_run.values()]
     values = np.concatenate(parts)
     times = np.random.default_rng(0).multinomial(len(parts), [1 / len(parts)] * len(parts), size=RESAMPLES)
@@ -75,7 +83,7 @@ def spearman(values: np.ndarray, times: np.ndarray) -> np.ndarray:
 
 
 def agreement(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """How far the held-out loss stands for FID: over all, at each run's last step, within each variant.
+    """How far the held-out loss stands for FID: over all, at each run's last step, at each time, within each variant.
 
     ``off_the_line`` says by which factor a variant's FID is off the common straight line of log FID over log loss: if
     the intervals of two variants are apart, they follow different curves and the loss alone does not rank them.
@@ -85,6 +93,7 @@ def agreement(found: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "all": correlation(found),
         "last step": correlation(list(last.values())),
+        "by_time": {time: correlation(found, time) for time in (found[0]["by_time"] if found else ())},
         "within": {name: correlation([point for point in found if point["variant"] == name]) for name in variants},
         "off_the_line": _off_the_line(found) if len(found) >= FEWEST else {},
     }

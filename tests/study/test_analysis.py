@@ -214,6 +214,22 @@ def test_rank_correlation(records):
     assert agreement(found)["last step"]["points"] == 6 and correlation(found[:3]) is None
 
 
+def test_rank_correlation_of_the_loss_at_each_time(records):
+    """The loss at one time may rank as FID does where the mean over times doesn't."""
+    for one in records.values():
+        for row, fid in zip(one["heldout"]["by_time"], (10.0, 20.0), strict=True):
+            metric = one["evaluation"]["steps"][f"{fid:.0f}"][0]["value"]
+            row[:] = [metric, -metric, *np.random.default_rng(int(1e4 * metric)).normal(size=6)]
+    found = points(records, FID)
+    told = agreement(found)["by_time"]
+    assert list(told) == ["0.00", "0.12", "0.25", "0.38", "0.50", "0.62", "0.75", "0.88"]
+    assert told["0.00"]["value"] == pytest.approx(1) and told["0.12"]["value"] == pytest.approx(-1)
+    losses = [one["heldout"]["by_time"][step][5] for one in records.values() for step in range(2)]
+    fids = [one["evaluation"]["steps"][step][0]["value"] for one in records.values() for step in ("10", "20")]
+    assert told["0.62"]["value"] == pytest.approx(stats.spearmanr(losses, fids).statistic)
+    assert told["0.62"]["interval"][0] < told["0.62"]["value"] < told["0.62"]["interval"][1]
+
+
 def test_spearman_of_points_that_come_several_times():
     source = np.random.default_rng(0)
     values, times = source.integers(0, 5, (12, 2)).astype(float), source.integers(0, 4, (20, 12))
@@ -228,7 +244,7 @@ def test_variants_on_different_curves_are_told():
     source = np.random.default_rng(1)
     losses = source.uniform(1, 2, 20)
     found = [
-        {"run": f"{name}{seed}", "variant": name, "step": 1, "loss": loss, "fid": factor * loss}
+        {"run": f"{name}{seed}", "variant": name, "step": 1, "loss": loss, "fid": factor * loss, "by_time": {}}
         for name, factor in (("a", 10), ("b", 20))
         for seed, loss in enumerate(losses)
     ]
