@@ -52,7 +52,7 @@ def log_likelihood(
         return velocity.detach(), divergence.detach()
 
     with torch.inference_mode(False), torch.no_grad():  # the divergence is a derivative, whatever the caller's mode
-        x = at_least_float32(x).clone()
+        x = at_least_float32(x)
         probes = savable(probes.to(x.dtype))
         state = (x, torch.zeros(len(x), dtype=x.dtype, device=x.device))
         noise, change = solve(velocity_and_divergence, state, transport, config, reverse=True)
