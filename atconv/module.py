@@ -26,9 +26,8 @@ class Weights(nn.Linear):
     def forward(self, x: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         if x is not None:
             return super().forward(x)
-        if not torch.is_grad_enabled():  # a view made then says that it has a gradient, and has none
-            return self.weight.detach(), self.bias.detach()
-        return self.weight.view_as(self.weight), self.bias.view_as(self.bias)
+        with torch.enable_grad():  # a view made without says that it has a gradient, and has none
+            return self.weight.view_as(self.weight), self.bias.view_as(self.bias)
 
 
 class ATConv(nn.Module):
@@ -190,8 +189,8 @@ class ATConv(nn.Module):
             raise ValueError(f"{tokens} tokens are no grid of {grid[0]} x {grid[1]}")
         self.check_grid(grid)
         kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))  # once, for both branches
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))  # once, for both branches; autocast leaves float64 alone
         if self.scope != "image":
             y = convolve_tokens(self.x_proj(x).view(batch, *grid, dim), self._token_kernels(x, grid), self.kernel_size)
             return self.proj(y.reshape(batch, tokens, dim))
@@ -205,11 +204,10 @@ class ATConv(nn.Module):
         kind, side = x.device.type, self.kernel_size
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             weight, bias = self.kernel_proj()
-            x = x.to(weight.dtype)
             if self.scope == "window":
-                logits = F.linear(pool_windows(x, grid, self.window, side**2), weight, bias)
+                logits = F.linear(pool_windows(x, grid, self.window, side**2, weight.dtype), weight, bias)
             else:
-                logits = around(F.linear(pad(x.unflatten(1, grid), side), weight, bias), side)
+                logits = around(F.linear(pad(x.to(weight.dtype).unflatten(1, grid), side), weight, bias), side)
             wide = torch.promote_types(logits.dtype, torch.float32)
             weight, bias = (part.to(wide) for part in self.kernel_gen())
             kernels = mix_taps(logits.to(wide).flatten(0, 1), weight, bias, self.activation)
