@@ -21,7 +21,7 @@ from sit.mixers.layers import (
 )
 from sit.mixers.registry import register_mixer
 from sit.mixers.rope import Rope
-from sit.utils.constant_tensors import made_once
+from sit.utils.constant_tensors import kept, made_once
 from sit.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -152,19 +152,17 @@ def sees(grid: tuple[int, int], kernel_size: int) -> Callable[..., torch.Tensor]
 @made_once
 def dense_mask(grid: tuple[int, int], kernel_size: int, device: torch.device) -> torch.Tensor:
     """(N, N) bool: whether a query (row) sees a key (column)."""
-    with torch.inference_mode(False):  # a mask first made for sampling may be kept for training
-        token = torch.arange(grid[0] * grid[1], device=device)
-        return sees(grid, kernel_size)(None, None, token[:, None], token[None, :])
+    token = torch.arange(grid[0] * grid[1], device=device)
+    return sees(grid, kernel_size)(None, None, token[:, None], token[None, :])
 
 
-@lru_cache(maxsize=8)
+@kept
 def block_mask(grid: tuple[int, int], kernel_size: int, device: torch.device) -> BlockMask:
     """The mask of :func:`dense_mask` as flex_attention takes it."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     tokens = grid[0] * grid[1]
-    with torch.inference_mode(False):
-        return create_block_mask(sees(grid, kernel_size), None, None, tokens, tokens, str(device), BLOCK)
+    return create_block_mask(sees(grid, kernel_size), None, None, tokens, tokens, str(device), BLOCK)
 
 
 def skips_blocks(grid: tuple[int, int], kernel_size: int) -> bool:

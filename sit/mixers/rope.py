@@ -58,12 +58,9 @@ def turns_of(
 ) -> torch.Tensor:
     """Cosines and sines (2, N, 2, d/4) of the tokens of ``grid`` laid over ``trained``; the axes are column and row."""
     quarter = width // 4
-    with torch.inference_mode(False):  # made for sampling, it may be kept for training
-        omega = BASE ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-        rows, columns = (
-            places_along(old, new).double()[:, None] * omega for old, new in zip(trained, grid, strict=True)
-        )
-        height, width = grid
-        by_token = [columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)]
-        angles = torch.stack(by_token, dim=2).flatten(0, 1)
-        return torch.stack([angles.cos(), angles.sin()]).to(device, dtype)
+    omega = BASE ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    rows, columns = (places_along(old, new).double()[:, None] * omega for old, new in zip(trained, grid, strict=True))
+    height, width = grid
+    by_token = [columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)]
+    angles = torch.stack(by_token, dim=2).flatten(0, 1)
+    return torch.stack([angles.cos(), angles.sin()]).to(device, dtype)
