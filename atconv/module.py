@@ -26,9 +26,8 @@ class Weights(nn.Linear):
     def forward(self, x: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         if x is not None:
             return super().forward(x)
-        if not torch.is_grad_enabled():  # a view made then says that it has a gradient, and has none
-            return self.weight.detach(), self.bias.detach()
-        return self.weight.view_as(self.weight), self.bias.view_as(self.bias)
+        with torch.enable_grad():  # a view made without says that it has a gradient, and has none
+            return self.weight.view_as(self.weight), self.bias.view_as(self.bias)
 
 
 class ATConv(nn.Module):

@@ -156,6 +156,26 @@ def test_a_network_in_bfloat16_works():
         assert narrow.dtype == torch.float32 and (narrow.double() - wide).norm() < 1e-2 * wide.norm()
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("scope", ["image", "window", "token"])
+def test_nothing_that_is_made_without_gradients_claims_one(scope, without):
+    mixer = awake(4, scope=scope)
+    with without():
+        results = [mixer(torch.randn(1, 20, 4).double(), (4, 5))]
+        if scope == "image":
+            results += mixer.kernels(torch.randn(1, 20, 4).double())
+    assert not any(result.requires_grad for result in results)
+
+
+@torch.no_grad()
+def test_weights_of_a_layer_that_is_computed_elsewhere_are_no_dead_ends():
+    """They say that they have a gradient, and it is the layer's own."""
+    layer = awake(4).kernel_proj
+    weight, bias = layer()
+    with torch.enable_grad():
+        torch.autograd.grad(weight.sum() + bias.sum(), list(layer.parameters()))
+
+
 def test_compiles_without_graph_breaks():
     mixer = awake(16).float()
     x = torch.randn(2, 20, 16, requires_grad=True)

@@ -355,7 +355,7 @@ def test_half_precision(pattern):
     [*PATTERNS, "atconv", "atconv:backend=taps", "atconv:routing=false", "atconv:scope=window", "atconv:scope=token"],
 )
 def test_forward_mode_derivatives_are_central_differences(pattern, grid):
-    """By the tokens and every parameter at once, where kernels that have none are set aside."""
+    """By the tokens and every parameter at once, where kernels that have none are set aside; also without gradients."""
     mixer = built(pattern)
     names = list(dict(mixer.named_parameters()))
     point = (
@@ -372,6 +372,8 @@ def test_forward_mode_derivatives_are_central_differences(pattern, grid):
 
     with plain_operations(mixer, torch.device("cpu")):
         value, derivative = torch.func.jvp(call, point, towards)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.func.jvp(call, point, towards)[1], derivative)
     with torch.no_grad():
         expected = (moved(1e-6) - moved(-1e-6)) / 2e-6
         torch.testing.assert_close(value, moved(0))
