@@ -27,18 +27,32 @@ def pool_tokens(x: torch.Tensor, bins: int, dtype: torch.dtype | None = None) ->
     """Adaptive average pooling over the flattened, row-major tokens: (B, N, C) to (B, bins, C).
 
     Bin j is the mean of the tokens ⌊jN/bins⌋ … ⌈(j+1)N/bins⌉ − 1, as in PyTorch's ``adaptive_avg_pool1d``; written
-    as a product with a bins × N matrix, which needs no transposed copy of the tokens. The result is in ``dtype``, by
-    default x's.
+    as a product with a bins × N matrix, which needs no transposed copy of the tokens. Sums and means are float32 or
+    float64: in half precision they would be rounded, and in float16 overflow. The result is in ``dtype``, by default
+    x's.
     """
-    tokens = x.shape[1]
+    tokens, kind, wide = x.shape[1], x.dtype, torch.promote_types(x.dtype, torch.float32)
     edges = torch.arange(bins, device=x.device)
     start, end = edges * tokens // bins, -((-(edges + 1) * tokens) // bins)
     place = torch.arange(tokens, device=x.device)
+    # a program that is traced may be for any number of tokens, and can't be cut at numbers
+    if kind != wide and not torch.compiler.is_compiling() and tokens > 2 * bins:
+        x, place = _sums_of_runs(x, bins, wide)
     inside = (place >= start[:, None]) & (place < end[:, None])
-    # the means' divisors would be rounded in x's dtype
-    wide = torch.promote_types(x.dtype, torch.float32)
-    sums = torch.bmm(inside.to(x.dtype).expand(x.shape[0], -1, -1), x)
-    return (sums.to(wide) / (end - start)[:, None]).to(dtype or x.dtype)
+    sums = torch.bmm(inside.to(wide).expand(x.shape[0], -1, -1), x.to(wide))
+    return (sums / (end - start)[:, None]).to(dtype or kind)
+
+
+def _sums_of_runs(x: torch.Tensor, bins: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (B, N, C) summed between all bounds of the bins, (B, 2·bins − 1, C), and where each run begins.
+
+    In ``dtype``, without a copy of the tokens in it. Bins overlap by a token at most, which is a run of its own.
+    """
+    bounds = [part * x.shape[1] for part in range(1, bins)]
+    cuts = sorted([0, *(bound // bins for bound in bounds), *(-(-bound // bins) for bound in bounds), x.shape[1]])
+    runs = x.split([end - start for start, end in zip(cuts, cuts[1:], strict=False)], dim=1)
+    sums = torch.stack([run.sum(1, dtype=dtype) for run in runs], dim=1)
+    return sums, torch.tensor(cuts[:-1], device=x.device)
 
 
 def mix_taps(

@@ -204,11 +204,10 @@ class ATConv(nn.Module):
         kind, side = x.device.type, self.kernel_size
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             weight, bias = self.kernel_proj()
-            x = x.to(weight.dtype)
             if self.scope == "window":
-                logits = F.linear(pool_windows(x, grid, self.window, side**2), weight, bias)
+                logits = F.linear(pool_windows(x, grid, self.window, side**2, weight.dtype), weight, bias)
             else:
-                logits = around(F.linear(pad(x.unflatten(1, grid), side), weight, bias), side)
+                logits = around(F.linear(pad(x.to(weight.dtype).unflatten(1, grid), side), weight, bias), side)
             wide = torch.promote_types(logits.dtype, torch.float32)
             weight, bias = (part.to(wide) for part in self.kernel_gen())
             kernels = mix_taps(logits.to(wide).flatten(0, 1), weight, bias, self.activation)

@@ -22,18 +22,23 @@ from atconv.functional import pool_tokens
 SCOPES = ("image", "window", "token")
 
 
-def cuts(length: int, window: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Where windows begin on a side of ``length`` tokens, and its end: (n + 1,) int64, n = ⌊length/window⌋ or 1.
+def windows_along(length: int, window: int) -> int:
+    """How many windows a side of ``length`` tokens has: as many as fit, and at least one."""
+    return max(1, length // window)
+
+
+def cuts(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Where the n windows of a side of ``length`` tokens begin, and its end: (n + 1,) int64.
 
     Each is ``window`` tokens long where that divides the length, and a little longer where it doesn't.
     """
-    count = max(1, length // window)
+    count = windows_along(length, window)
     return torch.arange(count + 1, device=device) * length // count
 
 
 def smallest_window(grid: tuple[int, int], window: int) -> int:
     """How many tokens the smallest window of a grid (H, W) has."""
-    height, width = (int(cuts(side, window).diff().min()) for side in grid)
+    height, width = (side // windows_along(side, window) for side in grid)
     return height * width
 
 
@@ -47,22 +52,26 @@ def window_of_tokens(grid: tuple[int, int], window: int, device: torch.device) -
     return number.flatten(), place.flatten()
 
 
-def pool_windows(x: torch.Tensor, grid: tuple[int, int], window: int, bins: int) -> torch.Tensor:
+def pool_windows(
+    x: torch.Tensor, grid: tuple[int, int], window: int, bins: int, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """:func:`atconv.functional.pool_tokens` in each window: tokens x (B, N, C) to (B, M, bins, C), M windows."""
     (height, width), batch, channels = grid, x.shape[0], x.shape[2]
     if not (height % window or width % window):
         tall, wide = height // window, width // window
         split = x.view(batch, tall, window, wide, window, channels).transpose(2, 3)
-        return pool_tokens(split.reshape(-1, window**2, channels), bins).view(batch, tall * wide, bins, channels)
+        pooled = pool_tokens(split.reshape(-1, window**2, channels), bins, dtype)
+        return pooled.view(batch, tall * wide, bins, channels)
     number, place = window_of_tokens(grid, window, x.device)
-    sizes = number.bincount()[:, None, None]
+    rows, columns = (cuts(side, window, x.device).diff() for side in grid)
+    sizes = (rows[:, None] * columns).flatten()[:, None, None]
     bin_ = torch.arange(bins, device=x.device)[:, None]
     start, end = bin_ * sizes // bins, -((-(bin_ + 1) * sizes) // bins)  # (M, bins, 1)
     own = number == torch.arange(len(sizes), device=x.device)[:, None, None]
     inside = own & (place >= start) & (place < end)  # (M, bins, N)
     wide_dtype = torch.promote_types(x.dtype, torch.float32)
-    sums = inside.flatten(0, 1).to(x.dtype) @ x
-    return (sums.to(wide_dtype) / (end - start).flatten(0, 1)).to(x.dtype).unflatten(1, (-1, bins))
+    sums = inside.flatten(0, 1).to(wide_dtype) @ x.to(wide_dtype)
+    return (sums / (end - start).flatten(0, 1)).to(dtype or x.dtype).unflatten(1, (-1, bins))
 
 
 def window_kernels(kernels: torch.Tensor, grid: tuple[int, int], window: int) -> torch.Tensor:

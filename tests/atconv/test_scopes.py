@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from atconv import ATConv
+from atconv.scopes import smallest_window
 
 
 def awake(**options) -> ATConv:
@@ -99,6 +101,23 @@ def test_autocast_keeps_the_kernels_in_float32(scope):
     with torch.autocast("cpu", torch.bfloat16):
         mixed = mixer(x, (8, 8))
     assert mixed.dtype == torch.bfloat16 and (mixed.float() - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (7, 9)])
+@pytest.mark.parametrize("scope", ["window", "token"])
+def test_compiled_whole_and_exported(scope, grid):
+    mixer, x = awake(scope=scope), torch.randn(2, grid[0] * grid[1], 4, dtype=torch.float64)
+    compiled = torch.compile(mixer, fullgraph=True, backend="eager")
+    exported = torch.export.export(mixer, (x, grid)).module()
+    for called in (compiled, exported):
+        torch.testing.assert_close(called(x, grid), mixer(x, grid))
+
+
+def test_the_smallest_window():
+    for height, width, window in itertools.product((3, 8, 11), (4, 7, 15), (3, 4, 5)):
+        least = min(end - start for start, end in bounds(height, window))
+        least *= min(end - start for start, end in bounds(width, window))
+        assert smallest_window((height, width), window) == least
 
 
 def test_the_scope_has_no_part_in_the_weights():
