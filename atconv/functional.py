@@ -189,6 +189,8 @@ def _taps(v: torch.Tensor, kernels: torch.Tensor, side: int) -> torch.Tensor:
 def _channels_last(v: torch.Tensor, kernels: torch.Tensor, side: int) -> torch.Tensor:
     """One depthwise convolution of a single image of B·C channels, channels last: no image is transposed."""
     batch, height, width, channels = v.shape
+    if not batch:  # a convolution has a group at least
+        return _taps(v, kernels, side)
     kernels = kernels.to(v.dtype).expand(batch, -1, -1)
     values = v.permute(1, 2, 0, 3).reshape(1, height, width, batch * channels).permute(0, 3, 1, 2)
     weight = kernels.transpose(1, 2).reshape(batch * channels, 1, side, side)

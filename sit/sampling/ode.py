@@ -99,6 +99,8 @@ def sample_ode(
         return transport.to_velocity(model(x, t), x, times(t, x))
 
     if config.resolved_method not in ODE_STEPS:
+        if not len(x):  # the error of no numbers is none, and an adaptive solver finds no step
+            return x
         return solve(velocity, x, transport, config, reverse=reverse, on_step=on_step)
     step = ODE_STEPS[config.resolved_method]
     start, stop = transport.ode_interval()[:: -1 if reverse else 1]

@@ -148,6 +148,13 @@ def test_float32_and_half_precision():
     torch.testing.assert_close(rough.double(), exact, rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize("sampler, method", [("sde", "euler"), ("ode", "heun2"), ("ode", "dopri5")])
+def test_no_images(sampler, method):
+    config = SamplerConfig(sampler=sampler, method=method, steps=3, cfg_scale=1.5)
+    noise, labels = torch.randn(0, 4, 8, 8), torch.zeros(0, dtype=torch.long)
+    assert sample(small_network("atconv"), Transport(), noise, labels, config).shape == (0, 4, 8, 8)
+
+
 @pytest.mark.parametrize("sampler, method, last_step, evaluations", [
     ("sde", "euler", "mean", 7), ("sde", "heun", "mean", 13), ("sde", "euler", "none", 7), ("sde", "heun", "none", 14),
     ("ode", "euler", "mean", 7), ("ode", "heun2", "mean", 14), ("ode", "midpoint", "mean", 14),
