@@ -189,8 +189,8 @@ class ATConv(nn.Module):
             raise ValueError(f"{tokens} tokens are no grid of {grid[0]} x {grid[1]}")
         self.check_grid(grid)
         kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))  # once, for both branches
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))  # once, for both branches; autocast leaves float64 alone
         if self.scope != "image":
             y = convolve_tokens(self.x_proj(x).view(batch, *grid, dim), self._token_kernels(x, grid), self.kernel_size)
             return self.proj(y.reshape(batch, tokens, dim))

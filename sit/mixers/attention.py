@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from timm.models.vision_transformer import Attention as TimmAttention
-from torch import nn
 from torch.nn import functional as F
 
-from sit.mixers.layers import join_heads, split_heads, xavier_
+from sit.mixers.layers import HeadNorm, join_heads, split_heads, xavier_
 from sit.mixers.registry import register_mixer
 from sit.mixers.rope import Rope
 
@@ -32,7 +31,7 @@ class Attention(TimmAttention):
     positional_embedding = True
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool = False, rope: bool = False) -> None:
-        super().__init__(dim, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
+        super().__init__(dim, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=HeadNorm)
         self.rope = Rope(dim // num_heads) if rope else None
         xavier_(self)
 

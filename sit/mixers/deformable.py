@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sit.mixers.layers import check_choice, check_heads, check_kernel_size, xavier_
+from sit.mixers.layers import LinearOfItsDtype, check_choice, check_heads, check_kernel_size, xavier_
 from sit.mixers.registry import register_mixer
 from sit.utils.constant_tensors import made_once
-from sit.utils.precision import is_autocast
 
 BACKENDS = ("grid_sample", "gather")
 
@@ -65,9 +64,9 @@ class Deformable(nn.Module):
         self.groups, self.kernel_size, self.reach, self.backend = num_heads, kernel_size, float(reach), backend
         taps = num_heads * kernel_size**2
         self.x_proj = nn.Linear(dim, dim)
-        self.offsets = nn.Linear(dim, 2 * taps)
-        self.scales = nn.Linear(dim, taps, bias=False)
-        self.weights = nn.Linear(dim, taps)
+        self.offsets = LinearOfItsDtype(dim, 2 * taps)
+        self.scales = LinearOfItsDtype(dim, taps, bias=False)
+        self.weights = LinearOfItsDtype(dim, taps)
         self.scale_prior = nn.Parameter(torch.logit((torch.arange(num_heads) + 1) / num_heads - 1e-4))
         self.proj = nn.Linear(dim, dim)
         bias = self.weights.bias.detach().clone()  # PyTorch's values, as published
@@ -84,8 +83,6 @@ class Deformable(nn.Module):
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, N, C) tokens, row-major over ``grid`` = (H, W), to (B, N, C)."""
         v, kind = self.x_proj(x), x.device.type
-        if is_autocast(kind):  # weights are wide then, and places must be
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             places, weights = self._places(x, grid)
             values = v.to(places.dtype).unflatten(-1, (self.groups, -1)).transpose(1, 2)

@@ -48,6 +48,24 @@ def join_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+class LinearOfItsDtype(nn.Linear):
+    """A linear layer that computes in the dtype of its weights, whatever that of its input.
+
+    It is told as the layer is called: before and after, weights may be stored in eight bits.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class HeadNorm(nn.LayerNorm):
+    """A LayerNorm that takes another half precision than its weights': autocast may be float16, a network bfloat16."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        narrow = self.weight.dtype.itemsize == x.dtype.itemsize == 2
+        return super().forward(x.to(self.weight.dtype) if narrow else x)
+
+
 class LayerNormOfAnyDtype(nn.LayerNorm):
     """A LayerNorm that computes in the dtype of its input, whatever that of its weights."""
 
@@ -56,7 +74,7 @@ class LayerNormOfAnyDtype(nn.LayerNorm):
 
 
 def head_norms(
-    dim: int, num_heads: int, wanted: bool, kind: type[nn.LayerNorm] = nn.LayerNorm
+    dim: int, num_heads: int, wanted: bool, kind: type[nn.LayerNorm] = HeadNorm
 ) -> tuple[nn.Module, nn.Module]:
     """LayerNorms over each head's queries, and keys (ViT-22B, arXiv 2302.05442, section 2); or two that do nothing."""
     if not wanted:

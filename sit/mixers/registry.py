@@ -10,8 +10,9 @@ names it in the entry-point group ``sit.mixers``.
   generator is at a state that depends on the seed and the block alone, so the constructor draws as usual.
 - **Grids**: one mixer is called on grids of any shape, also on others than it was built for. One that can't work on
   every grid has ``check_grid(grid)``, which raises ValueError; :func:`build_mixer` calls it.
-- **Dtype**: the result has the dtype of the linear layers: x's, or autocast's where that is on. What needs more is
-  computed in float32 inside.
+- **Dtype**: the result has the dtype of the linear layers: x's, or autocast's where that is on, which leaves float64
+  alone. What needs more is computed in float32 inside.
+- **Batch**: any number of images, none too.
 - **Derivatives**: a mixer of plain PyTorch operations has forward-mode derivatives (``torch.func.jvp``) too. Fused
   kernels have none; :func:`sit.mixers.forward_mode.plain_operations` sets them aside.
 
