@@ -167,6 +167,15 @@ def test_nothing_that_is_made_without_gradients_claims_one(scope, without):
     assert not any(result.requires_grad for result in results)
 
 
+@torch.no_grad()
+def test_weights_of_a_layer_that_is_computed_elsewhere_are_no_dead_ends():
+    """They say that they have a gradient, and it is the layer's own."""
+    layer = awake(4).kernel_proj
+    weight, bias = layer()
+    with torch.enable_grad():
+        torch.autograd.grad(weight.sum() + bias.sum(), list(layer.parameters()))
+
+
 def test_compiles_without_graph_breaks():
     mixer = awake(16).float()
     x = torch.randn(2, 20, 16, requires_grad=True)
