@@ -154,6 +154,7 @@ def test_a_place_on_another_machine_is_the_same_place_where_nothing_but_its_fold
         (4, "cfg_scale: 2.0", {}, "cfg_scale: 2.0, cfg_channels: 3", True),
         (16, "cfg_scale: 2.0", {}, "cfg_scale: 2.0, cfg_channels: 3", False),
         (16, "cfg_scale: 1.0, cfg_channels: 3", {}, "cfg_scale: 1.0", True),  # and nothing was guided
+        (4, "cfg_scale: 1.0, cfg_channels: 0", {}, "cfg_scale: 1.0", True),
         (16, "cfg_scale: 1.0, cfg_channels: 3", {"guidance 2": []}, "cfg_scale: 1.0", False),
         (16, "cfg_scale: 1.0, cfg_channels: 3", {"ema 0.1": []}, "cfg_scale: 1.0", True),
     ],
