@@ -85,15 +85,18 @@ def test_stand_ins_are_not_kept():
 def test_any_dtype_under_any_autocast(pattern):
     """The result is near to float32's, of autocast's dtype, or of the network's; autocast leaves float64 alone."""
     grid, x = (5, 7), torch.randn(2, 35, 12)
-    exact, half = built(pattern)(x, grid), (torch.bfloat16, torch.float16)
-    for dtype, autocast in itertools.product((torch.float32, torch.float64, *half), (None, *half)):
-        mixer, tokens = built(pattern, dtype), x.to(dtype, copy=True).requires_grad_()
+    exact, narrow = built(pattern)(x, grid), (torch.float32, torch.bfloat16, torch.float16)
+    alone = [(dtype, None, dtype) for dtype in (torch.float64, *narrow)]
+    wide = [(torch.float64, autocast, torch.float64) for autocast in narrow[1:]]
+    for case in [*alone, *wide, *itertools.product(narrow, narrow[1:], narrow)]:
+        dtype, autocast, given = case  # of the network, of autocast, of the tokens
+        mixer, tokens = built(pattern, dtype), x.to(given, copy=True).requires_grad_()
         with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             found = mixer(tokens, grid)
-        assert found.dtype == (dtype if dtype == torch.float64 else autocast or dtype), (dtype, autocast)
-        assert (found.float() - exact).norm() < 0.05 * exact.norm(), (dtype, autocast)
+        assert found.dtype == (dtype if dtype == torch.float64 else autocast or dtype), case
+        assert (found.float() - exact).norm() < 0.05 * exact.norm(), case
         found.float().sum().backward()
-        assert all(value.grad.isfinite().all() for value in (tokens, *mixer.parameters())), (dtype, autocast)
+        assert all(value.grad.isfinite().all() for value in (tokens, *mixer.parameters())), case
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
