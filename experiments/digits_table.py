@@ -51,7 +51,8 @@ class Reconstructions(Images):
 
     def __init__(self, count: int) -> None:
         self.data, self.vae = DataImages("digits", None), load_vae("digits")
-        self.name, self.count, self.labels = "the VAE's reconstructions of the digits", count, self.data.labels
+        self.name, self.count = "the VAE's reconstructions of the digits", count
+        self.labels = self.data.labels[:count]
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         mean, std = encode_images(self.vae, self.data.batch(numbers))
