@@ -19,6 +19,7 @@ from scipy import stats
 from sit.checkpoint.load import load_for_sampling
 from sit.eval import main as evaluate_command
 from sit.latents.vae import decode, scaling, unscale_latents
+from sit.metrics.image_sets import DataImages
 from sit.model import create_model
 from sit.sampling.config import SamplerConfig
 from sit.sampling.sampler import sample
@@ -31,9 +32,9 @@ from sit.utils.errors import UserError
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
 OTHER_FOLDERS = {"benchmarks", "scripts", "tests"}
-attnet_fashion, digits_settings, digits_table, meanflow, training_runs, transplant = map(
+attnet_fashion, digits_settings, digits_table, grain, meanflow, training_runs, transplant = map(
     importlib.import_module,
-    ("attnet_fashion", "digits_settings", "digits_table", "meanflow", "training_runs", "transplant"),
+    ("attnet_fashion", "digits_settings", "digits_table", "grain", "meanflow", "training_runs", "transplant"),
 )
 
 
@@ -277,6 +278,29 @@ def test_digits_table(checkpoint, tmp_path, capsys):
     found = json.loads(path.read_text())
     assert len(found["reports"]) == 3 and {"machine", "date", "command"} <= set(found)
     assert capsys.readouterr().out.count("| atconv, ") == 2
+
+
+def test_grain(tmp_path, capsys):
+    """Noise has the spread that was asked for; tiles are the image's own, and as many as asked are elsewhere."""
+    images = DataImages("digits", 32)
+    before = images.batch(np.arange(50)).float()
+    middle = (before > 60) & (before < 195)  # where nothing is clamped
+    noise = (grain.Spoiled(images, 8.0, 0).batch(np.arange(50)).float() - before)[middle]
+    assert noise.std() == pytest.approx(8, rel=0.03) and abs(noise.mean()) < 0.3
+    exchanged = grain.Spoiled(images, 0.0, 4).batch(np.arange(50)).float()
+    assert torch.equal(exchanged.flatten(1).sort().values, before.flatten(1).sort().values)
+    differ = (exchanged != before).any(1).unfold(1, 8, 8).unfold(2, 8, 8).flatten(3).any(3).flatten(1).sum(1)
+    assert differ.max() == 4 and torch.equal(exchanged, grain.Spoiled(images, 0.0, 4).batch(np.arange(50)).float())
+    path = tmp_path / "grain.json"
+    settings = dict(data="digits", reference="digits", features="digits", num_samples=40, grain=(8.0,), tiles=(16,))
+    grain.run(grain.Arguments(**settings, json=path))
+    found = json.loads(path.read_text())
+    assert [(row["grain"], row["tiles"]) for row in found["rows"]] == [(0, 0), (8, 0), (0, 16)]
+    assert found["rows"][2]["fid"] > found["rows"][0]["fid"] > 0 and {"machine", "date", "command"} <= set(found)
+    assert capsys.readouterr().out.count("\n| ") == 3
+    for wrong in (dict(image_size=30), dict(tiles=(17,))):
+        with pytest.raises(UserError, match="must be a multiple of 8|can be exchanged"):
+            grain.Arguments(**wrong)
 
 
 def test_gray_levels_that_are_cut_off(checkpoint):
