@@ -54,8 +54,10 @@ class Arguments:
     def __post_init__(self) -> None:
         if self.image_size < TILE or self.image_size % TILE:
             raise UserError(f"`image_size={self.image_size}`: the side must be a multiple of {TILE}")
-        if any(not 2 <= count <= (self.image_size // TILE) ** 2 for count in self.tiles):
-            raise UserError(f"`tiles={self.tiles}`: from 2 to {(self.image_size // TILE) ** 2} can be exchanged")
+        there = (self.image_size // TILE) ** 2
+        for count in self.tiles:
+            if not 2 <= count <= there:
+                raise UserError(f"`tiles={count}`: from 2 to {there} can be exchanged")
 
 
 class Spoiled(Images):
