@@ -26,6 +26,7 @@ import tyro
 from training_runs import ensure_trained
 
 from sit.checkpoint.load import Loaded, load_for_sampling
+from sit.compare.points import EVALUATIONS as OF_A_STEP
 from sit.compare.points import seconds_of_training
 from sit.metrics.classifier import LabelClassifier
 from sit.metrics.estimate import half_width
@@ -47,8 +48,6 @@ from sit.utils.tables import markdown_table
 CPU = torch.device("cpu")
 EVALUATIONS = (1, 2, 4)
 """of the network, that one step or few are allowed"""
-SOLVERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
-"""ODE method → evaluations of a step"""
 
 
 @dataclass(frozen=True)
@@ -160,11 +159,11 @@ def meanflow_ways() -> Iterator[Way]:
 
 
 def plain_ways(many_steps: int, guidance: float) -> Iterator[Way]:
-    """The SDE, Heun's method with guidance, and each of :data:`SOLVERS` whose evaluations are allowed, both ways."""
+    """The SDE, Heun's method with guidance, and each ODE solver whose evaluations are known and allowed, both ways."""
     yield Way(many_steps, SamplerConfig("sde", many_steps))
     yield Way(100, SamplerConfig("ode", 25, "heun2", cfg_scale=guidance))
     for scale in (1.0, guidance):
-        for method, each in SOLVERS.items():
+        for method, each in OF_A_STEP.items():
             for steps in EVALUATIONS:
                 evaluations = steps * each * (1 if scale == 1 else 2)
                 if evaluations in EVALUATIONS:

@@ -12,7 +12,7 @@ from sit.utils.errors import UserError
 
 
 def check_alike(study: Study, records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse runs whose data, VAE, reference or classifier were others under the same name.
+    """Refuse runs whose data, VAE, reference, features or classifier were others under the same name.
 
     JSONs of an earlier program don't say what theirs were, and are taken as they are.
 
@@ -35,7 +35,7 @@ def check_alike(study: Study, records: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def check_evaluated_alike(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to add evaluations to those of another reference or classifier.
+    """Refuse to add evaluations to those of another reference, classifier or kind of features.
 
     Args:
         path: the run's JSON.

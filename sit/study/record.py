@@ -13,7 +13,6 @@ from typing import Any
 import accelerate
 import torch
 
-from sit.checkpoint.find import find_checkpoints
 from sit.data.torchvision import TORCHVISION
 from sit.sampling.config import guided_channels
 from sit.study.config import Study
@@ -24,7 +23,6 @@ from sit.training.run_folder import read_metrics
 from sit.utils.errors import UserError
 from sit.utils.files import atomic_write
 from sit.utils.json_text import json_text
-from sit.utils.reading import read_json
 from sit.utils.record import record
 from sit.version import __version__
 
@@ -144,24 +142,18 @@ def read(run: Run, study: Study) -> dict[str, Any] | None:
     if study.evaluate is not None and found["evaluation"] is not None:
         wanted = json.loads(json.dumps(dataclasses.asdict(study.evaluate)))
         wanted = {name: wanted[name] for name in sorted(wanted.keys() - HOW_IT_IS_EVALUATED)}
-        channels = _guided_latents(found["evaluation"], run, study)
+        channels = _guided_latents(found["evaluation"])
         evaluated, wanted = (_by_guided_channels(one, channels) for one in (found["evaluation"]["settings"], wanted))
         _check_same(path, "evaluated", evaluated, wanted)
     return found
 
 
-def _guided_latents(evaluation: dict[str, Any], run: Run, study: Study) -> int | None:
-    """The channels of the latents that an evaluation guided; None if it guided nothing.
-
-    An earlier program did not note them: then they are those of the run's checkpoint, or 4 if that is elsewhere.
-    """
+def _guided_latents(evaluation: dict[str, Any]) -> int | None:
+    """The channels of the latents that an evaluation guided, 4 if it doesn't say; None if it guided nothing."""
     usual = evaluation["settings"].get("sampler") or {}
     if usual.get("cfg_scale", 1) == 1 and not any("guidance" in name for name in evaluation.get("others", {})):
         return None
-    if "latent_channels" in evaluation:
-        return evaluation["latent_channels"]
-    configs = [place / "transformer" / "config.json" for _, place in find_checkpoints(run.training(study))]
-    return next((read_json(path)["in_channels"] for path in configs if path.is_file()), 4)
+    return evaluation.get("latent_channels", 4)
 
 
 def _by_guided_channels(settings: dict[str, Any], channels: int | None) -> dict[str, Any]:

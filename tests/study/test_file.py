@@ -173,23 +173,6 @@ def test_an_evaluation_is_the_same_where_as_many_channels_are_guided(study, late
         assert record.read(run, of) == json.loads(json.dumps(stored))
 
 
-def test_an_earlier_evaluation_guided_the_latents_of_its_checkpoint(study):
-    of = study(BASE + VARIANTS + "evaluate: {reference: digits, sampler: {cfg_scale: 2.0}}\n")
-    run = planned(of, {})[0]
-    settings = dataclasses.asdict(of.evaluate)
-    settings["sampler"] |= {"cfg_channels": 3}
-    stored = {"format": record.FORMAT, "config": dataclasses.asdict(run.config), "evaluation": {"settings": settings}}
-    run.json(of).parent.mkdir(parents=True)
-    record.write(run.json(of), stored)
-    network = run.training(of) / "checkpoints" / "step-0000006" / "transformer"
-    network.mkdir(parents=True)
-    (network / "config.json").write_text('{"in_channels": 4}')
-    assert record.read(run, of) is not None
-    (network / "config.json").write_text('{"in_channels": 16}')
-    with pytest.raises(UserError, match="was evaluated with sampler"):
-        record.read(run, of)
-
-
 def test_where_sampling_begins_is_not_how_a_run_was_watched(study):
     """It decides what the samples are."""
     of = study((BASE + VARIANTS).replace("steps: 6,", "steps: 6, prediction: noise, sample_eps: 1e-3,"))
