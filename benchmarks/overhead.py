@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 import tyro
 from checks import at_least_one
-from diffusers.training_utils import EMAModel
 
 from sit.checkpoint.info import CheckpointInfo
 from sit.checkpoint.save import save_checkpoint
 from sit.latents.vae import DIGITS_VAE
 from sit.model import create_model
+from sit.training.ema import averaged_parameters, moving_average
 from sit.training.state import TrainingState
 from sit.transport.transport import Transport
 from sit.utils.cli import one_line_errors
@@ -56,7 +56,8 @@ def measure(arguments: Arguments) -> dict[str, float]:
     torch.manual_seed(0)
     network = create_model(arguments.model, mixer=arguments.mixer)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    ema = EMAModel(network.parameters(), decay=0.9999, foreach=True)
+    averaged = averaged_parameters(network)
+    ema = moving_average(averaged, decay=0.9999, warmup=True)
     state, transport = TrainingState(network, optimizer, ema), Transport()
     x = torch.randn(arguments.batch_size, 4, 32, 32)
     labels = torch.randint(0, 1000, (arguments.batch_size,))
@@ -88,7 +89,7 @@ def measure(arguments: Arguments) -> dict[str, float]:
 
         for number in range(arguments.rounds + 1):
             timed("step", step)
-            timed("moving average", lambda: ema.step(network.parameters()))
+            timed("moving average", lambda: ema.step(averaged))
             timed("logging", lambda: metrics.write(json.dumps({"step": 1, "loss": 0.5}) + "\n"))
             if number in (1, arguments.rounds):
                 timed("checkpoint", checkpoint)

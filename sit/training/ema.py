@@ -9,11 +9,42 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from sit.model import SiT
 
+PIECE = 2**16
+"""Weights that are averaged at a time on a CPU: what lies between average and weights then stays in its cache."""
 
-def moving_average(parameters: Iterable[nn.Parameter], decay: float, warmup: bool) -> EMAModel:
+
+class MovingAverage(EMAModel):
+    """diffusers' moving average, to the bit, whose step on a CPU makes no copy of all weights between."""
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Move on by one step, towards the parameters that it was made of."""
+        parameters = list(parameters)
+        pairs = list(zip(self.shadow_params, parameters, strict=True))
+        if not all(_is_in_one_place_on_a_cpu(one) for pair in pairs for one in pair):
+            super().step(parameters)
+            return
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        weight = 1 - self.cur_decay_value
+        for average, now in pairs:
+            if average.numel() <= PIECE:
+                average.sub_(average - now, alpha=weight)
+                continue
+            for part, its in zip(average.view(-1).split(PIECE), now.view(-1).split(PIECE), strict=True):
+                part.sub_(part - its, alpha=weight)
+
+
+def _is_in_one_place_on_a_cpu(tensor: torch.Tensor) -> bool:
+    """Whether it can be cut into pieces: FSDP's tensors are shards on several processes."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not isinstance(tensor, DTensor)
+
+
+def moving_average(parameters: Iterable[nn.Parameter], decay: float, warmup: bool) -> MovingAverage:
     """The exponential moving average of the parameters, which begins at their initial values.
 
     Args:
@@ -23,7 +54,7 @@ def moving_average(parameters: Iterable[nn.Parameter], decay: float, warmup: boo
             Without it the decay is the same from the first step on, as in the published training program.
     """
     options = {} if warmup else {"min_decay": decay, "update_after_step": -1}
-    return EMAModel(parameters, decay=decay, foreach=True, **options)
+    return MovingAverage(parameters, decay=decay, foreach=True, **options)
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from torch import nn
 
 from sit.checkpoint.info import read_json
@@ -19,6 +18,7 @@ from sit.checkpoint.integrity import INDEX, fingerprint
 from sit.checkpoint.posthoc_ema import decay_at, gamma_of
 from sit.checkpoint.snapshots import SNAPSHOTS, find_snapshots, save_snapshot
 from sit.training.config import TrainConfig
+from sit.training.ema import MovingAverage
 from sit.training.state import TrainingState
 from sit.utils.files import explain_os_errors
 
@@ -26,7 +26,7 @@ LINEAGE = "snapshots.json"
 """In a checkpoint's training/: which snapshots belong to the trajectory that led to it."""
 
 
-class PowerAverage(EMAModel):
+class PowerAverage(MovingAverage):
     """The power-function average of the relative length ``sigma_rel``, stepped once each training step, from the first.
 
     It is diffusers' moving average with another decay: (1 − 1/t)^(γ + 1) at step t.
