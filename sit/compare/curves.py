@@ -20,12 +20,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sit.compare.arguments import CurvesArguments
-from sit.compare.plots import style
 from sit.compare.points import Point, read_points
 from sit.metrics.estimate import half_width
 from sit.metrics.identity import Identity
 from sit.utils.files import atomic_folder
 from sit.utils.json_text import json_text
+from sit.utils.plot_style import style
 from sit.utils.tables import markdown_table
 
 AXES = {

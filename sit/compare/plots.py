@@ -10,23 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""told apart with any color vision (Okabe & Ito 2008); its yellow is left out, which white paper swallows"""
-
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LINES = ("-", "--", ":", "-.")
+from sit.utils.plot_style import style
 
 SMOOTHED = 20
 """a smoothed loss is a mean over one row in so many of the curve, half before and half behind"""
-
-
-def style(index: int) -> dict[str, Any]:
-    """Color, marker and line of a group: no two of the first 28 are alike; the first 7 differ in color and marker."""
-    return {
-        "color": COLORS[index % len(COLORS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": LINES[index // len(COLORS) % len(LINES)],
-    }
 
 
 def smooth(values: np.ndarray, reach: int) -> np.ndarray:

@@ -11,17 +11,12 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from sit.utils.image_grid import save_png
+from sit.utils.plot_style import style
 
-MARKERS = "osD^vP*X<>hd"
 MARGIN = 1.1
 """the factor by which an axis of quality goes beyond the means"""
 ENLARGED = 2
 """the factor by which small samples are enlarged in the grid"""
-
-
-def _look(index: int) -> dict[str, Any]:
-    """A color and a marker; no two of the first 60 variants share both."""
-    return {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
 
 
 def plot_curves(
@@ -41,7 +36,7 @@ def plot_curves(
         if points:
             places, values, errors = zip(*points, strict=True)
             bars = [error or 0 for error in errors]
-            axes.errorbar(places, values, yerr=bars, label=name, capsize=3, markersize=5, linewidth=1, **_look(index))
+            axes.errorbar(places, values, yerr=bars, label=name, capsize=3, markersize=5, linewidth=1, **style(index))
     axes.set(xlabel=x, ylabel=y, yscale="log", ylim=limits(curves.values()))
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.3g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
@@ -68,7 +63,7 @@ def plot_points(points: Sequence[Mapping[str, Any]], order: Sequence[str], path:
     for index, name in enumerate(order):
         own = [point for point in points if point["variant"] == name]
         losses, distances = [point["loss"] for point in own], [point["fid"] for point in own]
-        axes.plot(losses, distances, linestyle="", markersize=5, label=name, **_look(index))
+        axes.plot(losses, distances, markersize=5, label=name, **style(index) | {"linestyle": ""})
     axes.set(xlabel="held-out loss", ylabel=fid, xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_formatter(lambda value, _: f"{value:.3g}")
@@ -85,7 +80,7 @@ def plot_by_time(curves: Mapping[str, Mapping[str, float]], path: Path) -> None:
     for index, (name, losses) in enumerate(curves.items()):
         times = [time for time in losses if time in first]
         rest = [losses[time] - first[time] for time in times]
-        axes.plot([float(time) for time in times], rest, label=name, markersize=5, linewidth=1, **_look(index))
+        axes.plot([float(time) for time in times], rest, label=name, markersize=5, linewidth=1, **style(index))
     axes.set(xlabel="t (0: noise, 1: data)", ylabel=f"held-out loss less that of {next(iter(curves))}")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -45,13 +43,6 @@ def test_error_bars_stand_beside_one_another(drawn):
     once = drawn(plots.plot_metric, "FID", {name: [(100, 4.0, 0.5)] for name in "ab"}).axes[0]
     first, second = (container.lines[0].get_xdata()[0] for container in once.containers)
     assert first < 100 < second
-
-
-def test_groups_look_different():
-    looks = [tuple(plots.style(index).values()) for index in range(28)]
-    assert len(set(looks)) == 28
-    for one, other in itertools.combinations(looks[:7], 2):
-        assert one[0] != other[0] and one[1] != other[1], "in color and marker"
 
 
 def test_a_smoothed_loss_does_not_lag():
