@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from sit.utils.allocator import keep_freed_memory
 from sit.utils.errors import UserError
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -24,15 +25,20 @@ class CpuThreads:
             raise UserError(f"`cpu_threads` must be at least 1, not {self.cpu_threads}")
 
     def use(self) -> None:
-        """Let torch compute with them in this process."""
+        """Let torch compute with them in this process: :func:`use_threads`."""
         use_threads(self.cpu_threads)
 
 
 def use_threads(wanted: int | None) -> None:
-    """Let torch compute with ``wanted`` threads in this process; None: with :func:`usual_threads`."""
+    """Let torch compute with ``wanted`` threads in this process; None: with :func:`usual_threads`.
+
+    Where there is no accelerator the process also keeps the memory that it frees.
+    """
     import torch  # seconds that a command's flags can be read without
 
     torch.set_num_threads(wanted or usual_threads())
+    if not torch.accelerator.is_available():  # with one, weights are read here and go there
+        keep_freed_memory()
 
 
 def usual_threads() -> int:
