@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import json
+import platform
 import shlex
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from sit.utils.errors import UserError
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 (
     frechet,
+    freed_memory,
     loader,
     mixers,
     overhead,
@@ -38,6 +40,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
     importlib.import_module,
     (
         "frechet",
+        "freed_memory",
         "loader",
         "mixers",
         "overhead",
@@ -82,6 +85,21 @@ def test_frechet(run):
     out, found = run(frechet, "--dimensions", 16, "--samples", 200, "--repeats", 1)
     assert float(out.rsplit(" ", 1)[1]) < 1e-6, "both ways give the same distance"
     assert set(found["seconds"]) == set(found["values"]) == {"symmetric eigenvalues", "scipy.linalg.sqrtm"}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this system has another C library than glibc")
+def test_freed_memory(run, monkeypatch):
+    words = ("--models", "SiT-XS/8", "--sides", 32, "--images", 2, "--dtypes", "float32", "--repeats", 1)
+    before = torch.get_num_threads()
+    out, found = run(freed_memory, *words, "--threads", 1)
+    torch.set_num_threads(before)
+    assert [row["what"] for row in found["rows"]] == ["training step", "forward pass"]
+    for row in found["rows"]:
+        assert row["ratio"] == pytest.approx(row["given back"] / row["kept"])
+        assert f"| {row['what']} | SiT-XS/8 | 2 | 32×32 | float32 | {1e3 * row['given back']:.3g} ms |" in out
+    monkeypatch.setattr(freed_memory, "keep_freed_memory", lambda: False)
+    with pytest.raises(SystemExit):
+        run(freed_memory, *words)
 
 
 def test_loader(run, tmp_path):
@@ -317,6 +335,8 @@ def test_every_benchmark_says_what_it_is_for(name, monkeypatch, capsys):
     "module, options, message",
     [
         (frechet, {"repeats": 0}, "`repeats` must be at least 1, not 0"),
+        (freed_memory, {"sides": (8,)}, "`sides` and `images` take one number for each model"),
+        (freed_memory, {"dtypes": ("int8",)}, "`dtypes=int8`: float32 or bfloat16"),
         (loader, {"rounds": 0}, "`rounds` must be at least 1, not 0"),
         (frechet, {"samples": 1}, "`samples` must be at least 2, not 1"),
         (overhead, {"rounds": 0}, "`rounds` must be at least 1, not 0"),
