@@ -256,7 +256,7 @@ class AttNet(nn.Module):
             raise ValueError(f"`output_fmt` must be NCHW or NHWC, not {output_fmt!r}")
         chosen, last = feature_take_indices(len(self.stages), indices)
         image_size, intermediates = (x.shape[2], x.shape[3]), []
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = _channels_last(x)
         for stage in range(last + 1 if stop_early else len(self.stages)):
             x = self._stage(stage, x, image_size)
             if stage in chosen:
@@ -280,7 +280,7 @@ class AttNet(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to the last stage's (B, C, H', W'), before pooling and norm."""
         image_size = x.shape[2], x.shape[3]
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = _channels_last(x)
         for stage in range(len(self.stages)):
             x = self._stage(stage, x, image_size)
         return x
@@ -301,6 +301,11 @@ class AttNet(nn.Module):
 
 
 @register_notrace_function
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    """``x.contiguous(memory_format=torch.channels_last)``, which torch.func.vmap does not know."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 def check_tokens(grid: tuple[int, int], least: int, stage: int, image_size: tuple[int, int]) -> None:
     """Raise ValueError unless a stage's grid has as many tokens as its kernels have taps. A node to torch.fx."""
     height, width = grid

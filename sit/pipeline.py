@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +68,24 @@ class _Interrupted(Exception):
         self.latents = latents
 
 
+def _labels_by_name(id2label: Mapping[str, str]) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """The label of each whole name, and of each synonym that is none; and the labels of what several classes have."""
+    whole: dict[str, list[int]] = {}
+    synonyms: dict[str, list[int]] = {}
+    ordered = sorted((int(label), names.strip()) for label, names in id2label.items())
+    for label, names in ordered:
+        whole.setdefault(names, []).append(label)
+    for label, names in ordered:
+        for name in dict.fromkeys(part.strip() for part in names.split(",")):
+            if name not in whole:
+                synonyms.setdefault(name, []).append(label)
+    every = whole | synonyms
+    return (
+        {name: labels[0] for name, labels in every.items() if len(labels) == 1},
+        {name: labels for name, labels in every.items() if len(labels) > 1},
+    )
+
+
 class SiTPipeline(DiffusionPipeline):
     """Class-conditional image generation with a SiT, used as diffusers' ``DiTPipeline`` is.
 
@@ -99,10 +117,7 @@ class SiTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, transport=transport, vae=vae)
         self.register_to_config(vae_name=vae_name, id2label=id2label)
         self._card: str | None = None
-        self.labels: dict[str, int] = {}
-        for label, names in sorted((id2label or {}).items(), key=lambda item: int(item[0])):
-            for name in (names, *names.split(",")):
-                self.labels.setdefault(name.strip(), int(label))
+        self.labels, self._shared = _labels_by_name(id2label or {})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any) -> SiTPipeline:
@@ -169,10 +184,13 @@ class SiTPipeline(DiffusionPipeline):
         """The labels of class names.
 
         Raises:
-            UserError: a name that no class has; the message lists some that there are.
+            UserError: a name that no class has, or several; the message lists some that there are.
         """
         names = [label] if isinstance(label, str) else list(label)
         for name in names:
+            if name in self._shared:
+                several = ", ".join(map(str, self._shared[name]))
+                raise UserError(f"{name!r} names several classes, {several}: give a label's number or its whole name")
             if name not in self.labels:
                 known = ", ".join(list(self.labels)[:20]) or "none: this checkpoint names no classes"
                 raise UserError(f"no class is named {name!r}; the names are {known}")

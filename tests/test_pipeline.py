@@ -89,6 +89,16 @@ def test_the_folder_is_read_as_it_was_written(folder, pipe):
     assert pipe.vae is not None and pipe.transformer.device == pipe.vae.device
 
 
+def test_names_of_classes(folder, pipe):
+    """A class's whole name goes before another's synonym, and what several classes are called chooses none of them."""
+    names = {"0": "tabby, cat", "1": "dog", "2": "cat", "3": "bird, crane", "4": "lift, crane", "5": "x", "6": "x"}
+    named = SiTPipeline(pipe.transformer, pipe.transport, pipe.vae, id2label=names)
+    assert named.get_label_ids(["cat", "dog", "tabby", "tabby, cat", "lift"]) == [2, 1, 0, 0, 4]
+    for name, labels in (("crane", "3, 4"), ("x", "5, 6")):
+        with pytest.raises(UserError, match=f"'{name}' names several classes, {labels}: give a label's number"):
+            named.get_label_ids(name)
+
+
 def test_save_pretrained_and_back(folder, pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "saved")
     for place in (folder, tmp_path / "saved"):

@@ -44,6 +44,8 @@ def convert(options: Convert) -> Path:
     kinds = (".pt",) if options.layout == "training" else (".pt", ".safetensors")
     if options.layout != "ours" and suffix not in kinds:
         raise UserError(f"`layout={options.layout}` writes a file: {options.target} must end in {' or '.join(kinds)}")
+    if options.vae is not None and options.layout != "ours":
+        raise UserError(f"`vae={options.vae}`: a file of `layout={options.layout}` names no VAE; leave it out")
     source = resolve(options.source)
     return _to_ours(source, options) if options.layout == "ours" else _to_file(source, options)
 
@@ -63,6 +65,7 @@ def _to_ours(source: Path, options: Convert) -> Path:
 
 def _to_file(source: Path, options: Convert) -> Path:
     if source.is_dir():
+        options.hints.refuse_for(source)
         network = read_network(_network_folder(source))
         config, state, info = dict(network.config), network.state_dict(), read_info(source)
         transport = transport_options(source)
@@ -115,6 +118,8 @@ def inspect(options: Inspect) -> str:
         UserError: nothing is there, or it is unreadable or no SiT.
     """
     path = options.path
+    if path.is_dir():
+        options.hints.refuse_for(path)
     if path.is_dir() and is_run(path):
         lines = [f"{path}: a run"]
         for step, folder in find_checkpoints(path):

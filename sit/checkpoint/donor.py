@@ -156,13 +156,17 @@ def _rows(network: SiT, donor: Donor, classes: Sequence[str]) -> dict[int, int]:
     """Row of the network's label table → row of the donor's.
 
     Classes are matched by name where both know the names, else by number if there are as many. (timm and diffusers make
-    the whole table anew where the number of classes is another.) The row of no class means the same in both.
+    the whole table anew where the number of classes is another.) Where the names are the same in both, so are the
+    numbers; else a name that several classes have, as ImageNet's crane, matches none. The row of no class means the
+    same in both.
     """
     own, given = network.config.num_classes, donor.config["num_classes"]
     rows: dict[int, int] = {}
-    if len(donor.label_names) == given and len(classes) == own:
-        of_donor = {name: row for row, name in enumerate(donor.label_names)}
-        rows = {row: of_donor[name] for row, name in enumerate(classes) if name in of_donor}
+    named = len(donor.label_names) == given and len(classes) == own
+    if named and list(donor.label_names) != list(classes):
+        names, others = Counter(classes), Counter(donor.label_names)
+        of_donor = {name: row for row, name in enumerate(donor.label_names) if others[name] == 1}
+        rows = {row: of_donor[name] for row, name in enumerate(classes) if name in of_donor and names[name] == 1}
     elif own == given:
         rows = {row: row for row in range(own)}
     if network.config.null_class and donor.config["null_class"]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
+
+from sit.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,3 +33,10 @@ class Hints(FileHints):
 
     image_size: int | tuple[int, int] | None = None
     """image size of the training in pixels, for networks without a positional table"""
+
+    def refuse_for(self, folder: Path, but: tuple[str, ...] = ()) -> None:
+        """Raise UserError if anything is told, of ``but`` apart: a ``folder`` of ours leaves nothing open."""
+        told = [one.name for one in fields(self) if getattr(self, one.name) != one.default and one.name not in but]
+        if told:
+            names = ", ".join(f"`{name}`" for name in sorted(told))
+            raise UserError(f"{folder} says itself what it is; {names} only serve for published weights files")

@@ -8,6 +8,7 @@ with ``mean`` and ``std`` of shape (1, 32, 1, 1).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,8 @@ def convert_vae(options: ConvertVAE) -> Path:
     """
     if options.target.exists():
         raise UserError(f"{options.target} exists already; it is not overwritten")
+    if not math.isfinite(options.scaling_factor) or options.scaling_factor == 0:
+        raise UserError(f"`scaling_factor={options.scaling_factor}` must be a finite number other than 0")
     vae = ldm_vae(read_tensors(options.source), str(options.source))
     vae.register_to_config(scaling_factor=options.scaling_factor)
     if options.latents_stats is not None:

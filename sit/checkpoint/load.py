@@ -112,10 +112,7 @@ def load_for_sampling(
         model, transport, info, vae_source = foreign.build(), foreign.transport(), foreign.info, foreign.vae_name
     else:
         model, transport, info, vae_source = _read_folder(place)
-        told = {name for name, value in overrides.items() if value != getattr(Hints(), name)}
-        if unused := sorted(told - {"image_size"}):  # which may be meant for the images to come
-            names = ", ".join(f"`{name}`" for name in unused)
-            raise UserError(f"{place} says itself what it is; {names} only serve for published weights files")
+        Hints(**overrides).refuse_for(place, but=("image_size",))  # which may be meant for the images to come
     if average is not None:
         average.load_into(model)
     model = model.to(device).eval().requires_grad_(False)

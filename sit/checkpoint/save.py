@@ -30,7 +30,7 @@ from sit.checkpoint.info import CheckpointInfo
 from sit.checkpoint.integrity import write_index, write_json
 from sit.checkpoint.weights_file import load_folder_weights, plain_key
 from sit.latents.pixels import is_pixels, pixel_codec
-from sit.latents.vae import DIGITS_VAE
+from sit.latents.vae import DIGITS_VAE, vae_folder
 from sit.model import SiT
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
@@ -124,9 +124,7 @@ def _put_vae(place: Path, source: str | Path | Callable[[Path], object] | None) 
         if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
             raise UserError(f"`vae={source}`: no such folder, and not a Hub name like stabilityai/sd-vae-ft-ema")
         return str(source)
-    source = Path(source)
-    if not (source / "config.json").is_file():
-        raise UserError(f"the VAE folder {source} has no config.json")
+    source = vae_folder(source)
     weights = folder_weights(source)
     place.mkdir()
     shutil.copyfile(source / "config.json", place / "config.json")  # no link: damage to one would be damage to all

@@ -284,10 +284,12 @@ class CachedLatents:
         The entries of caches up to :data:`READ_WHOLE` bytes are compared with their checksums too.
 
         Args:
-            vae: its weights and scaling must be those of the cache's, in any precision.
+            vae: its weights and scaling must be those of the cache's, in float32 or in the precision of the cache.
             vae_name: for messages.
             image_size: None for the cache's own.
         """
+        import torch
+
         from sit.latents.vae import scaling, vae_fingerprint
 
         made = self.manifest
@@ -302,7 +304,7 @@ class CachedLatents:
                 f"`data={self.name}` was made by `vae={made.vae}`, scaling {made.scaling_factor} and shift "
                 f"{made.shift_factor}; `vae={vae_name}` has {scale} and {shift}; give the same or encode again"
             )
-        if vae_fingerprint(vae) != made.vae_fingerprint:
+        if vae_fingerprint(vae, getattr(torch, made.precision)) != made.vae_fingerprint:
             raise UserError(
                 f"`data={self.name}` was made by `vae={made.vae}`, whose weights are not those of `vae={vae_name}`; "
                 "give the same VAE or encode again"

@@ -15,6 +15,7 @@ import os
 import re
 import time
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from sit.data.dataset import ImageData
 from sit.data.factory import open_images
-from sit.latents.arguments import Encode, Verify
+from sit.latents.arguments import SAME, Encode, Verify
 from sit.latents.cache import (
     MANIFEST,
     PLAN,
@@ -51,6 +52,9 @@ NOTE = re.compile(r"chunk (\d+) of (\d+) done(?: ([0-9a-f]{8}))?")
 
 KEPT = "journal-kept.txt"
 """the journal of what earlier starts of an encoding have left"""
+
+LOOKED_AT = 1024
+"""entries that are compared with their images where an encoding goes on and the images have changed"""
 
 
 def encode(config: Encode, stop_after: int | None = None) -> Path:
@@ -93,7 +97,7 @@ def _encode(config: Encode, state: PartialState, stop_after: int | None) -> Path
     left: list[list[int]] = [[]]
     if state.is_main_process:
         _prepare(config.out, manifest, plan)
-        left = [_keep_intact_chunks(config.out, manifest, config.chunk)]
+        left = [_keep_intact_chunks(config, manifest, images, vae)]
     if state.num_processes > 1:
         broadcast_object_list(left)
     mine = left[0][state.process_index :: state.num_processes]
@@ -129,7 +133,7 @@ def _resumable(out: Path, manifest: Manifest, plan: dict[str, object]) -> bool:
         return False
     for name, value in wanted.items():
         if name in NOT_ASKED_FOR or (name == "contents" and (not finished or not there.get(name))):
-            continue  # an image may have been mended since
+            continue  # an image may have been mended since: _of_other_images looks
         if there.get(name) != value:
             raise UserError(
                 f"`out={out}` holds an encoding with another {name.replace('_', ' ')} "
@@ -217,11 +221,17 @@ def _intact(out: Path, manifest: Manifest, chunk: int) -> dict[int, int]:
     return intact
 
 
-def _keep_intact_chunks(out: Path, manifest: Manifest, chunk: int) -> list[int]:
+def _keep_intact_chunks(config: Encode, manifest: Manifest, images: ImageData, vae: AutoencoderKL) -> list[int]:
     """Put the notes of all intact chunks into one journal, and return the numbers of the other chunks, to be made."""
-    total, intact = len(_chunks(manifest, chunk)), _intact(out, manifest, chunk)
+    out, chunks = config.out, _chunks(manifest, config.chunk)
+    total, intact = len(chunks), _intact(out, manifest, config.chunk)
     if changed := len(_noted(out, total)) - len(intact):
         print(f"{out}: {changed} chunks are not as they were written and are encoded again", flush=True)
+    if unsealed((out / PLAN).read_bytes())[0].get("contents") != manifest.contents:
+        others = _of_other_images(out, manifest, {number: chunks[number] for number in intact}, images, vae)
+        if others:
+            print(f"{out}: images are others than before: {len(others)} chunks are encoded again", flush=True)
+        intact = {number: crc for number, crc in intact.items() if number not in others}
     before = list(out.glob("journal-*.txt"))
     if intact:
         with atomic_write(out / KEPT) as temporary:
@@ -230,6 +240,42 @@ def _keep_intact_chunks(out: Path, manifest: Manifest, chunk: int) -> list[int]:
         if journal.name != KEPT or not intact:
             journal.unlink()
     return [number for number in range(total) if number not in intact]
+
+
+def _of_other_images(
+    out: Path, manifest: Manifest, chunks: Mapping[int, range], images: ImageData, vae: AutoencoderKL
+) -> set[int]:
+    """The chunks that hold another latent than their images' own, by up to :data:`LOOKED_AT` entries in all.
+
+    Some image has been mended since the chunks were made, which is why it is looked at all; more may have changed.
+    """
+    found = set()
+    for number, rows in tqdm(chunks.items(), desc="comparing", leave=False):
+        few = np.linspace(rows.start, rows.stop - 1, min(len(rows), max(1, LOOKED_AT // len(chunks)))).astype(int)
+        for index in few.tolist():
+            differences = _differences(vae, manifest, images[index][0], _entry(out, manifest, index))
+            if not max(differences) <= SAME:
+                found.add(number)
+                break
+    return found
+
+
+def _entry(folder: Path, manifest: Manifest, index: int) -> np.ndarray:
+    """An entry (sides, 2, c, h, w) float16 as it is on the disk."""
+    name, _ = manifest.shards()[index // manifest.shard_size]
+    return np.array(np.load(folder / name, mmap_mode="r")[index % manifest.shard_size])
+
+
+def _differences(vae: AutoencoderKL, manifest: Manifest, pixels: torch.Tensor, entry: np.ndarray) -> list[float]:
+    """How far each side of an ``entry`` (sides, 2, c, h, w) is from what the VAE makes of its image (3, H, W) now.
+
+    Root-mean-square differences, in standard deviations of the latents.
+    """
+    found = []
+    for version, there in zip((pixels, pixels.flip(-1)), torch.from_numpy(entry).float(), strict=False):
+        again = torch.stack(encode_images(vae, version[None], 1), dim=1).cpu()[0]
+        found.append(float(((again - there) * broadcast(manifest.scaling_factor, again)).square().mean().sqrt()))
+    return found
 
 
 def _note(number: int, total: int, crc: int) -> str:
@@ -362,13 +408,8 @@ def verify(config: Verify) -> dict[str, float]:
     chosen = np.random.default_rng(config.seed).choice(len(cache), min(config.images, len(cache)), replace=False)
     worst = 0.0
     for index in tqdm(np.sort(chosen).tolist(), desc="verifying", leave=False):
-        pixels = images[index][0]
-        for flipped in (False, True)[: 1 + made.flipped]:
-            version = pixels.flip(-1) if flipped else pixels
-            again = torch.stack(encode_images(vae, version[None], 32), dim=1).cpu()[0]
-            there = torch.from_numpy(cache.moments(np.array([index]), np.array([flipped]))[0]).float()
-            scaled = (again - there) * broadcast(made.scaling_factor, again)
-            difference = float(scaled.square().mean().sqrt())
+        differences = _differences(vae, made, images[index][0], _entry(config.cache, made, index))
+        for flipped, difference in enumerate(differences):
             if not difference <= config.tolerance:
                 raise UserError(
                     f"{config.cache}: entry {index} ({images.source.describe(index)}{', flipped' * flipped}) differs "

@@ -23,6 +23,8 @@ def measure(config: Measure) -> tuple[float, float]:
     """
     if config.images < 1:
         raise UserError(f"`images={config.images}` must be positive")
+    if config.seed < 0:
+        raise UserError(f"`seed={config.seed}` must not be negative")
     data, vae = open_images(config.data, config.image_size), load_vae(config.vae)
     count = min(config.images, len(data))
     chosen = np.sort(np.random.default_rng(config.seed).choice(len(data), count, replace=False))

@@ -32,6 +32,7 @@ from sit.latents.vae import (
     to_unit,
 )
 from sit.utils.device import pick_device
+from sit.utils.errors import UserError
 from sit.utils.files import atomic_folder, refuse_used
 from sit.utils.random import generator
 
@@ -167,6 +168,8 @@ def train(arguments: VAEArguments) -> None:
     data = open_images(arguments.data, arguments.image_size)
     fitted = np.arange(len(data))
     if arguments.heldout is None:
+        if len(data) < 2:
+            raise UserError(f"`data={arguments.data}` has one image, which is held out: give more, or `heldout`")
         fitted, heldout = fitted[fitted % 100 != 0], pixels(data, fitted[::100][:1000])
     else:
         other = open_images(arguments.heldout, data.image_size)

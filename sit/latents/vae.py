@@ -341,13 +341,18 @@ def _padded_chunks(rows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
         yield torch.cat([chunk, chunk.new_zeros(missing, *chunk.shape[1:])]) if missing else chunk
 
 
-def vae_fingerprint(vae: AutoencoderKL) -> str:
-    """Hash of the VAE's weights, scaling and class, the same whether it was loaded in float32 or bfloat16."""
+def vae_fingerprint(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> str:
+    """Hash of the VAE's weights, scaling and class, the same whether it was loaded in float32 or bfloat16.
+
+    Args:
+        vae: of any dtype.
+        dtype: the hash that the VAE has when it is loaded in this: float16's rounding is still seen in bfloat16.
+    """
     digest = hashlib.blake2b(repr(scaling(vae.config)).encode(), digest_size=16)
     if type(vae).__name__ not in ("AutoencoderKL", "PixelCodec"):  # those are in files of earlier versions
         digest.update(type(vae).__name__.encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        rounded = tensor.detach().to("cpu", torch.bfloat16).clone(memory_format=torch.contiguous_format)
+        rounded = tensor.detach().to("cpu", dtype).to(torch.bfloat16).clone(memory_format=torch.contiguous_format)
         digest.update(rounded.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

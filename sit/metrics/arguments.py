@@ -207,6 +207,8 @@ class ClassifierSettings:
         for name in ("epochs", "batch_size", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise UserError(f"`{name}` must be positive, not {getattr(self, name)}")
+        if self.shift < 0:
+            raise UserError(f"`shift={self.shift}` must not be negative")
 
 
 @dataclass

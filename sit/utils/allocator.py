@@ -12,7 +12,7 @@ def keep_freed_memory() -> bool:
     """Let this process keep what it frees, up to the most that it ever held, for what it allocates next.
 
     By default glibc gives large blocks back to the system at once, and a network's next layer, or training's next step,
-    has them anew: the system then clears each page, which is a tenth of the time on a CPU (docs/performance.md).
+    has them anew: the system then clears each page, which is up to a tenth of the time on a CPU (docs/performance.md).
 
     Returns:
         Whether it will: without glibc nothing changes.

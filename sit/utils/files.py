@@ -197,11 +197,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; it is renamed to ``path`` only if the block succeeds.
 
     Raises:
-        UserError: ``path`` exists already, the disk is full or the place can't be written.
+        UserError: ``path`` exists already and is no empty folder, the disk is full or the place can't be written.
     """
     path = Path(path)
     with explain_os_errors(path):
-        if path.exists():
+        if path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None):
             raise UserError(f"{path} exists already; it is not overwritten")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(path)
@@ -211,6 +211,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             yield temporary
             for entry in [*temporary.rglob("*"), temporary]:
                 _finish(entry)
+            with contextlib.suppress(FileNotFoundError):
+                path.rmdir()
             os.rename(temporary, path)
             _fsync(path.parent)
         finally:
@@ -249,6 +251,8 @@ def refuse_used(path: str | Path, argument: str) -> None:
     with explain_os_errors(path):
         if path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
             raise UserError(f"`{argument}={path}` exists and is not empty; choose a new folder or remove it")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"`{argument}={path}` is a file; choose a new folder or remove it")
 
 
 def new_output(path: str | Path, argument: str) -> Path:

@@ -134,6 +134,13 @@ def test_forward_is_the_plain_restatement(name):
     assert expected.std() > 0.1
 
 
+def test_vmap_gives_each_images_own_result():
+    network, images = small().eval(), torch.randn(3, 3, 96, 96)
+    with torch.no_grad():
+        mapped = torch.func.vmap(lambda image: network(image[None])[0])(images)
+        torch.testing.assert_close(mapped, network(images), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_autocast_stays_near_float32_without_a_warning():
     model, x = small(), torch.randn(2, 3, 96, 96)

@@ -9,6 +9,7 @@ import argparse
 import os
 import pathlib
 import pickle
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -22,6 +23,7 @@ from sit.checkpoint.convert import convert, inspect
 from sit.checkpoint.hints import Hints
 from sit.checkpoint.load import load_for_sampling
 from sit.checkpoint.published import grid_of_table, read_published
+from sit.latents.vae import DIGITS_VAE, load_vae
 from sit.mixers import known_mixers, parse_mixers
 from sit.mixers.registry import _factory
 from sit.model import SiT, sincos_table
@@ -456,6 +458,30 @@ def test_layouts_are_not_mixed_up(tmp_path):
     with pytest.raises(UserError, match="exists already"):
         convert(Convert(tmp_path / "sit.pt", tmp_path / "sit.pt", layout="published"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["repa.pt", "sit.pt"]
+
+
+def test_what_serves_files_alone_is_refused_for_folders(tmp_path):
+    torch.save(published_state(["attention"]), tmp_path / "sit.pt")
+    ours = convert(Convert(tmp_path / "sit.pt", tmp_path / "ours", hints=HINTS))
+    for told in (Hints(weights="model"), Hints(interpolant="gvp", prediction="score"), Hints(image_size=64)):
+        for refused in (
+            lambda told=told: convert(Convert(ours, tmp_path / "x.pt", layout="training", hints=told)),
+            lambda told=told: inspect(Inspect(ours, hints=told)),
+        ):
+            with pytest.raises(UserError, match="ours says itself what it is; `.*` only serve for published weights"):
+                refused()
+    with pytest.raises(UserError, match="`vae=mine`: a file of `layout=training` names no VAE"):
+        convert(Convert(ours, tmp_path / "x.pt", layout="training", vae="mine"))
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_pipelines_folder_serves_as_vae(tmp_path):
+    torch.save(published_state(["attention"]), tmp_path / "sit.pt")
+    (tmp_path / "pipeline").mkdir()
+    shutil.copytree(DIGITS_VAE, tmp_path / "pipeline" / "vae")
+    ours = convert(Convert(tmp_path / "sit.pt", tmp_path / "ours", vae=str(tmp_path / "pipeline"), hints=HINTS))
+    expected, found = load_vae("digits").state_dict(), load_vae(ours / "vae").state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 def network_of(mixer: str, layout: str) -> SiT:

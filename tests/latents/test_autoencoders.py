@@ -344,6 +344,9 @@ def test_va_vaes_layout_against_its_own_forward_pass(tmp_path):
         torch.save(part, tmp_path / "latents_stats.pt")
         with pytest.raises(UserError, match=words):
             convert_vae(ConvertVAE(tmp_path / "vavae.pt", tmp_path / "other", tmp_path / "latents_stats.pt"))
+    for factor in (0.0, float("nan")):
+        with pytest.raises(UserError, match=f"`scaling_factor={factor}` must be a finite number other than 0"):
+            convert_vae(ConvertVAE(tmp_path / "vavae.pt", tmp_path / "other", scaling_factor=factor))
     del state["decoder.mid.attn_1.q.weight"]
     torch.save(state, tmp_path / "vavae.pt")
     with pytest.raises(UserError, match="vavae.pt is no autoencoder in latent diffusion's layout"):

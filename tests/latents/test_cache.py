@@ -265,6 +265,25 @@ def test_training_refuses_another_vae_or_size(whole, tmp_path):
         open_images(str(whole))
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_cache_of_any_precision_is_known_by_its_vae(precision, wish, tmp_path):
+    """Weights that float16 can't hold: rounding them to it first is still seen in bfloat16."""
+    vae = load_vae("digits")
+    with torch.no_grad():
+        for number, weight in enumerate(vae.parameters()):
+            source = torch.Generator().manual_seed(number)
+            weight.mul_(1 + 1e-3 * torch.randn(weight.shape, generator=source))
+    vae.save_pretrained(tmp_path / "vae")
+    out = encode(replace(wish, vae=str(tmp_path / "vae"), precision=precision))
+    again = load_vae(tmp_path / "vae")
+    CachedLatents(out).check(again, "vae")
+    assert verify(Verify(out, images=3))["compared"] == 3
+    with torch.no_grad():
+        again.encoder.conv_in.bias += 0.1
+    with pytest.raises(UserError, match="whose weights are not those of"):
+        CachedLatents(out).check(again, "vae")
+
+
 def test_opening_training_data_refuses_a_cache_of_another_vae_or_size(whole, tmp_path):
     config = TrainConfig(data=str(whole), vae="digits", image_size=16)
     opened = open_training_data(config, torch.device("cpu"))
@@ -402,6 +421,21 @@ def test_a_corrupt_image_stops_the_encoding_and_is_named(wish, tmp_path):
     assert "25.png" in message
     (moved / "class1" / "25.png").write_bytes(mended)
     assert len(CachedLatents(encode(wish))) == COUNT
+
+
+def test_chunks_of_images_that_have_changed_are_made_anew(wish, tmp_path, capsys):
+    moved = Path(shutil.copytree(wish.data, tmp_path / "moved"))
+    wish = replace(wish, data=str(moved))
+    encode(wish, stop_after=3)
+    files = sorted(moved.rglob("*.png"))
+    for file in files[:12]:  # those of the first chunk and a half
+        pixels = np.asarray(Image.open(file))
+        Image.fromarray(255 - pixels).save(file)
+    files[-1].write_bytes(files[-2].read_bytes())  # a chunk that was not yet made
+    capsys.readouterr()
+    out = encode(wish)
+    assert "images are others than before: 2 chunks are encoded again" in capsys.readouterr().out
+    assert contents(out) == contents(encode(replace(wish, out=tmp_path / "anew")))
 
 
 def test_damaged_caches_are_refused(copy):

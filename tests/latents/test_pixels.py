@@ -155,6 +155,8 @@ def test_the_measured_constants_give_unit_spread(folder):
     assert measure(Measure("digits", "digits", images=200))[1] * load_vae("digits").config.scaling_factor == (
         pytest.approx(1, abs=0.05)
     )
+    with pytest.raises(UserError, match="`seed=-1` must not be negative"):
+        measure(Measure(seed=-1))
     with pytest.raises(UserError, match="of one value"):
         constants("none", 0.5, 0.0)
 

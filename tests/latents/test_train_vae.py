@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from processes import Connected
 
-from sit.latents.train_vae import VAEConfig, build, center_latents
+from sit.latents.arguments import VAEArguments
+from sit.latents.train_vae import VAEConfig, build, center_latents, train
 from sit.latents.vae import encode_moments, load_vae
 from sit.utils.errors import UserError
 
@@ -14,6 +16,7 @@ from sit.utils.errors import UserError
 @pytest.mark.slow
 def test_a_vae_is_trained_and_written(tmp_path):
     folder = tmp_path / "vae"
+    folder.mkdir()  # an empty one is as good as none
     words = ["-m", "sit.train_vae", "--data", "digits:train", "--steps", "3", "--widths", "4", "8", "--out"]
     Connected(1, *words, folder).output()
     assert "held-out images" in (folder / "README.md").read_text()
@@ -47,3 +50,10 @@ def test_bad_settings_are_named():
     for widths in ((), (2, 8), (4, 6)):
         with pytest.raises(UserError, match="`widths="):
             VAEConfig(widths=widths)
+
+
+def test_one_image_is_too_few(tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "data" / "1.png")
+    with pytest.raises(UserError, match="`data=.*data` has one image, which is held out: give more, or `heldout`"):
+        train(VAEArguments(data=str(tmp_path / "data"), image_size=16, out=tmp_path / "vae"))

@@ -64,6 +64,11 @@ def test_what_is_no_classifier_is_refused(classifier, tmp_path):
         get_extractor("inception:folder", CPU)
 
 
+def test_a_shift_is_no_less_than_none():
+    with pytest.raises(UserError, match="`shift=-1` must not be negative"):
+        Settings(shift=-1)
+
+
 def test_augmentation_shifts_and_flips():
     image = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8).expand(64, 3, 8, 8)
     moved = augment(image, Settings(shift=1, flip=False), torch.Generator().manual_seed(0))

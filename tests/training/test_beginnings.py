@@ -165,6 +165,23 @@ def test_rows_of_classes_go_by_name_else_by_number(donor):
     assert torch.equal(others[:2], SiT(**XS, seed=0).y_embedder.embedding_table.weight.detach()[:2])
 
 
+def test_a_name_of_several_classes_matches_none_unless_all_names_are_the_same(donor):
+    named = read_donor(donor)
+    table = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    state = named.state | {"y_embedder.embedding_table.weight": table}
+    names = ["crane", "heron", "crane"]
+    named = dataclasses.replace(named, state=state, label_names=names, config=named.config | {"num_classes": 3})
+    network = SiT(**XS | dict(num_classes=3), seed=0)
+    fresh = network.y_embedder.embedding_table.weight.detach().clone()
+    assert torch.equal(rows_of(network, named, names), table), "by number"
+    network = SiT(**XS | dict(num_classes=3), seed=0)
+    found = rows_of(network, named, ["crane", "crane", "heron"])
+    assert torch.equal(found, torch.stack([*fresh[:2], table[1], table[3]]))
+    network = SiT(**XS | dict(num_classes=3), seed=0)
+    found = rows_of(network, named, ["heron", "crane", "stork"])
+    assert torch.equal(found, torch.stack([table[1], *fresh[1:3], table[3]]))
+
+
 @pytest.mark.parametrize("own, given", [(False, True), (True, False)])
 def test_the_prediction_is_taken_whichever_has_learn_sigma(own, given, tmp_path):
     model = awake(SiT(**XS | dict(learn_sigma=given)))

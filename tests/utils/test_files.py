@@ -103,6 +103,18 @@ def test_a_failed_folder_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_takes_the_place_of_an_empty_one_alone(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    with atomic_folder(path) as temporary:
+        (temporary / "inside").write_text("whole")
+    assert (path / "inside").read_text() == "whole"
+    for there in (path, path / "inside"):
+        with pytest.raises(UserError, match="exists already; it is not overwritten"), atomic_folder(there):
+            pass
+    assert (path / "inside").read_text() == "whole" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
     path = tmp_path / "folder"
 
@@ -156,6 +168,8 @@ def test_an_output_folder_in_use_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="`out=.*` exists and is not empty"):
         new_output(tmp_path, "out")
+    with pytest.raises(UserError, match="`out=.*file` is a file; choose a new folder"):
+        new_output(tmp_path / "file", "out")
     with pytest.raises(UserError, match="a file stands"):
         new_output(tmp_path / "file" / "inside", "out")
 
