@@ -211,8 +211,6 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             yield temporary
             for entry in [*temporary.rglob("*"), temporary]:
                 _finish(entry)
-            with contextlib.suppress(FileNotFoundError):
-                path.rmdir()
             os.rename(temporary, path)
             _fsync(path.parent)
         finally:

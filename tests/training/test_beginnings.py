@@ -180,6 +180,12 @@ def test_a_name_of_several_classes_matches_none_unless_all_names_are_the_same(do
     network = SiT(**XS | dict(num_classes=3), seed=0)
     found = rows_of(network, named, ["heron", "crane", "stork"])
     assert torch.equal(found, torch.stack([table[1], *fresh[1:3], table[3]]))
+    network, other = (
+        SiT(**XS | dict(num_classes=3), seed=0),
+        dataclasses.replace(named, label_names=["crane", "a", "b"]),
+    )
+    found = rows_of(network, other, ["crane", "crane", "a"])
+    assert torch.equal(found, torch.stack([*fresh[:2], table[1], table[3]]))
 
 
 @pytest.mark.parametrize("own, given", [(False, True), (True, False)])
