@@ -245,9 +245,9 @@ def _keep_intact_chunks(config: Encode, manifest: Manifest, images: ImageData, v
 def _of_other_images(
     out: Path, manifest: Manifest, chunks: Mapping[int, range], images: ImageData, vae: AutoencoderKL
 ) -> set[int]:
-    """The chunks that hold another latent than their images' own, by up to :data:`LOOKED_AT` entries in all.
+    """The numbers of the chunks with a latent that is not its image's, as far as :data:`LOOKED_AT` entries tell.
 
-    Some image has been mended since the chunks were made, which is why it is looked at all; more may have changed.
+    For images that are not what the plan says: one may have been mended since, or all replaced.
     """
     found = set()
     for number, rows in tqdm(chunks.items(), desc="comparing", leave=False):
