@@ -11,6 +11,7 @@ from PIL import Image
 
 from sit.data.dataset import hash_contents, hash_names
 from sit.data.reading import BadImage
+from sit.data.spec import split_at
 from sit.utils.errors import UserError, first_line
 
 TEST_SPLITS = ("validation", "valid", "val", "test")
@@ -38,7 +39,7 @@ class HubSource:
             raise UserError(
                 f"`data={self.name}` needs the datasets library; install it by: pip install datasets"
             ) from error
-        where, _, split = name.partition("@")
+        where, split = split_at(name)
         self._identity, self._place = self.name, f"datasets:{where}@{split or 'train'}"
         splits: Iterable[str] = ()
         try:
