@@ -20,8 +20,8 @@
 ``imagenet:<folder>``          torchvision's ImageNet, unpacked (``train/`` and the devkit); ``imagenet-val:``
 ``datasets:<folder or name>``  a set of the ``datasets`` library, saved to disk or on the Hub; ``@split`` may follow,
                                ``train`` if not; needs a column of images and one of class labels
-``<file>.parquet``             the same set in Parquet files, as the Hub keeps them; ``*`` stands for several; ``@split``
-                               may follow
+``<file>.parquet``             the same set in Parquet files, as the Hub keeps them; ``*`` stands for several;
+                               ``@split`` may follow
 =============================  ================================================================================
 """
 

@@ -21,7 +21,7 @@ TEST_SPLITS = ("validation", "valid", "val", "test")
 
 
 def _of_footers(files: Iterable[str]) -> str:
-    """Hash of the footers of Parquet files: their columns, numbers of rows, and the sizes and extremes of what is in them.
+    """Hash of the footers of Parquet files: columns, numbers of rows, sizes and extremes of what is in them.
 
     It stays as it is where files are moved, and other data has another.
     """

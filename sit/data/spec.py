@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def files_of(text: str) -> list[str]:
-    """The file or folder of this name, or else those that it matches as a pattern, sorted; none of what is elsewhere."""
+    """The file or folder of this name, or else those that it matches as a pattern, sorted; none if it is elsewhere."""
     return [text] if Path(text).exists() else sorted(glob.glob(text, recursive=True))
 
 
