@@ -59,6 +59,22 @@ def _refuse_parts(below: dict[bytes, set[bytes]], prefix: bytes, spec: str) -> N
         )
 
 
+def check_none_beside(names: Sequence[str], spec: str, one_class: str) -> None:
+    """Raise UserError if there are images beside the classes, in none of them.
+
+    Args:
+        names: of these images.
+        spec: the data set, for the message.
+        one_class: the data set of all images as one class.
+    """
+    if names:
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        raise UserError(
+            f"`data={spec}`: {names[0]}{more} lie{'' if more else 's'} beside the classes; move such images into a "
+            f"class or elsewhere, or give {one_class}, which takes all image files as one class"
+        )
+
+
 def check_class_names(names: Iterable[str], spec: str) -> None:
     """Raise UserError, which names it, unless every class can be written in a checkpoint: its name is UTF-8."""
     for name in names:

@@ -20,7 +20,8 @@
 ``imagenet:<folder>``          torchvision's ImageNet, unpacked (``train/`` and the devkit); ``imagenet-val:``
 ``datasets:<folder or name>``  a set of the ``datasets`` library, saved to disk or on the Hub; ``@split`` may follow,
                                ``train`` if not; needs a column of images and one of class labels
-``<file>.parquet``             the same set in Parquet files, as the Hub keeps them; ``*`` stands for several
+``<file>.parquet``             the same set in Parquet files, as the Hub keeps them; ``*`` stands for several;
+                               ``@split`` may follow
 =============================  ================================================================================
 """
 
@@ -37,6 +38,7 @@ from sit.data.digits import Digits
 from sit.data.folder import FolderSource
 from sit.data.hub import HubSource
 from sit.data.lmdb import LmdbSource
+from sit.data.spec import split_at
 from sit.data.tar import TarSource, is_tar
 from sit.data.torchvision import TORCHVISION, TorchvisionSource
 from sit.data.webdataset import WebDatasetSource
@@ -91,7 +93,7 @@ def _source(spec: str) -> Source:
     kind, _, rest = spec.partition(":")
     if kind == "digits" or (rest and kind in KINDS and not Path(spec).exists()):
         return KINDS[kind](rest)
-    if spec.partition("@")[0].endswith(".parquet"):
+    if split_at(spec)[0].endswith(".parquet"):
         return HubSource(spec)
     if spec.endswith(".tar") and "{" in spec and not Path(spec).exists():
         return WebDatasetSource(spec)

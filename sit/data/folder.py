@@ -9,18 +9,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sit.data.classes import check_class_names, wrapping_folders
+from sit.data.classes import check_class_names, check_none_beside, wrapping_folders
 from sit.data.dataset import hash_contents, hash_names
-from sit.data.reading import EXTENSIONS, ONE_CLASS, image_files
+from sit.data.reading import EXTENSIONS, ONE_CLASS, image_files, is_image_name
 from sit.utils.errors import UserError
+
+
+def tars_in(folder: Path) -> list[Path]:
+    """The tar files of a folder, sorted; hidden ones are left out."""
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
 def only_tars(folder: Path) -> bool:
     """Whether a folder is a data set of one tar a class: it has tars and no class subfolders."""
     try:
-        return (
-            folder.is_dir() and any(folder.glob("*.tar")) and not any(_is_class(entry) for entry in os.scandir(folder))
-        )
+        return folder.is_dir() and bool(tars_in(folder)) and not any(map(_is_class, os.scandir(folder)))
     except OSError:
         return False  # FolderSource says why
 
@@ -35,7 +38,7 @@ def has_classes(folder: Path) -> bool:
         entries = list(os.scandir(folder))
     except OSError as error:
         raise UserError(f"{folder} can't be read: {error.strerror}") from error
-    return any(map(_is_class, entries)) and not any(entry.name.lower().endswith(EXTENSIONS) for entry in entries)
+    return any(map(_is_class, entries)) and not any(map(_is_image, entries))
 
 
 class FolderSource:
@@ -49,8 +52,9 @@ class FolderSource:
         flat: take all images below it, at any depth, as one class: FFHQ lies in folders of a thousand each.
 
     Raises:
-        UserError: there is no such folder, it can't be read, a class has no images or a name that is not UTF-8, or it
-            holds the parts of a data set rather than classes.
+        UserError: there is no such folder, it can't be read, a class has no images or a name that is not UTF-8, images
+            lie beside the classes, a link leads back to where it lies, or it holds the parts of a data set rather than
+            classes.
     """
 
     native_size = 256
@@ -66,12 +70,12 @@ class FolderSource:
         if (self.root / "manifest.json").is_file():
             raise UserError(f"`data={self.name}` is a latent cache; images are needed here")
         try:
-            self.classes, files = ([], []) if flat else _classes_and_files(self.root)
+            self.classes, files = ([], []) if flat else _classes_and_files(self.root, folder)
             if not self.classes:
                 self.classes, files = [ONE_CLASS], [image_files(self.root)]
             elif prefix := wrapping_folders((path for inside in files for path in inside), self.name):
                 self.root /= os.fsdecode(prefix)
-                self.classes, files = _classes_and_files(self.root)
+                self.classes, files = _classes_and_files(self.root, folder)
         except OSError as error:
             raise UserError(f"`data={self.name}` can't be read: {error.strerror}: {error.filename}") from error
         if not any(files):
@@ -110,11 +114,23 @@ class FolderSource:
         return hash_contents(self, sizes, lambda index: self._path(index).read_bytes())
 
 
-def _classes_and_files(root: Path) -> tuple[list[str], list[list[bytes]]]:
-    """The class folders below ``root``, sorted, and the images in each, as paths from ``root``."""
-    classes = sorted(entry.name for entry in os.scandir(root) if _is_class(entry))
+def _classes_and_files(root: Path, spec: str) -> tuple[list[str], list[list[bytes]]]:
+    """The class folders below ``root``, sorted, and the images in each, as paths from ``root``.
+
+    Raises:
+        UserError: images lie beside the class folders, or links lead back to where they lie.
+        OSError: a folder can't be read.
+    """
+    entries = list(os.scandir(root))
+    classes = sorted(entry.name for entry in entries if _is_class(entry))
+    if classes:
+        check_none_beside(sorted(entry.name for entry in entries if _is_image(entry)), spec, f"flat:{spec}")
     return classes, [image_files(root, name) for name in classes]
 
 
 def _is_class(entry: os.DirEntry) -> bool:
     return entry.is_dir() and not entry.name.startswith(".")
+
+
+def _is_image(entry: os.DirEntry) -> bool:
+    return is_image_name(entry.name) and not entry.is_dir()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,10 +13,26 @@ from PIL import Image
 
 from sit.data.dataset import hash_contents, hash_names
 from sit.data.reading import BadImage
+from sit.data.spec import files_of, split_at
 from sit.utils.errors import UserError, first_line
 
 TEST_SPLITS = ("validation", "valid", "val", "test")
 """Names of splits that hold images out, the preferred first: the labels of a test split are at times kept secret."""
+
+
+def _of_footers(files: Iterable[str]) -> str:
+    """Hash of the footers of Parquet files: columns, numbers of rows, sizes and extremes of what is in them.
+
+    It stays as it is where files are moved, and other data has another.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name in files:
+        with open(name, "rb") as file:
+            file.seek(-8, os.SEEK_END)  # the footer's length in four bytes, and PAR1, end the file
+            length = int.from_bytes(file.read(4), "little")
+            file.seek(-8 - length, os.SEEK_END)
+            digest.update(file.read(length))
+    return digest.hexdigest()
 
 
 class HubSource:
@@ -38,7 +56,7 @@ class HubSource:
             raise UserError(
                 f"`data={self.name}` needs the datasets library; install it by: pip install datasets"
             ) from error
-        where, _, split = name.partition("@")
+        where, split = split_at(name)
         self._identity, self._place = self.name, f"datasets:{where}@{split or 'train'}"
         splits: Iterable[str] = ()
         try:
@@ -49,6 +67,8 @@ class HubSource:
                 self._identity = self._place = data._fingerprint  # kept in the folder, so that this may be moved
             elif where.endswith(".parquet"):
                 data = datasets.load_dataset("parquet", data_files=where, split=split or "train")
+                if files := files_of(where):  # none if they are elsewhere, as by https:
+                    self._identity = self._place = f"parquet:{_of_footers(files)}@{split or 'train'}"
             else:
                 data = datasets.load_dataset(where, split=split or "train")
                 splits = data.info.splits or ()

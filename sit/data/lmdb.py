@@ -14,6 +14,7 @@ from PIL import Image
 
 from sit.data.dataset import hash_contents, hash_names
 from sit.data.reading import ONE_CLASS, BadImage
+from sit.data.spec import split_at
 from sit.utils.errors import UserError, first_line
 
 STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8")
@@ -55,8 +56,8 @@ class LmdbSource:
 
     def __init__(self, path: str) -> None:
         self.name = f"lmdb:{path}"
-        where, at, side = path.rpartition("@")
-        self.path, side = (where, side) if at and side.isdigit() else (path, "")
+        where, side = split_at(path)
+        self.path, side = (where, side) if side.isdigit() else (path, "")
         if not Path(self.path).exists():
             raise UserError(f"`data={self.name}`: no such file or folder {self.path}")
         try:

@@ -25,6 +25,11 @@ class BadImage(UserError):
         super().__init__(message.rpartition("BadImage: ")[2].strip())
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image: by its ending, and it is not hidden."""
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
 def image_files(root: Path, inside: str = "") -> list[bytes]:
     """The images at any depth below ``root/inside``, as paths from ``root``, sorted.
 
@@ -32,8 +37,10 @@ def image_files(root: Path, inside: str = "") -> list[bytes]:
 
     Raises:
         OSError: a folder can't be read.
+        UserError: a link leads to a folder that it lies in, so that there is no end to what is below it.
     """
     found = []
+    _check_link(root, inside)
 
     def refuse(error: OSError) -> None:
         raise error
@@ -41,12 +48,19 @@ def image_files(root: Path, inside: str = "") -> list[bytes]:
     for folder, subfolders, names in os.walk(root / inside, followlinks=True, onerror=refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         there = os.path.relpath(folder, root)
-        found += [
-            os.fsencode(os.path.normpath(os.path.join(there, name)))
-            for name in names
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
+        for name in subfolders:
+            _check_link(root, os.path.join(there, name))
+        found += [os.fsencode(os.path.normpath(os.path.join(there, name))) for name in names if is_image_name(name)]
     return sorted(found)
+
+
+def _check_link(root: Path, folder: str) -> None:
+    """Raise UserError if ``root/folder`` is a link to a folder on the way to it, from ``root`` or from the top."""
+    link = root / folder
+    if link.is_symlink():
+        for above in (*(root / parent for parent in Path(folder).parents), *root.resolve().parents):
+            if os.path.samefile(link, above):
+                raise UserError(f"the link {link} leads back to {above}, in which it lies; remove it")
 
 
 def read_rgb(opened: Callable[[], Image.Image], where: str) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import posixpath
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,13 +12,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sit.data.classes import check_class_names, wrapping_folders
+from sit.data.classes import check_class_names, check_none_beside, wrapping_folders
 from sit.data.dataset import hash_contents, hash_names
-from sit.data.folder import only_tars
-from sit.data.reading import EXTENSIONS
+from sit.data.folder import only_tars, tars_in
+from sit.data.reading import EXTENSIONS, is_image_name
 from sit.utils.errors import UserError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+WANTED = (*EXTENSIONS, ".tar")
+"""Endings of what is looked for in a tar of classes."""
 
 
 def is_tar(path: str) -> bool:
@@ -32,8 +36,8 @@ class TarSource:
     all of these is looked through (:func:`sit.data.classes.wrapping_folders`).
 
     Raises:
-        UserError: a tar can't be read, is compressed or cut off, there are no images in classes, or it holds the parts
-            of a data set rather than classes.
+        UserError: a tar can't be read, is compressed or cut off, there are no images in classes or some beside them, a
+            link leaves images out, or it holds the parts of a data set rather than classes.
     """
 
     native_size = 256
@@ -44,7 +48,7 @@ class TarSource:
         one = Path(path).is_file()
         if one and path.lower().endswith(COMPRESSED):
             raise UserError(f"`data={path}` is compressed, which forbids random access; uncompress it to a .tar first")
-        self.files = [Path(path)] if one else sorted(Path(path).glob("*.tar"))
+        self.files = [Path(path)] if one else tars_in(Path(path))
         found: list[tuple[str, bytes, int, int, int]] = []  # class, name, file, offset, size
         for number, file in enumerate(self.files):
             try:
@@ -59,11 +63,16 @@ class TarSource:
                 ) from error
             except OSError as error:
                 raise UserError(f"`data={path}`: {file} can't be read: {error.strerror}") from error
-        if not found:
+        if not any(image[0] for image in found):
             raise UserError(
                 f"`data={path}`: no images in class folders or class tars inside; are these WebDataset shards, give "
                 f"webdataset:{path}"
             )
+        if one:
+            beside, one_class = [os.fsdecode(image[1]) for image in found if not image[0]], f"webdataset:{path}"
+        else:
+            beside, one_class = [name for name in os.listdir(path) if is_image_name(name)], f"flat:{path}"
+        check_none_beside(sorted(beside), path, one_class)
         if prefix := wrapping_folders((image[1] for image in found), path):
             inside = [(image[1][len(prefix) :], *image[2:]) for image in found]
             found = [(os.fsdecode(name.partition(b"/")[0]), name, *place) for name, *place in inside]
@@ -115,16 +124,20 @@ def _has_labels_beside(archive: tarfile.TarFile) -> bool:
 
 
 def _images(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes, int, int]]:
-    """(class, name, offset, size in bytes) of the images in a tar's class folders and in the class tars inside it."""
+    """(class, name, offset, size in bytes) of the images in a tar's class folders and in the class tars inside it.
+
+    The class of images beside these is empty.
+    """
     for member in files_in(archive):
-        folder = member.name.rpartition("/")[0]
         if member.name.lower().endswith(".tar"):
             class_name = os.path.basename(member.name)[: -len(".tar")]
-            with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+            label = f"{archive.name}/{member.name}"  # for messages
+            with tarfile.open(label, fileobj=archive.extractfile(member), mode="r:") as inner:
                 for image in files_in(inner, EXTENSIONS):
                     name = f"{class_name}/{os.path.basename(image.name)}"
                     yield class_name, os.fsencode(name), member.offset_data + image.offset_data, image.size
-        elif folder and member.name.lower().endswith(EXTENSIONS):
+        elif member.name.lower().endswith(EXTENSIONS):
+            folder = member.name.rpartition("/")[0]
             yield folder.split("/")[0], os.fsencode(member.name), member.offset_data, member.size
 
 
@@ -135,17 +148,85 @@ def _images_of_class(archive: tarfile.TarFile, class_name: str) -> Iterator[tupl
 
 
 def files_in(archive: tarfile.TarFile, endings: tuple[str, ...] = ("",)) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar with one of the ``endings``, hidden ones left out, their names without a leading ``./``.
+    """The files of a tar with one of the ``endings``, what is hidden left out, their names without a leading ``./``.
+
+    Links to files in the tar are the files that they lead to, under their own names.
 
     Raises:
         tarfile.ReadError: the tar is cut off, or a header in it is damaged: tarfile itself takes the edge of a member,
             and what is no header, for the end, which two blocks of zeros mark.
+        UserError: a link leaves images out.
     """
-    for member in archive:
-        member.name = member.name.removeprefix("./")
-        hidden = os.path.basename(member.name).startswith(".")
-        if member.isfile() and not hidden and member.name.lower().endswith(endings):
-            yield member
+    members = archive.getmembers()
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
         raise tarfile.ReadError("it has no end")
+    for member in members:
+        member.name = posixpath.normpath(member.name)
+    if any(map(_is_link, members)):
+        _follow_links(members, archive.name)
+    for member in members:
+        if member.isfile() and not _is_hidden(member.name) and member.name.lower().endswith(endings):
+            yield member
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") and part != ".." for part in name.split("/"))
+
+
+def _is_link(member: tarfile.TarInfo) -> bool:
+    return member.islnk() or member.issym()
+
+
+def _follow_links(members: list[tarfile.TarInfo], tar: str) -> None:
+    """Make links to files into these files, in place: GNU tar stores the second name of a file as a hard link.
+
+    Raises:
+        UserError: a link that is named as an image or as a class's tar leads to no file in the tar, or another to a
+            folder of such, whose images would be left out. What is hidden, or leads elsewhere under another name, may.
+    """
+    files = {member.name: member for member in members if member.isfile()}
+    links: dict[str, tarfile.TarInfo] = {}
+    for member in filter(_is_link, members):
+        if member.name not in files:  # GNU tar, given a file twice, stores the second as a hard link to itself
+            links.setdefault(member.name, member)
+    targets = {}
+    for name, link in links.items():
+        folder = posixpath.dirname(name) if link.issym() else ""  # a hard link's target is from the top
+        targets[name] = posixpath.normpath(posixpath.join(folder, link.linkname))
+    ends = {name: _end_of_links(name, targets) for name in links}
+    left = [name for name in links if ends[name] not in files and not _is_hidden(name)]
+    folders = _folders_of_images(members) if left else set()
+    for name in left:
+        in_folder = ends[name] in folders
+        if in_folder or name.lower().endswith(WANTED):
+            what = "a folder, whose images would be left out" if in_folder else "which is no file in the tar"
+            raise UserError(
+                f"{tar}: the link {name} leads to {links[name].linkname}, {what}; make the tar without it, or with "
+                f"{'-h' if links[name].issym() else '--hard-dereference'}, which stores what is there"
+            )
+    for name, link in links.items():
+        if file := files.get(ends[name]):
+            link.type, link.size, link.offset_data = tarfile.REGTYPE, file.size, file.offset_data
+
+
+def _end_of_links(name: str, targets: dict[str, str]) -> str:
+    """Where a name leads, if any beginning of it may be a link; where links go in circles, one of them."""
+    for _ in range(40):  # as many as Linux follows
+        parts = name.split("/")
+        starts = ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
+        link = next((start for start in starts if start in targets), None)
+        if link is None:
+            break
+        name = posixpath.normpath(targets[link] + name[len(link) :])
+    return name
+
+
+def _folders_of_images(members: list[tarfile.TarInfo]) -> set[str]:
+    """All folders, at any depth and "." among them, that hold images or tars."""
+    folders: set[str] = set()
+    for member in members:
+        name = member.name if member.name.lower().endswith(WANTED) and not member.isdir() else ""
+        while name and (name := posixpath.dirname(name)) not in folders:
+            folders.add(name)
+    return {name or "." for name in folders}

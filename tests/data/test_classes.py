@@ -10,6 +10,7 @@ from PIL import Image
 
 from sit.data import factory
 from sit.data.factory import open_images
+from sit.data.folder import has_classes, only_tars
 from sit.metrics.image_sets import open_samples
 from sit.utils.errors import UserError
 
@@ -74,6 +75,58 @@ def test_parts_of_a_data_set_are_not_its_classes(classes, tmp_path):
         ):
             open_images(str(spec), 8)
     assert open_images(str(tmp_path / "both" / "train"), 8).classes == ["a", "b", "c"]
+
+
+def test_hidden_folders_are_no_classes(classes, tmp_path):
+    """Nor is what lies in them, at any depth; a tar gives what its folder gives."""
+    put(classes, ".thumbs", "0.png")
+    put(classes, "a", ".thumbs", "0.png")
+    put(classes, "b", "more", "1.png")
+    put(classes, "._c.png")
+    plain = open_images(str(classes), 8)
+    assert plain.classes == ["a", "b", "c"] and plain.labels.tolist() == [0, 1, 1, 2]
+    for inside in (".", "set", "./set"):
+        found = open_images(str(tar_of(classes, inside)), 8)
+        assert found.classes == plain.classes and found.labels.tolist() == plain.labels.tolist()
+        assert found.fingerprint() == plain.fingerprint()
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for name in "ab":
+        tar_of(classes / name, ".").rename(tars / f"{name}.tar")
+    (tars / "._a.tar").write_bytes(b"what macOS leaves")
+    found = open_images(str(tars), 8)
+    assert found.classes == ["a", "b"] and found.labels.tolist() == [0, 1, 1]
+
+
+def test_images_beside_the_classes_are_not_left_out(classes, tmp_path):
+    (tmp_path / "tars").mkdir()
+    tar_of(classes / "a", ".").rename(tmp_path / "tars" / "a.tar")
+    put(classes, "._3.png")
+    put(tmp_path / "tars", "._3.png")
+    assert has_classes(classes) and only_tars(tmp_path / "tars"), "what is hidden lies beside nothing"
+    for spec in (classes, tar_of(classes, "."), tmp_path / "tars"):
+        open_images(str(spec), 8)
+    for number in range(3):
+        put(classes, f"{number}.png")
+        put(tmp_path / "tars", f"{number}.png")
+        more = f" and {number} more lie" if number else " lies"
+        for spec, mend in (
+            (classes, f"flat:{classes}"),
+            (tar_of(classes, "."), f"webdataset:{classes}.tar"),
+            (tmp_path / "tars", f"flat:{tmp_path}/tars"),
+        ):
+            with pytest.raises(UserError, match=f"`data={spec}`: 0.png{more} beside the classes.* give {mend}, "):
+                open_images(str(spec), 8)
+    assert not has_classes(classes)
+    assert open_images(f"flat:{classes}", 8).labels.tolist() == [0] * 6
+    assert open_images(f"webdataset:{classes}.tar", 8).labels.tolist() == [0] * 6
+    (tmp_path / "photos" / "notes").mkdir(parents=True)
+    put(tmp_path / "photos", "1.png")
+    with pytest.raises(UserError, match=f"1.png lies beside the classes.* give flat:{tmp_path}/photos, "):
+        open_images(str(tmp_path / "photos"), 8)
+    classes.rename(tmp_path / "photos" / "notes" / "set")  # a folder around the classes
+    with pytest.raises(UserError, match="1.png lies beside the classes"):
+        open_images(str(tmp_path / "photos"), 8)
 
 
 def test_what_was_found_is_said_once(classes, caplog, monkeypatch):

@@ -218,6 +218,9 @@ def test_an_lmdb_as_ffhqs(tmp_path, lmdb):
     assert shows(again, [8, 9, 10]) and again.contents() == data.contents()
     with pytest.raises(UserError, match="no images of side 32; it has 8, 16"):
         open_images(f"lmdb:{tmp_path}/ffhq.lmdb@32")
+    write(lmdb, tmp_path / "ffhq@16", values)
+    assert shows(open_images(f"lmdb:{tmp_path}/ffhq@16@8"), [8, 9, 10])
+    assert shows(open_images(f"lmdb:{tmp_path}/ffhq@16", 8), [16, 17, 18]), "a side is not named, so the largest"
 
 
 def test_an_lmdb_is_read_in_a_fork_too(tmp_path, lmdb):
@@ -259,6 +262,58 @@ def test_parquet_files_of_the_hub(tmp_path):
     for spec in ("train-00000-of-00001.parquet", "train-*.parquet"):
         data = open_images(f"{tmp_path}/{spec}", 8)
         assert data.classes == ["x", "y"] and data.labels.tolist() == [0, 1, 1] and shows(data, range(3))
+
+
+def test_parquet_is_known_by_what_is_in_it(tmp_path, monkeypatch):
+    """Moved files are the same images under any spelling of their path; other images of the same labels are not."""
+    datasets = pytest.importorskip("datasets", reason="the datasets library is not installed: pip install datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
+    for folder, seeds in (("pq", (1, 2, 3, 4)), ("others", (5, 6, 7, 8))):
+        (tmp_path / folder).mkdir()
+        for part in range(2):
+            rows = {"image": [{"bytes": png(n), "path": None} for n in seeds[2 * part :][:2]], "label": [0, 1]}
+            made = datasets.Dataset.from_dict(rows, features=features)
+            made.to_parquet(tmp_path / folder / f"train-0000{part}-of-00002.parquet")
+    monkeypatch.chdir(tmp_path)
+
+    def told(spec: str) -> tuple[str, str, str]:
+        source = open_images(spec, 8).source
+        return source.fingerprint(), source.contents(), source.place(1)
+
+    one, all_of_them = told("pq/train-00000-of-00002.parquet"), told("pq/*.parquet")
+    assert told(f"{tmp_path}/pq/train-00000-of-00002.parquet@train") == one
+    assert told("pq/../pq/train-*.parquet@train") == told(f"{tmp_path}/pq/*.parquet") == all_of_them
+    data, again = (open_images(spec, 8) for spec in ("pq/*.parquet", f"{tmp_path}/pq/*.parquet"))
+    assert in_both(data, again, np.array([3, 1])) == [1, 3], "held-out images are known whatever the spelling"
+    known = [one, all_of_them, told("others/*.parquet"), told("others/train-00000-of-00002.parquet")]
+    known += [told("pq/train-00001-of-00002.parquet"), told("pq/*.parquet@train[:2]")]
+    for values in zip(*known, strict=True):
+        assert len(set(values)) == len(known)
+    (tmp_path / "pq").rename(tmp_path / "moved")
+    assert told("moved/*.parquet") == all_of_them and told("moved/train-00000-of-00002.parquet") == one
+
+
+def test_an_at_in_the_name_of_a_folder_is_no_split(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the datasets library is not installed: pip install datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
+    made = {
+        split: datasets.Dataset.from_dict(
+            {"image": [Image.fromarray(picture(n)) for n in seeds], "label": [0, 1]}, features=features
+        )
+        for split, seeds in (("train", (0, 1)), ("test", (2, 3)))
+    }
+    (tmp_path / "us@er").mkdir()
+    made["train"].to_parquet(tmp_path / "us@er" / "a.parquet")
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "us@er" / "saved")
+    monkeypatch.chdir(tmp_path)
+    for spec, seeds in (
+        ("us@er/a.parquet", [0, 1]),
+        ("us@er/a.parquet@train[:1]", [0]),
+        ("us@er/*.parquet@train", [0, 1]),
+        ("datasets:us@er/saved", [0, 1]),
+        ("datasets:us@er/saved@test", [2, 3]),
+    ):
+        assert shows(open_images(spec, 8), seeds), spec
 
 
 def test_parquet_goes_to_the_datasets_library(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from sit.latents.cache import CachedLatents, Manifest, is_cache
 from sit.latents.datasets import encode_in_memory
 from sit.latents.encode import Encode, Verify, encode, verify
 from sit.latents.vae import DIGITS_VAE, encode_images, load_vae
+from sit.latents.with_images import CacheWithImages
 from sit.training.config import TrainConfig
 from sit.training.data import open_training_data
 from sit.training.loader import training_batches
@@ -234,17 +235,22 @@ def test_verify_finds_a_changed_entry_and_a_changed_list(copy, images, tmp_path)
         verify(Verify(copy, data=str(moved)))
 
 
-def test_a_set_of_the_datasets_library_may_be_moved(tmp_path):
+@pytest.mark.parametrize("spec", ["datasets:{}", "{}/a.parquet", "{}/*.parquet"])
+def test_a_set_of_the_datasets_library_may_be_moved(spec, tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
     images = [Image.fromarray(np.full((16, 16), 20 * number, dtype=np.uint8)) for number in range(6)]
     made = datasets.Dataset.from_dict({"img": images, "label": [0, 1] * 3}, features=features)
     made.save_to_disk(tmp_path / "set")
-    wish = Encode(tmp_path / "latents", f"datasets:{tmp_path / 'set'}", image_size=16, batch_size=2, chunk=2, workers=0)
+    made.to_parquet(tmp_path / "set" / "a.parquet")
+    old, new = spec.format(tmp_path / "set"), spec.format(tmp_path / "moved")
+    wish = Encode(tmp_path / "latents", old, image_size=16, batch_size=2, chunk=2, workers=0)
     encode(wish, stop_after=1)
     (tmp_path / "set").rename(tmp_path / "moved")
-    wish = replace(wish, data=f"datasets:{tmp_path / 'moved'}")
-    assert verify(Verify(encode(wish), data=wish.data))["compared"] == 6
+    wish = replace(wish, data=new)
+    assert verify(Verify(encode(wish), data=new))["compared"] == 6
+    beside = CacheWithImages(wish.out, images=new)
+    assert [int(image[0].max()) for image in beside.images] == [20 * number for number in range(6)]
 
 
 def test_training_refuses_another_vae_or_size(whole, tmp_path):
