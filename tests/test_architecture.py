@@ -31,6 +31,7 @@ FLAGS_OF_OTHERS = {
     ("sit/utils/errors.py", ""),  # says how arguments become flags,
     ("sit/utils/errors.py", "_flag"),  # and does it
     ("sit/utils/device.py", "process_state"),  # a flag of accelerate's
+    ("sit/data/tar.py", "_follow_links"),  # a flag of tar's
 }
 """(module, function or, for its docstring, nothing) that may name flags"""
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {ROOT / "CHANGELOG.md"})
