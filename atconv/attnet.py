@@ -300,12 +300,12 @@ class AttNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-@register_notrace_function
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
     """``x.contiguous(memory_format=torch.channels_last)``, which torch.func.vmap does not know."""
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
+@register_notrace_function
 def check_tokens(grid: tuple[int, int], least: int, stage: int, image_size: tuple[int, int]) -> None:
     """Raise ValueError unless a stage's grid has as many tokens as its kernels have taps. A node to torch.fx."""
     height, width = grid

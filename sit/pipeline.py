@@ -190,7 +190,7 @@ class SiTPipeline(DiffusionPipeline):
         for name in names:
             if name in self._shared:
                 several = ", ".join(map(str, self._shared[name]))
-                raise UserError(f"{name!r} names several classes, {several}: give a label's number or its whole name")
+                raise UserError(f"{name!r} names several classes, {several}: give the number of the one that is meant")
             if name not in self.labels:
                 known = ", ".join(list(self.labels)[:20]) or "none: this checkpoint names no classes"
                 raise UserError(f"no class is named {name!r}; the names are {known}")

@@ -95,7 +95,7 @@ def test_names_of_classes(folder, pipe):
     named = SiTPipeline(pipe.transformer, pipe.transport, pipe.vae, id2label=names)
     assert named.get_label_ids(["cat", "dog", "tabby", "tabby, cat", "lift"]) == [2, 1, 0, 0, 4]
     for name, labels in (("crane", "3, 4"), ("x", "5, 6")):
-        with pytest.raises(UserError, match=f"'{name}' names several classes, {labels}: give a label's number"):
+        with pytest.raises(UserError, match=f"'{name}' names several classes, {labels}: give the number"):
             named.get_label_ids(name)
 
 

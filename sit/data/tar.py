@@ -162,7 +162,7 @@ def files_in(archive: tarfile.TarFile, endings: tuple[str, ...] = ("",)) -> Iter
     if archive.fileobj.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
         raise tarfile.ReadError("it has no end")
     for member in members:
-        member.name = posixpath.normpath(member.name)
+        member.name = posixpath.normpath(member.name).lstrip("/")
     if any(map(_is_link, members)):
         _follow_links(members, archive.name)
     for member in members:
@@ -183,7 +183,8 @@ def _follow_links(members: list[tarfile.TarInfo], tar: str) -> None:
 
     Raises:
         UserError: a link that is named as an image or as a class's tar leads to no file in the tar, or another to a
-            folder of such, whose images would be left out. What is hidden, or leads elsewhere under another name, may.
+            folder of such, or stands beside the classes like one of them: images would be left out. What is hidden, or
+            leads elsewhere under another name, may.
     """
     files = {member.name: member for member in members if member.isfile()}
     links: dict[str, tarfile.TarInfo] = {}
@@ -193,13 +194,15 @@ def _follow_links(members: list[tarfile.TarInfo], tar: str) -> None:
     targets = {}
     for name, link in links.items():
         folder = posixpath.dirname(name) if link.issym() else ""  # a hard link's target is from the top
-        targets[name] = posixpath.normpath(posixpath.join(folder, link.linkname))
+        targets[name] = posixpath.normpath(posixpath.join(folder, link.linkname)).lstrip("/")
     ends = {name: _end_of_links(name, targets) for name in links}
     left = [name for name in links if ends[name] not in files and not _is_hidden(name)]
     folders = _folders_of_images(members) if left else set()
+    around = {posixpath.dirname(folder) for folder in folders - {"."}}
     for name in left:
         in_folder = ends[name] in folders
-        if in_folder or name.lower().endswith(WANTED):
+        like_a_class = not posixpath.splitext(name)[1] and posixpath.dirname(name) in around
+        if in_folder or like_a_class or name.lower().endswith(WANTED):
             what = "a folder, whose images would be left out" if in_folder else "which is no file in the tar"
             raise UserError(
                 f"{tar}: the link {name} leads to {links[name].linkname}, {what}; make the tar without it, or with "

@@ -229,8 +229,13 @@ def _keep_intact_chunks(config: Encode, manifest: Manifest, images: ImageData, v
         print(f"{out}: {changed} chunks are not as they were written and are encoded again", flush=True)
     if unsealed((out / PLAN).read_bytes())[0].get("contents") != manifest.contents:
         others = _of_other_images(out, manifest, {number: chunks[number] for number in intact}, images, vae)
-        if others:
-            print(f"{out}: images are others than before: {len(others)} chunks are encoded again", flush=True)
+        looked_at = sum(_looked_at(chunks[number], len(intact)) for number in intact)
+        print(
+            f"{out}: images have changed since: {looked_at} of {sum(len(chunks[number]) for number in intact)} entries "
+            f"were compared with theirs, and {len(others)} of {len(intact)} chunks are encoded again; `verify` of the "
+            "finished cache compares more",
+            flush=True,
+        )
         intact = {number: crc for number, crc in intact.items() if number not in others}
     before = list(out.glob("journal-*.txt"))
     if intact:
@@ -251,13 +256,18 @@ def _of_other_images(
     """
     found = set()
     for number, rows in tqdm(chunks.items(), desc="comparing", leave=False):
-        few = np.linspace(rows.start, rows.stop - 1, min(len(rows), max(1, LOOKED_AT // len(chunks)))).astype(int)
+        few = np.linspace(rows.start, rows.stop - 1, _looked_at(rows, len(chunks))).astype(int)
         for index in few.tolist():
             differences = _differences(vae, manifest, images[index][0], _entry(out, manifest, index))
             if not max(differences) <= SAME:
                 found.add(number)
                 break
     return found
+
+
+def _looked_at(rows: range, chunks: int) -> int:
+    """How many entries of one of so many chunks are compared."""
+    return min(len(rows), max(1, LOOKED_AT // chunks))
 
 
 def _entry(folder: Path, manifest: Manifest, index: int) -> np.ndarray:

@@ -164,7 +164,7 @@ def train(arguments: VAEArguments) -> None:
     Raises:
         UserError: the output folder is in use, or an image can't be read.
     """
-    refuse_used(arguments.out, "out")
+    refuse_used(arguments.out, "out", but=None)
     data = open_images(arguments.data, arguments.image_size)
     fitted = np.arange(len(data))
     if arguments.heldout is None:

@@ -95,7 +95,7 @@ def train(arguments: ClassifierArguments) -> None:
     Raises:
         UserError: the folder is in use, or the two data sets can't be had or differ in their classes.
     """
-    refuse_used(arguments.out, "out")
+    refuse_used(arguments.out, "out", but=None)
     data = open_images(arguments.data, arguments.image_size)
     heldout = open_images(arguments.heldout, data.image_size)
     if heldout.classes != data.classes:

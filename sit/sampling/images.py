@@ -44,9 +44,11 @@ def labels_named(words: Sequence[str], names: Sequence[str], classes: int) -> li
         classes: how many there are.
 
     Raises:
-        UserError: a word is neither a label nor the name of one.
+        UserError: a word is neither a label nor the name of one, or names several.
     """
-    known = {_plain(name): label for label, name in reversed([*enumerate(names)])}
+    known: dict[str, list[int]] = {}
+    for label, name in enumerate(names):
+        known.setdefault(_plain(name), []).append(label)
     parts = [part for word in words for part in ([word] if _plain(word) in known else word.replace(",", " ").split())]
     longest = max((name.count(" ") + 1 for name in known), default=1)
     labels: list[int] = []
@@ -56,14 +58,19 @@ def labels_named(words: Sequence[str], names: Sequence[str], classes: int) -> li
             if length == 1 and name.lstrip("-").isdecimal():
                 labels += check_labels([int(name)], classes)
             elif name in known:
-                labels.append(known[name])
+                as_given = [label for label in known[name] if names[label] == " ".join(parts[:length])]
+                meant = as_given or known[name]
+                if len(meant) > 1:
+                    several = ", ".join(map(str, meant))
+                    raise UserError(f"`labels={name}` names several classes of this network: give one of {several}")
+                labels += meant
             else:
                 continue
             parts = parts[length:]
             break
         else:
             near = difflib.get_close_matches(_plain(parts[0]), known, n=1)
-            hint = f"; did you mean {names[known[near[0]]]}?" if near else f": it has the labels 0 to {classes - 1}"
+            hint = f"; did you mean {names[known[near[0]][0]]}?" if near else f": it has the labels 0 to {classes - 1}"
             raise UserError(f"`labels={parts[0]}` is no class of this network{hint}")
     return labels
 

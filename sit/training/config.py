@@ -305,7 +305,7 @@ CHECKS = (
     (
         ("image_size", "steps", "batch_size", "gradient_accumulation", "log_every", "checkpoint_every",
          "preview_steps", "non_finite_limit", "repa_block", "repa_until", "cpu_threads", "heldout_images",
-         "posthoc_ema_every"),
+         "posthoc_ema_every", "keep_every"),
         lambda value: value >= 1,
         "at least 1",
     ),
@@ -358,6 +358,13 @@ def idle_eps(settings: Mapping[str, Any]) -> list[str]:
     return [name for name in ("train_eps", "sample_eps") if isinstance(eps := settings.get(name), int | float) and eps]
 
 
+NEEDS = (
+    ("posthoc_ema_every", "posthoc_ema"), ("repa_weight", "repa"), ("repa_block", "repa"), ("repa_projector", "repa"),
+    ("distill_weight", "distill_from"), ("eval_samples", "eval_every"), ("eval_reference", "eval_every"),
+)  # fmt: skip
+"""(a setting, the other one without which it has no effect)"""
+
+
 def check_heeded(config: TrainConfig) -> None:
     """Refuse what a user sets, and another setting leaves without effect.
 
@@ -367,6 +374,18 @@ def check_heeded(config: TrainConfig) -> None:
     for name in idle_eps(vars(config)):
         cause = f"`prediction={config.prediction}` and `interpolant={config.interpolant}`, which has no singular end"
         raise UserError(f"`{name}={getattr(config, name):g}` plays no part with {cause}: leave it out, or change those")
+
+
+def check_needed(config: TrainConfig) -> None:
+    """Refuse, for a new run, a setting of what is off.
+
+    Raises:
+        UserError: one of :data:`NEEDS`.
+    """
+    for name, need in NEEDS:
+        value = getattr(config, name)
+        if value != TrainConfig.__dataclass_fields__[name].default and not getattr(config, need):
+            raise UserError(f"`{name}={value}` plays no part without `{need}`: leave it out, or give that too")
 
 
 def fixed_fields() -> list[str]:

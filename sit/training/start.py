@@ -11,7 +11,7 @@ from sit.checkpoint.find import FOR_RESUMING, newest_checkpoint, resolve
 from sit.checkpoint.info import read_info
 from sit.mixers import parse_mixers
 from sit.model import MODELS, check_model_name
-from sit.training.config import TrainConfig, check_heeded
+from sit.training.config import TrainConfig, check_heeded, check_needed
 from sit.training.meanflow import check_meanflow
 from sit.training.recipes import check_same_run, run_folder
 from sit.training.repa import aligned_block, check_block
@@ -73,6 +73,8 @@ def find_start(config: TrainConfig, clear: bool = True) -> Start:
         check_block(aligned_block(config), MODELS[config.model]["depth"])
 
     folder = _begun_folder(config)
+    if folder is None:
+        check_needed(config)
     if folder is not None:
         check_same_run(config, folder)
     elif config.output_dir is not None:

@@ -201,6 +201,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     with explain_os_errors(path):
+        path = path.resolve() if path.is_symlink() else path  # what it leads to gives way, not the link
         if path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None):
             raise UserError(f"{path} exists already; it is not overwritten")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -243,11 +244,17 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def refuse_used(path: str | Path, argument: str) -> None:
-    """Raise UserError unless the output folder that ``argument`` names is free: before any work is done for it."""
+def refuse_used(path: str | Path, argument: str, but: str | None = LOCK) -> None:
+    """Raise UserError unless the output folder that ``argument`` names is free: before any work is done for it.
+
+    Args:
+        path: the folder.
+        argument: for messages.
+        but: a file that may be in it; None for what :func:`atomic_folder` will take the place of.
+    """
     path = Path(path)
     with explain_os_errors(path):
-        if path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
+        if path.is_dir() and any(entry.name != but for entry in path.iterdir()):
             raise UserError(f"`{argument}={path}` exists and is not empty; choose a new folder or remove it")
         if path.exists() and not path.is_dir():
             raise UserError(f"`{argument}={path}` is a file; choose a new folder or remove it")

@@ -103,14 +103,18 @@ def put_plainly(words: Sequence[str], command: Command) -> list[str]:
     """The words of a command line as the parser reads them.
 
     Raises:
-        UserError: a flag that the command has not, or more values than a flag takes.
+        UserError: a flag that the command has not, more values than a flag takes, or one of many values twice.
     """
     plain: list[str] = []
     groups = list(_grouped(words))
     if unknown := [name for name, _ in groups if name and not _known(name, command)]:
         raise UserError("; ".join(dict.fromkeys(_what_was_meant(name, command) for name in unknown)))
+    seen: set[str] = set()
     for name, values in groups:
         flag = command.flag_of(name)
+        if flag is not None and flag.most is None and flag.name in seen:
+            raise UserError(f"--{name} is there twice: give all its values after one")
+        seen |= {flag.name} if flag is not None else set()
         if flag is None:
             _check_stray(values if not name else values[1:], command)
             plain += values

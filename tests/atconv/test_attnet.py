@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models._features_fx import create_feature_extractor
 from timm.optim import param_groups_weight_decay
 
 import atconv.attnet  # noqa: F401 - registers the models
@@ -132,6 +133,17 @@ def test_forward_is_the_plain_restatement(name):
     expected = restated(published(model), x, SMALL["depths"])
     torch.testing.assert_close(model(x), expected)
     assert expected.std() > 0.1
+
+
+def test_torch_fx_traces_it():
+    network, images = small(), torch.randn(2, 3, 96, 96)
+    extractor = create_feature_extractor(network, {"downsample_layers.1": "second", "head": "logits"})
+    seen = []
+    network.downsample_layers[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        found = extractor(images)
+        torch.testing.assert_close(found["logits"], network(images))
+    torch.testing.assert_close(found["second"], seen[-1])
 
 
 def test_vmap_gives_each_images_own_result():

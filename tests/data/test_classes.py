@@ -129,6 +129,17 @@ def test_images_beside_the_classes_are_not_left_out(classes, tmp_path):
         open_images(str(tmp_path / "photos"), 8)
 
 
+def test_a_tar_of_absolute_names(classes):
+    path = classes.with_suffix(".tar")
+    with tarfile.open(path, "w") as archive:
+        for file in sorted(classes.rglob("*.png")):
+            member = archive.gettarinfo(file)
+            member.name = f"/home/me/set/{file.relative_to(classes)}"
+            with open(file, "rb") as opened:
+                archive.addfile(member, opened)
+    assert open_images(str(path), 8).fingerprint() == open_images(str(classes), 8).fingerprint()
+
+
 def test_what_was_found_is_said_once(classes, caplog, monkeypatch):
     factory.announce.cache_clear()
     with caplog.at_level(logging.WARNING):

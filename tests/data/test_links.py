@@ -119,6 +119,7 @@ def test_shards_with_links_keep_their_order(tmp_path):
         (tarfile.SYMTYPE, "dog", "./cat", "a folder, whose images would be left out; .* with -h"),
         (tarfile.SYMTYPE, "cat/up", "..", "a folder, whose images would be left out"),
         (tarfile.SYMTYPE, "dog.tar", "cat.tar", "which is no file in the tar"),
+        (tarfile.SYMTYPE, "dog", "/elsewhere/dog", "which is no file in the tar; .* with -h"),
     ],
 )
 def test_links_that_leave_images_out_are_named(tmp_path, kind, name, target, words):

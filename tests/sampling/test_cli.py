@@ -182,6 +182,15 @@ def test_classes_by_number_and_by_name(words, wanted):
     assert labels_named(words, NAMES, 5) == wanted
 
 
+def test_a_name_of_several_classes():
+    names = ["crane", "a_b", "crane", "A B"]
+    assert labels_named(["A B"], names, 4) == [3], "as it is written goes before other capitals"
+    assert labels_named(["a_b", "2"], names, 4) == [1, 2]
+    for word, labels in (("Crane", "0, 2"), ("a b", "1, 3")):
+        with pytest.raises(UserError, match=f"names several classes of this network: give one of {labels}"):
+            labels_named([word], names, 4)
+
+
 @pytest.mark.parametrize(
     "words, told",
     [

@@ -10,7 +10,7 @@ import yaml
 
 from sit.model import create_model
 from sit.training.cli import parse_train_arguments
-from sit.training.config import TrainConfig, check_heeded, fixed_fields, idle_eps
+from sit.training.config import TrainConfig, check_heeded, check_needed, fixed_fields, idle_eps
 from sit.training.recipes import (
     check_same_run,
     from_mapping,
@@ -167,6 +167,24 @@ def test_a_run_of_an_earlier_version_without_alignment_goes_on(tmp_path):
     (tmp_path / "config.yaml").write_text(TrainConfig(repa_block=8, repa="an/encoder").to_yaml())
     with pytest.raises(UserError, match="`repa_block=None` can't continue"):
         check_same_run(TrainConfig(repa="an/encoder"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, value, need",
+    [
+        ("posthoc_ema_every", 100, {"posthoc_ema": (0.1,)}), ("repa_weight", 2.0, {"repa": "an/encoder"}),
+        ("repa_block", 2, {"repa": "an/encoder"}), ("repa_projector", "conv", {"repa": "an/encoder"}),
+        ("distill_weight", 3.0, {"distill_from": "a", "distill_steps": 5}), ("eval_samples", 9, {"eval_every": 5}),
+        ("eval_reference", "digits", {"eval_every": 5}),
+    ],
+)  # fmt: skip
+def test_a_setting_of_what_is_off_is_refused_for_a_new_run(name, value, need, tmp_path):
+    config = TrainConfig(**{name: value})
+    with pytest.raises(UserError, match=f"`{name}={value}` plays no part without `{next(iter(need))}`"):
+        find_start(config)
+    check_needed(dataclasses.replace(config, **need))
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    find_start(dataclasses.replace(config, resume="auto", output_dir=str(tmp_path)))  # begun by an earlier version
 
 
 @pytest.mark.parametrize("name", ["train_eps", "sample_eps"])

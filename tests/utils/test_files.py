@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from sit.utils.errors import UserError, entry_point
-from sit.utils.files import atomic_folder, atomic_write, new_output, replaced_folder
+from sit.utils.files import LOCK, atomic_folder, atomic_write, new_output, refuse_used, replaced_folder
 from sit.utils.random import generator, key, randn
 
 
@@ -109,10 +109,16 @@ def test_a_folder_takes_the_place_of_an_empty_one_alone(tmp_path):
     with atomic_folder(path) as temporary:
         (temporary / "inside").write_text("whole")
     assert (path / "inside").read_text() == "whole"
+    (tmp_path / "empty").mkdir()
+    for name, target in (("link", "empty"), ("dangling", "nowhere")):
+        (tmp_path / name).symlink_to(target)
+        with atomic_folder(tmp_path / name) as temporary:
+            (temporary / "inside").write_text(name)
+        assert (tmp_path / name).is_symlink() and (tmp_path / target / "inside").read_text() == name
     for there in (path, path / "inside"):
         with pytest.raises(UserError, match="exists already; it is not overwritten"), atomic_folder(there):
             pass
-    assert (path / "inside").read_text() == "whole" and list(tmp_path.iterdir()) == [path]
+    assert (path / "inside").read_text() == "whole" and not list(tmp_path.glob(".*"))
 
 
 def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
@@ -170,6 +176,11 @@ def test_an_output_folder_in_use_is_refused(tmp_path):
         new_output(tmp_path, "out")
     with pytest.raises(UserError, match="`out=.*file` is a file; choose a new folder"):
         new_output(tmp_path / "file", "out")
+    (tmp_path / "new" / LOCK).write_text("")
+    (tmp_path / "new" / "deep").rmdir()
+    refuse_used(tmp_path / "new", "out")
+    with pytest.raises(UserError, match="`out=.*new` exists and is not empty"):
+        refuse_used(tmp_path / "new", "out", but=None)
     with pytest.raises(UserError, match="a file stands"):
         new_output(tmp_path / "file" / "inside", "out")
 

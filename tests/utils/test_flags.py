@@ -92,12 +92,17 @@ def test_what_is_understood(words, wanted):
         ("--steps 3 4", "--steps takes 1 value, not: 3 4"),
         ("--size 3 4 5", "--size takes 2 values, not: 3 4 5"),
         ("--flip yes", "--flip takes no value, not: yes"),
+        ("--labels 3 --steps 2 --labels 5", "--labels is there twice: give all its values after one"),
     ],
 )
 def test_what_is_not_is_told_with_what_is(words, told):
     with pytest.raises(UserError) as error:
         read(words)
     assert str(error.value).startswith(told)
+
+
+def test_of_one_value_the_last_counts():
+    assert read("--steps 3 --steps 4").inner.steps == 4
 
 
 def test_words_without_a_flag_where_a_command_takes_them():
