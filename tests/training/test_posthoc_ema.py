@@ -140,7 +140,7 @@ def test_the_average_of_a_stored_length_is_reconstructed(finished):
 
 
 def test_a_run_without_them_keeps_nothing(tmp_path):
-    train(small(tmp_path / "a", steps=2, posthoc_ema=()))
+    train(small(tmp_path / "a", steps=2, posthoc_ema=(), posthoc_ema_every=None))
     assert not (tmp_path / "a" / "posthoc-ema").exists()
     assert sorted(p.name for p in (checkpoint(tmp_path / "a", 2) / "training").iterdir()) == [
         "model.safetensors", "optimizer.pt"]  # fmt: skip

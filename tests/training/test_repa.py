@@ -200,7 +200,7 @@ def test_without_repa_the_network_and_its_first_loss_are_the_same_to_the_bit(tmp
     AcceleratorState._reset_state(reset_partial_state=True)
 
     monkeypatch.setattr("sit.latents.factory.MEMORY_LIMIT", 0)
-    train(small(tmp_path / "none", None))
+    train(small(tmp_path / "none", None, repa_block=None))
     with_zero, without = state(tmp_path / "zero"), state(tmp_path / "none")
     assert losses(tmp_path / "zero") == losses(tmp_path / "none")
     assert all(torch.equal(with_zero[name], without[name]) for name in without)
