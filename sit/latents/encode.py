@@ -227,7 +227,7 @@ def _keep_intact_chunks(config: Encode, manifest: Manifest, images: ImageData, v
     total, intact = len(chunks), _intact(out, manifest, config.chunk)
     if changed := len(_noted(out, total)) - len(intact):
         print(f"{out}: {changed} chunks are not as they were written and are encoded again", flush=True)
-    if unsealed((out / PLAN).read_bytes())[0].get("contents") != manifest.contents:
+    if intact and unsealed((out / PLAN).read_bytes())[0].get("contents") != manifest.contents:
         others = _of_other_images(out, manifest, {number: chunks[number] for number in intact}, images, vae)
         looked_at = sum(_looked_at(chunks[number], len(intact)) for number in intact)
         print(
