@@ -7,15 +7,13 @@ How memory is freed is a matter of a whole process, so there are two, forked, wh
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 import tyro
+from beside import process_with
 from checks import at_least_one
 from torch import nn
 
@@ -96,55 +94,20 @@ class Arguments:
                 raise UserError(f"`dtypes={name}`: {' or '.join(DTYPES)}")
 
 
-def serve(asked: Connection, case: Case, mixer: str, threads: int, keep: bool) -> None:
-    """In a process of its own: run what is asked for by name, and say when it is done."""
+def programs(case: Case, mixer: str, threads: int, keep: bool) -> dict[str, Callable[[], None]]:
+    """What is timed, in a process of its own that keeps what it frees, or not."""
     if keep and not keep_freed_memory():
-        asked.send("this system's C library is not glibc, which alone can be told to keep freed memory")
-        return
+        raise UserError("this system's C library is not glibc, which alone can be told to keep freed memory")
     torch.set_num_threads(threads)
-    try:
-        programs = case.programs(mixer)
-    except UserError as error:
-        asked.send(str(error))
-        return
-    asked.send("")
-    with contextlib.suppress(EOFError):
-        while True:
-            programs[asked.recv()]()
-            asked.send("")
-
-
-@contextlib.contextmanager
-def process(case: Case, mixer: str, threads: int, keep: bool) -> Iterator[Callable[[str], None]]:
-    """A function that has such a process run something, and waits for it."""
-    fork = multiprocessing.get_context("fork")
-    ours, its = fork.Pipe()
-    beside = fork.Process(target=serve, args=(its, case, mixer, threads, keep), daemon=True)
-    beside.start()
-    its.close()
-
-    def answer() -> None:
-        if said := ours.recv():
-            raise UserError(said)
-
-    def run(name: str) -> None:
-        ours.send(name)
-        answer()
-
-    try:
-        answer()
-        yield run
-    finally:
-        beside.kill()
-        beside.join()
+    return case.programs(mixer)
 
 
 def measure(case: Case, arguments: Arguments, threads: int) -> list[dict[str, object]]:
     """A row for training and one for the forward pass."""
     rows: list[dict[str, object]] = []
     with (
-        process(case, arguments.mixer, threads, False) as given_back,
-        process(case, arguments.mixer, threads, True) as kept,
+        process_with(programs, case, arguments.mixer, threads, False) as given_back,
+        process_with(programs, case, arguments.mixer, threads, True) as kept,
     ):
         for what in ("training step", "forward pass"):
             ways = {"given back": lambda what=what: given_back(what), "kept": lambda what=what: kept(what)}

@@ -13,6 +13,8 @@ import re
 import sys
 from collections.abc import Callable
 
+from sit.utils.openmp import wait_briefly
+
 _OF_THE_SYSTEM = {
     getattr(errno, name)
     for name in "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG EIO ENAMETOOLONG ELOOP EMFILE ENFILE ESTALE".split()
@@ -47,11 +49,13 @@ def first_line(error: BaseException) -> str:
 def entry_point(main: Callable[..., object]) -> Callable[..., None]:
     """Wrap a command's ``main``: a :class:`UserError` becomes ``error: …`` on stderr and exit status 2.
 
-    So does a file that the system doesn't let it read or write, wherever that is met.
+    So does a file that the system doesn't let it read or write, wherever that is met. Before all,
+    :func:`sit.utils.openmp.wait_briefly`.
     """
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> None:
+        wait_briefly()
         try:
             main(*args, **kwargs)
         except UserError as error:

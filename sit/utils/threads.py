@@ -11,6 +11,8 @@ from sit.utils.allocator import keep_freed_memory
 from sit.utils.errors import UserError
 
 CGROUP = Path("/sys/fs/cgroup")
+LAUNCHED = "ACCELERATE_DYNAMO_MODE"
+"""what ``accelerate launch`` sets, for one process as well, and nobody by hand"""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ def use_threads(wanted: int | None) -> None:
 def usual_threads() -> int:
     """OMP_NUM_THREADS, or the cores that this process may use, divided among the launch's processes on this machine.
 
-    Launchers of several processes set OMP_NUM_THREADS to 1 where it is not set, so there 1 counts as not set.
+    ``accelerate launch`` and ``torchrun`` set OMP_NUM_THREADS to 1 where it is not set, so under them 1 counts as not
+    set.
     """
     beside = _number(os.environ.get("LOCAL_WORLD_SIZE")) or _number(os.environ.get("WORLD_SIZE")) or 1
+    launched = beside > 1 or LAUNCHED in os.environ
     told = _number(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0])
-    if told is not None and (beside == 1 or told > 1):
+    if told is not None and (told > 1 or not launched):
         return told
     return max(1, usable_cores() // beside)
 

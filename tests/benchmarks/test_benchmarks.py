@@ -27,6 +27,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
     frechet,
     freed_memory,
     loader,
+    main_job,
     mixers,
     overhead,
     reference_memory,
@@ -42,6 +43,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
         "frechet",
         "freed_memory",
         "loader",
+        "main_job",
         "mixers",
         "overhead",
         "reference_memory",
@@ -53,7 +55,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
         "xl_step",
     ),
 )
-HELPERS = {"baselines", "busy", "checks"}
+HELPERS = {"baselines", "beside", "busy", "checks"}
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
 
 
@@ -109,6 +111,23 @@ def test_loader(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["loader.json"], "temporary files are removed"
 
 
+def test_main_job(run, monkeypatch):
+    """The commands are the README's, with a number of threads."""
+    text = " ".join((FOLDER.parent / "README.md").read_text().split())
+    for words in main_job.Arguments(cpu_threads=(1,)).commands(Path("runs/digits"), 1).values():
+        typed = [word.removesuffix(".commands.launch") for word in words[1:-2] if word != "-m"]
+        command = " ".join(typed).replace("accelerate", "accelerate launch").removesuffix(" --steps 1500")
+        assert command in text
+    short = ("--steps", 1, "--sampler-steps", 2, 2, "--num-samples", 20, "--cpu-threads", 1)
+    out, found = run(main_job, *short)
+    seconds = found["seconds"]["1"]
+    assert seconds["all"] == pytest.approx(seconds["training"] + seconds["sampling"] + seconds["evaluation"])
+    assert f"| 1 | {seconds['training']:.0f} s | " in out
+    monkeypatch.setattr(main_job, "ROOT", FOLDER)
+    with pytest.raises(SystemExit):
+        run(main_job, *short)
+
+
 def test_overhead(run):
     out, found = run(overhead, "--model", "SiT-XS/8", "--batch-size", 1, "--rounds", 1, "--checkpoint-every", 10)
     rows = {line.split("  ")[0]: line.split() for line in out.splitlines()[1:]}
@@ -141,7 +160,8 @@ def test_training_cpu(run, tmp_path):
     out, found = run(training_cpu, *words)
     assert torch.get_num_threads() == before
     rows = {(row["busy"], row["way"]): row for row in found["rows"]}
-    assert set(rows) == {(busy, way) for busy in (0, 1) for way in ("one thread", "2 threads")}
+    ways = ("one thread", "2 threads", "2 threads that wait as usual")
+    assert set(rows) == {(busy, way) for busy in (0, 1) for way in ways}
     for (busy, way), row in rows.items():
         alone = rows[busy, "one thread"]["steps_per_second"]
         assert row["of_one_thread"] == pytest.approx(row["steps_per_second"] / alone)
@@ -337,6 +357,7 @@ def test_every_benchmark_says_what_it_is_for(name, monkeypatch, capsys):
         (frechet, {"repeats": 0}, "`repeats` must be at least 1, not 0"),
         (freed_memory, {"sides": (8,)}, "`sides` and `images` take one number for each model"),
         (freed_memory, {"dtypes": ("int8",)}, "`dtypes=int8`: float32 or bfloat16"),
+        (main_job, {"cpu_threads": (0,)}, "`cpu_threads` must be at least 1, not 0"),
         (loader, {"rounds": 0}, "`rounds` must be at least 1, not 0"),
         (frechet, {"samples": 1}, "`samples` must be at least 2, not 1"),
         (overhead, {"rounds": 0}, "`rounds` must be at least 1, not 0"),
