@@ -35,6 +35,7 @@ def analyze(
         "fid": fid,
         "variants": {group.name: describe(group, [LOSS, *metrics]) for group in found},
         "differences": differences,
+        "differences_by_time": compare({group.name: group.loss_by_time() for group in found}, []),
         "per_image": {group.name: per_image(found[0], group) for group in found[1:]},
         "pairing": {
             "over seeds": {name: pairing(found, name) for name in primary},
@@ -61,21 +62,13 @@ def describe(group: Found, metrics: Iterable[str]) -> dict[str, Any]:
         "parameters": next((one["evaluation"]["parameters"] for one in records if one["evaluation"]), None),
         "seeds": list(group.records),
         "metrics": {name: mean(values) for name, values in by_metric(group, metrics).items() if values},
-        "heldout_by_time": _mean_by_time(records),
+        "heldout_by_time": {time: mean(values) for time, values in group.loss_by_time().items()},
         "heldout_by_step": {step: mean(values) for step in steps if (values := group.loss(step))},
         "metrics_by_step": {
             step: {name: mean(values) for name in metrics if name != LOSS and (values := group.metric(name, step))}
             for step in evaluated
         },
     }
-
-
-def _mean_by_time(records: list[dict[str, Any]]) -> dict[str, float]:
-    measured = [heldout for one in records if (heldout := at_the_end(one))]
-    if not measured:
-        return {}
-    means = np.mean([one["by_time"][-1] for one in measured], axis=0)
-    return {f"{time:.4g}": float(value) for time, value in zip(measured[0]["times"], means, strict=True)}
 
 
 def mean(values: Mapping[int, float]) -> dict[str, Any]:
@@ -93,7 +86,7 @@ def compare(values: Mapping[str, Mapping[str, Mapping[int, float]]], primary: li
     differences: dict[tuple[str, str], Difference] = {}
     for metric in first:
         for name, own in others:
-            if len(first[metric].keys() & own[metric].keys()) > 1:
+            if len(first[metric].keys() & own.get(metric, {}).keys()) > 1:
                 differences[metric, name] = over_seeds(first[metric], own[metric])
     tested = {place: difference for place, difference in differences.items() if place[0] in primary}
     adjusted = dict(zip(tested, holm([difference.p_value for difference in tested.values()]), strict=True))

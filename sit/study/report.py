@@ -144,7 +144,11 @@ def draw(study: Study, state: State, found: Mapping[str, Any], place: Path) -> d
         if any(curves.values()):
             images[metric] = "loss-seconds.png" if metric == LOSS else "fid-seconds.png"
             plots.plot_curves(curves, place / images[metric], x="seconds of training", y=text.short(metric))
-    by_time = {name: one["heldout_by_time"] for name, one in variants.items() if one["heldout_by_time"]}
+    by_time = {
+        name: {time: cell["value"] for time, cell in one["heldout_by_time"].items()}
+        for name, one in variants.items()
+        if one["heldout_by_time"]
+    }
     if len(by_time) > 1:
         images["by time"] = "loss-by-time.png"
         plots.plot_by_time(by_time, place / images["by time"])

@@ -52,8 +52,7 @@ def markdown(study: Study, found: Mapping[str, Any], images: Mapping[str, str], 
     lines += _seconds(found, first, images)
     lines += _agreement(found, images)
     lines += _causes(found)
-    if "by time" in images:
-        lines += ["## Held-out loss by time", "", f"![held-out loss by time]({images['by time']})", ""]
+    lines += _by_time(found, first, images)
     if "samples" in images:
         lines += ["## Samples of the same noise", "", f"![samples]({images['samples']})", ""]
     return "\n".join(lines)
@@ -233,6 +232,30 @@ def _images(found: Mapping[str, Any], first: str) -> list[str]:
         markdown_table(["", "|t|", *(f"t = {time}" for time in times)], rows),
         "",
     ]
+
+
+def _by_time(found: Mapping[str, Any], first: str, images: Mapping[str, str]) -> list[str]:
+    measured = {name: one["heldout_by_time"] for name, one in found["variants"].items() if one["heldout_by_time"]}
+    if not measured:
+        return []
+    times = list(dict.fromkeys(time for own in measured.values() for time in own))
+    rows = [(name, *(_cell(own.get(time)) for time in times)) for name, own in measured.items()]
+    lines = [
+        "## Held-out loss by time",
+        "",
+        "After the last step, mean over training seeds ± half the width of its 95 % interval; at t = 0 all is noise.",
+        "",
+        markdown_table(["", *(f"t = {time}" for time in times)], rows),
+        "",
+    ]
+    if found["differences_by_time"]:
+        paired = found["differences_by_time"].values()
+        names = [name for name in measured if any(name in own for own in paired)]
+        table = _difference_table({f"t = {time}": own for time, own in found["differences_by_time"].items()}, names)
+        lines += [f"Less that of {first}, paired by seed, without verdicts:", "", table, ""]
+    if "by time" in images:
+        lines += [f"![held-out loss by time]({images['by time']})", ""]
+    return lines
 
 
 def _pairing(found: Mapping[str, Any], first: str) -> list[str]:

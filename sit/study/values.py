@@ -35,6 +35,15 @@ class Found:
         found = {seed: metrics_at(one, step).get(name) for seed, one in self.records.items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
+    def loss_by_time(self) -> dict[str, dict[int, float]]:
+        """t → seed → held-out loss at that time after the last step, where it was measured."""
+        found: dict[str, dict[int, float]] = {}
+        for seed, one in self.records.items():
+            if heldout := at_the_end(one):
+                for time, value in zip(heldout["times"], heldout["by_time"][-1], strict=True):
+                    found.setdefault(f"{time:.4g}", {})[seed] = value
+        return found
+
     @property
     def seconds_per_step(self) -> float | None:
         """The median over the runs, of those of the machine that has most of them."""

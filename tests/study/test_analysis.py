@@ -15,9 +15,11 @@ from sit.study.at_best import at_best
 from sit.study.config import Evaluation, Study, Variant
 from sit.study.plots import MARGIN, limits
 from sit.study.relations import agreement, causes, correlation, points, spearman
+from sit.study.text import markdown
 from sit.study.values import LOSS, Found, groups, measure_of, of_one_measure
 
 FID = "FID"
+SHELL = {"study": "x.yaml", "runs": {"done": 6, "of": 6}, "machines": ["m"], "selection": {}}
 
 
 def made(variant: str, seed: int, losses: list[float], fids: list[float], **changes) -> dict:
@@ -166,6 +168,28 @@ def test_losses_of_something_else_are_not_compared(records):
         found = analyze(of, kept)
         assert LOSS not in found["differences"] and found["differences"][FID]["b"]["seeds"] == 3
         assert found["per_image"]["b"] == {} and LOSS not in found["variants"]["b"]["metrics"]
+
+
+def test_losses_at_each_time_are_compared_as_the_mean_is(records):
+    """Against SciPy's paired t; no time gets a verdict."""
+    source = np.random.default_rng(3)
+    for one in records.values():
+        one["heldout"]["by_time"][-1] = source.normal(1, 0.1, 8).tolist()
+    found = analyze(study("a", "b"), records)
+    for part, time in enumerate(("0", "0.125", "0.25", "0.375", "0.5", "0.625", "0.75", "0.875")):
+        a, b = ([records[f"{name}-seed{seed}"]["heldout"]["by_time"][-1][part] for seed in range(3)] for name in "ab")
+        told = stats.ttest_rel(b, a)
+        interval = told.confidence_interval()
+        cell = found["differences_by_time"][time]["b"]
+        assert cell == {
+            "value": pytest.approx(np.mean(b) - np.mean(a)), "error": pytest.approx((interval.high - interval.low) / 2),
+            "seeds": 3,
+        }  # fmt: skip
+        own = found["variants"]["b"]["heldout_by_time"][time]
+        assert own["value"] == pytest.approx(np.mean(b)) and own["by_seed"] == dict(enumerate(b))
+        text = markdown(study("a", "b"), SHELL | found, {}, "a")
+        assert f"| b | {cell['value']:+.4g} ± {cell['error']:.2g} |" in text or part
+        assert f"{cell['value']:+.4g} ± {cell['error']:.2g} |" in text
 
 
 def test_what_was_measured_before_the_end_is_not_its_end(records):
