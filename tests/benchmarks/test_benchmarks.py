@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ from sit.utils.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 (
+    beside,
     frechet,
     freed_memory,
     loader,
@@ -40,6 +42,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 ) = map(
     importlib.import_module,
     (
+        "beside",
         "frechet",
         "freed_memory",
         "loader",
@@ -151,6 +154,21 @@ def test_sampling_cpu(run, monkeypatch):
     monkeypatch.setattr(sampling_cpu.torch, "equal", lambda *_: False)
     with pytest.raises(SystemExit):
         run(sampling_cpu, *words)
+
+
+def tells(name: str) -> dict:
+    raise UserError(os.environ.get(name, "it is not set"))
+
+
+@pytest.mark.parametrize("unset, said", [((), "7"), (("GOMP_SPINCOUNT",), "it is not set")])
+def test_a_process_beside_starts_without_what_is_unset(monkeypatch, unset, said):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    with (
+        pytest.raises(UserError, match=said),
+        beside.process_with(tells, "GOMP_SPINCOUNT", start="spawn", unset=unset),
+    ):
+        pass
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
 def test_training_cpu(run, tmp_path):
