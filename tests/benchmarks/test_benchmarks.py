@@ -156,16 +156,19 @@ def test_sampling_cpu(run, monkeypatch):
         run(sampling_cpu, *words)
 
 
-def tells(name: str) -> dict:
-    raise UserError(os.environ.get(name, "it is not set"))
-
-
 @pytest.mark.parametrize("unset, said", [((), "7"), (("GOMP_SPINCOUNT",), "it is not set")])
-def test_a_process_beside_starts_without_what_is_unset(monkeypatch, unset, said):
+def test_a_process_beside_starts_without_what_is_unset(monkeypatch, tmp_path, unset, said):
+    """It says what it has by an error, which also must come through."""
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "says_its_environment.py").write_text(
+        "import os\nfrom sit.utils.errors import UserError\n"
+        "def says(name):\n    raise UserError(os.environ.get(name, 'it is not set'))\n"
+    )
+    says = importlib.import_module("says_its_environment").says
     with (
         pytest.raises(UserError, match=said),
-        beside.process_with(tells, "GOMP_SPINCOUNT", start="spawn", unset=unset),
+        beside.process_with(says, "GOMP_SPINCOUNT", start="spawn", unset=unset),
     ):
         pass
     assert os.environ["GOMP_SPINCOUNT"] == "7"
