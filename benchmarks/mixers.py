@@ -7,8 +7,9 @@
 The second times nothing: it tells what was measured, with what a study has found since.
 
 Parameters and multiply-accumulates are those of whole networks, counted. Milliseconds are of one layer, forward and
-backward, at each number of tokens; and a MeanFlow step is a training step of a whole network by the plain one's. Every
-round runs each mixer once, in turn, in one process; medians, and ratios of medians.
+backward, at each number of tokens; and a MeanFlow step is a training step of a whole network by the plain one's: its
+time, and the memory that it takes at most. Every round runs each mixer once, in turn, in one process; medians, and
+ratios of medians.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import tyro
 from checks import at_least_one
+from peak import peak_bytes
 from torch import nn
 
 from sit.mixers import build_mixer, parse_mixers
@@ -90,7 +92,7 @@ class Row:
         milliseconds: of a layer, forward and backward; of several mixers in the pattern, on average.
         forward_derivative: yes; slow path, if kernels have to be set aside for it; or no.
         meanflow_step: the time of a training step of MeanFlow by that of the plain objective.
-        peak_memory: bytes that the two steps take on CUDA, the plain one's first.
+        peak_memory: bytes that the two steps take above the weights', the plain one's first; None where no one tells.
         found: held-out loss and FID, None where there is none, by study.
     """
 
@@ -148,7 +150,7 @@ def layer_seconds(arguments: Arguments, side: int) -> dict[str, float]:
 
 
 def step_seconds(arguments: Arguments, pattern: str) -> tuple[float, list[int] | None]:
-    """The time of a step of MeanFlow by that of the plain objective, and the peak memory of both on CUDA."""
+    """The time of a step of MeanFlow by that of the plain objective, and the peak memory of both."""
     device, side = torch.device(arguments.device), 2 * arguments.sides[0]
     average = Transport(prediction="average-velocity")
     losses = {"plain": Transport().training_loss, "MeanFlow": MeanFlow(average, kappa=0.5).training_loss}
@@ -166,15 +168,9 @@ def step_seconds(arguments: Arguments, pattern: str) -> tuple[float, list[int] |
             optimizer.zero_grad()
 
         runs[name] = step
-    peaks = None
-    if device.type == "cuda":
-        peaks = []
-        for run in runs.values():
-            torch.cuda.reset_peak_memory_stats()
-            run()
-            peaks.append(torch.cuda.max_memory_allocated())
-    seconds = interleaved(runs, device, arguments.repeats)
-    return seconds["MeanFlow"] / seconds["plain"], peaks
+    seconds = interleaved(runs, device, arguments.repeats)  # optimizers have their states by then
+    peaks = [peak for run in runs.values() if (peak := peak_bytes(run, device)) is not None]
+    return seconds["MeanFlow"] / seconds["plain"], peaks or None
 
 
 def found_by_studies(files: tuple[Path, ...]) -> dict[str, dict[str, tuple[float | None, float | None]]]:
@@ -242,14 +238,15 @@ def table(rows: list[Row], sides: Sequence[int]) -> str:
     """Markdown; what a study found has the variant's name in brackets."""
     tokens = [side**2 for side in sides]
     header = ["pattern", "parameters", *(f"G MACs, {n} tokens" for n in tokens), *(f"ms, {n} tokens" for n in tokens)]
-    header += ["forward derivative", "MeanFlow step / plain", "held-out loss", "FID"]
+    header += ["forward derivative", "MeanFlow step / plain", "memory / plain", "held-out loss", "FID"]
     lines = []
     for row in rows:
         losses = (f"{loss:.4f} ({study})" for study, (loss, _) in row.found.items() if loss is not None)
         fids = (f"{fid:.3g} ({study})" for study, (_, fid) in row.found.items() if fid is not None)
+        memory = f"{row.peak_memory[1] / row.peak_memory[0]:.2f}" if row.peak_memory else ""
         lines.append(
             [f"`{row.pattern}`", f"{row.parameters:,}", *(f"{n / 1e9:.2f}" for n in row.macs),
-             *(f"{ms:.4g}" for ms in row.milliseconds), row.forward_derivative, f"{row.meanflow_step:.2f}",
+             *(f"{ms:.4g}" for ms in row.milliseconds), row.forward_derivative, f"{row.meanflow_step:.2f}", memory,
              "; ".join(losses), "; ".join(fids)]
         )  # fmt: skip
     return markdown_table(header, lines)

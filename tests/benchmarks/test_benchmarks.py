@@ -32,6 +32,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
     main_job,
     mixers,
     overhead,
+    peak,
     reference_memory,
     sampler_order,
     sampling_cpu,
@@ -49,6 +50,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
         "main_job",
         "mixers",
         "overhead",
+        "peak",
         "reference_memory",
         "sampler_order",
         "sampling_cpu",
@@ -58,7 +60,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
         "xl_step",
     ),
 )
-HELPERS = {"baselines", "beside", "busy", "checks"}
+HELPERS = {"baselines", "beside", "busy", "checks", "peak"}
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
 
 
@@ -398,6 +400,16 @@ def test_what_cant_be_measured_is_refused(module, options, message):
         module.Arguments(**options)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="this system does not tell a process's peak")
+def test_the_peak_of_memory_is_what_a_program_took_at_once():
+    def takes(*megabytes: int) -> None:
+        for size in megabytes:
+            torch.ones(size << 18)  # float32; freed before the next
+
+    peaks = [peak.peak_bytes(lambda sizes=sizes: takes(*sizes), torch.device("cpu")) for sizes in ((64, 192, 64), (8,))]
+    assert peaks[0] == pytest.approx(192 << 20, rel=0.05) and peaks[1] == pytest.approx(8 << 20, rel=0.2)
+
+
 def test_mixers(run):
     """Counts are those of the networks; the derivatives are there, and the losses of a study found."""
     report = FOLDER.parent / "docs" / "fashion-pixels-short" / "report" / "numbers.json"
@@ -415,6 +427,9 @@ def test_mixers(run):
     metrics = of_study["variants"]["attention"]["metrics"]
     assert [loss, fid] == [metrics[name]["value"] for name in (LOSS, of_study["fid"])]
     assert all(len(row["macs"]) == len(row["milliseconds"]) == 2 for row in rows.values())
+    if sys.platform == "linux":
+        plain, meanflow = rows["attention"]["peak_memory"]
+        assert 0 < plain < meanflow and f"| {meanflow / plain:.2f} |" in out
     name = "(fashion-pixels-short, attention)"
     assert out.count("| `") == 3 and f"{loss:.4f} {name} | {fid:.3g} {name} |" in out
 
