@@ -152,7 +152,7 @@ def _points(arguments: CurvesArguments, evaluation: Evaluation, left_out: Counte
         "samples": report.sample_count,
         "labels": about["labels"],
         "weights": weights(source),
-        "guide": guide(about, report.samples, folder),
+        "guide": guide(about, source, report.samples, folder),
         "latents": about.get("latents"),
         "VAE": about.get("VAE"),
         "precision": about.get("precision"),
@@ -201,20 +201,22 @@ def weights(source: dict[str, Any]) -> str:
     return re.sub(r" \(profile .* off\), step \d+$", "", told.removeprefix(f"{source['checkpoint']}, "))
 
 
-def guide(about: dict[str, Any], samples: str, run: Path) -> str | Identity:
+def guide(about: dict[str, Any], source: dict[str, Any], samples: str, run: Path) -> str | Identity:
     """What guided the samples besides the network: a step of the run itself, or a checkpoint and its weights' hash.
 
     Args:
         about: as :class:`~sit.metrics.generated.GeneratedImages` has it.
-        samples: its name, which alone has the guide's path.
+        source: likewise; of earlier programs without the guide's path.
+        samples: the images' name, which has it too.
         run: the folder of the checkpoint's run.
     """
     if "guide" not in about:
         return "none"
     named = re.search(r", guided by (.+?), seed \d+, ", samples)
-    if named and Path(named[1]).parent.parent == run:
-        return f"its own {Path(named[1]).name}"  # the same words for all training seeds, each with weights of its own
-    return Identity(named[1] if named else "not told", about["guide"])
+    path = source.get("guide") or (named[1] if named else None)
+    if path is not None and Path(path).parent.parent == run:
+        return f"its own {Path(path).name}"  # the same words for all training seeds, each with weights of its own
+    return Identity(path or "not told", about["guide"])
 
 
 def evaluations(sampler: dict[str, Any]) -> int | None:

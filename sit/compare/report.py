@@ -118,10 +118,17 @@ def _speed(speed: float | None, first: float | None) -> str:
 
 def _differences(found: dict[str, Any]) -> list[str]:
     """What each group has more than the first, paired, with its verdict."""
-    if not found["differences"]:
-        return []
-    first, names = next(iter(found["groups"])), list(found["differences"])
+    (first, *others), names = found["groups"], list(found["differences"])
+    unpaired = [name for name in others if name not in names]
+    left_out = [
+        f"No difference to {first} is told for {', '.join(unpaired)}: a pair needs runs of one training seed, with "
+        "checkpoints of one step, and numbers that have an error.",
+        "",
+    ]  # fmt: skip
+    if not names:
+        return left_out if unpaired else []
     lines = [
+        *(left_out if unpaired else []),
         f"## Difference to {first}, paired, at the last step that both have",
         "",
         "With its 95 % interval: over training seeds where there are several, else over samples of these weights. Runs "

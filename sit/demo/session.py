@@ -16,7 +16,7 @@ from sit.checkpoint.load import Loaded, load_for_sampling
 from sit.demo.kernels import describe_kernels, draw_kernels, kernels_at
 from sit.latents.vae import decode
 from sit.sampling.config import OnStep, SamplerConfig
-from sit.sampling.images import check_labels, latent_shape_for, sample_images
+from sit.sampling.images import check_labels, latent_shape_for, sample_images, word_for
 from sit.sampling.sampler import KeyedNoise
 from sit.utils.errors import UserError
 from sit.utils.image_grid import enlarge, labeled_grid, tile
@@ -202,7 +202,8 @@ def kernel_view(player: Player, trajectory: Trajectory, block: int, t: float) ->
 
 def command(player: Player, label: int, seed: int, count: int, config: SamplerConfig) -> str:
     """The sample.py command that makes the same images."""
-    words: list[Any] = ["python", "sample.py", "--ckpt", player.path, "--labels", label, "--num-samples", count]
+    named = word_for(label, player.loaded.info.label_names)
+    words: list[Any] = ["python", "sample.py", "--ckpt", player.path, "--labels", named, "--num-samples", count]
     words += ["--seed", seed, "--sampler", config.sampler]
     words += [] if config.sampler == "meanflow" else ["--method", config.resolved_method]
     words += ["--steps", config.steps, "--cfg-scale", f"{config.cfg_scale:g}"]

@@ -86,7 +86,7 @@ class Arguments:
     """digits, inception, dinov2, classifier:FOLDER; several are made of the same samples. None given takes digits where
     the reference is digits, else inception"""
     batch_size: int = 64
-    """images made and evaluated at a time"""
+    """images made and evaluated at a time, at most 512"""
     image_size: int | tuple[int, int] | None = None
     """side, or height and width, of a checkpoint's samples, which published files without a positional table don't
     tell, and the side that folders and data sets are cropped to; None: as the network was trained, else as they are"""
@@ -166,7 +166,7 @@ class ReferenceArguments:
     vae: str | None = None
     """the VAE of a latent cache; None takes the one that it names"""
     batch_size: int = 64
-    """images whose features are made at a time"""
+    """images whose features are made at a time, at most 512"""
     work_dir: str | None = None
     """keeps what is done, so that the same command goes on after a crash"""
     device: str | None = None

@@ -6,6 +6,7 @@ with Inception's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from sit.data.digits import digits_arrays, digits_split, shrink_digits
 
 WEIGHTS = Path(__file__).parents[1] / "assets" / "digits-classifier" / "model.safetensors"
 FEATURES = 64
+DIGITS = tuple("0123456789")
 EXTRACTOR = "digits-classifier"
 """the extractor's name, for torch-fidelity's reports and for registering it there"""
 
@@ -94,12 +96,28 @@ class ClassAccuracy:
     held_out: float
 
 
+def as_digits(labels: np.ndarray, names: Sequence[str]) -> np.ndarray | None:
+    """The digits (N,) that labels (N,) mean by their classes' names, or as they are without names.
+
+    Returns:
+        None if a class is named otherwise, or a label without a name is no digit.
+    """
+    digits = np.arange(10)
+    if names:
+        if not all(name in DIGITS for name in names):
+            return None
+        digits = np.array([int(name) for name in names])
+    if len(labels) and labels.max() >= len(digits):
+        return None
+    return digits[labels]
+
+
 def class_accuracy(small: np.ndarray, labels: np.ndarray) -> ClassAccuracy:
     """Classify labeled samples by scikit-learn's RBF SVM, fitted on the real 8×8 digits of ``digits:train``.
 
     Args:
         small: (N, 64) the samples' 8×8 area averages, as :func:`sit.data.digits.shrink_digits` makes them.
-        labels: (N,) the classes asked for.
+        labels: (N,) the digits asked for.
     """
     from sklearn.svm import SVC
 

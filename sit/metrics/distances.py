@@ -18,6 +18,8 @@ from sit.utils.errors import UserError
 SPLIT = 5000
 """samples of one split of the inception score (ADM's suite)"""
 
+PER_DIMENSION = 3
+"""samples for each dimension of the features, from which on an extrapolated distance has an error"""
 FEWEST_IN_SUBSET = FEWEST_GROUPS * PER_GROUP
 """features in a subset of KID that its error needs, as many as samples"""
 
@@ -110,7 +112,9 @@ def frechet_at_infinity(sums: GroupSums, reference: RootedMoments, finite: Estim
     """The Fréchet distance of infinitely many samples, as FID∞ (Chong & Forsyth 2020), whose bias is of order 1/N.
 
     The line over 1/N goes through the distance of all samples and the distances without each group: it is the
-    jackknife's estimate without bias. Its error is that of the distance.
+    jackknife's estimate without bias. Its error is that of the distance, and there is none below
+    :data:`PER_DIMENSION` samples for each dimension: where features spread evenly over their dimensions, what is left
+    of the bias is then more than the error.
 
     Args:
         sums: of at least two groups.
@@ -120,7 +124,8 @@ def frechet_at_infinity(sums: GroupSums, reference: RootedMoments, finite: Estim
     total = sums.pooled()
     without = np.array([frechet_distance(sums.without(total, number), reference) for number in range(len(sums.counts))])
     bias = jackknife(finite.value, without, sums.counts).bias
-    return Estimate(finite.value - bias, tuple(one - bias for one in finite.replicates))
+    enough = sums.counts.sum() >= PER_DIMENSION * sums.sums.shape[1]
+    return Estimate(finite.value - bias, tuple(one - bias for one in finite.replicates) if enough else ())
 
 
 def inception_score(logits: np.ndarray, group: np.ndarray | None = None) -> Estimate:

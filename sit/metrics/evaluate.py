@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from sit.metrics import distances, neighbors
 from sit.metrics.by_class import ClassShare, shares_by_class
 from sit.metrics.classifier import LabelClassifier
-from sit.metrics.digits import class_accuracy
+from sit.metrics.digits import as_digits, class_accuracy
 from sit.metrics.distances import RootedMoments
 from sit.metrics.estimate import Estimate, jackknife_groups, of_mean
 from sit.metrics.extraction import Digests, Found, Pixels, Wanted, extract, folder_of
@@ -271,7 +271,7 @@ class Measured:
             numbers += self._numbers_of(extractor, by_class)
             note = reference.note(extractor) if isinstance(reference, Statistics) else None
             notes += [note] if note else []
-        numbers += self._class_accuracy(by_class)
+        numbers += self._class_accuracy(by_class, notes)
         notes += self._too_few()
         labels = "; ".join(extractor.label for extractor in extractors)
         report = Report(self.name, self.count, reference.name, labels, numbers, notes)
@@ -296,7 +296,7 @@ class Measured:
         if "spatial" in found.sums and spatial is not None:
             yield _number("sFID", distances.frechet(found.sums["spatial"], RootedMoments.of(spatial)), against)
         rows = found.rows("features", "logits")
-        if "logits" in rows and self.group is not None:
+        if "logits" in rows:
             shuffled = distances.sorted_by_class(rows["logits"].argmax(axis=1))
             how = "shuffled for its splits, as the samples lie sorted by class" if shuffled else ""
             yield _number(f"Inception score{on}", distances.inception_score(rows["logits"], self.group), basis, how)
@@ -365,7 +365,7 @@ class Measured:
             counts = f"{self.count} samples and {kept} images of the reference"
             yield f"precision, recall, density, coverage and KID need {needed} of each, and there are {counts}"
 
-    def _class_accuracy(self, by_class: dict[str, list[ClassShare]]) -> Iterator[Number]:
+    def _class_accuracy(self, by_class: dict[str, list[ClassShare]], notes: list[str]) -> Iterator[Number]:
         """How often a sample shows the class of its label, by the classifier that was given or by digits' SVM."""
         classifier = self.against.classifier
         if self.labels is None:
@@ -374,7 +374,11 @@ class Measured:
             predicted = self.found[_Predictions.name].rows("predicted")["predicted"]
             hits, how, about = predicted == self.labels, classifier.description, classifier.about
         elif "digits" in self.found:
-            by_svm = class_accuracy(self.found["digits"].rows("small")["small"], self.labels)
+            asked = as_digits(self.labels, self.class_names)
+            if asked is None:
+                notes.append("no class accuracy: the classes are not named 0 to 9 after the digits that they show")
+                return
+            by_svm = class_accuracy(self.found["digits"].rows("small")["small"], asked)
             hits, how = by_svm.hits, f"SVM fitted on real digits, held-out accuracy {by_svm.held_out:.1%}"
             about = {"classifier": "SVM fitted on real digits"}
         else:
@@ -398,9 +402,13 @@ def _number(
     has_error: bool = True,
     few: str = "samples",
 ) -> Number:
+    error, said = estimate.error, ""
     if has_error and not estimate.replicates:
-        how = "; ".join(filter(None, (how, f"too few {few} for an error")))
-    return Number(name, estimate.value, estimate.error, how, estimate.replicates, basis)
+        said = f"too few {few} for an error"
+    elif error == 0:  # a share of all, or of none: how often others would differ is not seen
+        error, said = None, "the same in every group of samples, which leaves no error"
+    how = "; ".join(filter(None, (how, said)))
+    return Number(name, estimate.value, error, how, estimate.replicates, basis)
 
 
 def _with_float64(device: torch.device) -> torch.device:

@@ -61,10 +61,17 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> dict[str, np.ndarray]:
-        """Features of images (B, 3, H, W) uint8, as float32 arrays, computed without TF32."""
+        """Features of images (B, 3, H, W) uint8, as float32 arrays, computed without TF32.
+
+        Raises:
+            UserError: some are NaN or infinite.
+        """
         with full_float32():
             found = self.network(images)
-        return {name: values.float().cpu().numpy() for name, values in zip(self.outputs, found, strict=True)}
+        arrays = {name: values.float().cpu().numpy() for name, values in zip(self.outputs, found, strict=True)}
+        if not all(np.isfinite(values).all() for values in arrays.values()):
+            raise UserError(f"{self.label}: some are NaN or infinite, as a network's that diverged in its training")
+        return arrays
 
 
 def digits_extractor(device: torch.device, weights: str | None = None) -> Extractor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -60,7 +61,13 @@ class GeneratedImages(Images):
         average += f", guided by {loaded.guide.path}" if loaded.guide else ""
         self.name = f"{loaded.path}{average}, seed {seed}, {labels} labels{size}, {config}"
         weights = (hints or FileHints()).weights if loaded.path.is_file() else loaded.weights_name
-        self.source = {"checkpoint": str(loaded.path), "step": loaded.info.step, "weights": weights}
+        # whole paths, as whoever reads a work folder may be in another one
+        checkpoint, told = os.path.abspath(loaded.path), (weights or "").removeprefix(f"{loaded.path}, ")
+        self.source = {"checkpoint": checkpoint, "step": loaded.info.step, "weights": told or None}
+        if loaded.guide:
+            self.source["guide"] = os.path.abspath(loaded.guide.path)
+        if labels == "balanced" and 1 < count < self.classes:
+            self.note = f"only the first {count} of {self.classes} classes: there are no more samples than that"
 
     @functools.cached_property
     def about(self) -> About:

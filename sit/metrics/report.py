@@ -14,7 +14,7 @@ from sit.utils.tables import text_table
 WORST = 3
 """classes that the text names; the JSON has all"""
 
-NUMBERS = 3
+NUMBERS = 4
 """version of how numbers are made of features, and told: those that another version left are made again"""
 
 

@@ -93,7 +93,8 @@ def train(arguments: ClassifierArguments) -> None:
     """Train and measure the classifier, and write its folder.
 
     Raises:
-        UserError: the folder is in use, or the two data sets can't be had or differ in their classes.
+        UserError: the folder is in use, the two data sets can't be had or differ in their classes, or the classifier
+            diverged.
     """
     refuse_used(arguments.out, "out", but=None)
     data = open_images(arguments.data, arguments.image_size)
@@ -110,6 +111,8 @@ def train(arguments: ClassifierArguments) -> None:
     )
     classifier = Classifier(config).to(device)
     fit(classifier, *load_pixels(data), arguments)
+    if not all(tensor.isfinite().all() for tensor in classifier.state_dict().values()):
+        raise UserError(f"the classifier diverged at `learning_rate={arguments.learning_rate:g}`: take a lower one")
     score = accuracy(classifier, *load_pixels(heldout))
     classifier.config = replace(config, accuracy=score)
     parameters = sum(p.numel() for p in classifier.parameters())

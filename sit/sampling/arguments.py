@@ -31,8 +31,8 @@ class Arguments:
     num_samples: int | None = None
     """how many images, kept as single PNGs and in samples.npz; None makes only a grid of four of each label"""
     labels: tuple[str, ...] = ()
-    """classes to sample, by number or name, with spaces or commas between; none given means all (for the grid: the
-    first ten)"""
+    """classes to sample, by number or name, with spaces or commas between (a numeral that is a class's name is that
+    class); none given means all (for the grid: the first ten)"""
     label_order: LabelOrder = "balanced"
     """each of the classes as often, in turn, or drawn at random as in the papers"""
     seed: int = 0

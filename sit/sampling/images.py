@@ -10,6 +10,7 @@ import torch
 
 from sit.checkpoint.load import Loaded
 from sit.latents.vae import NotFinite, decode, downsampling
+from sit.model import SiT
 from sit.sampling.config import OnStep, SamplerConfig
 from sit.sampling.sampler import generate
 from sit.utils.errors import UserError
@@ -38,6 +39,8 @@ def check_labels(labels: Sequence[int], classes: int) -> list[int]:
 def labels_named(words: Sequence[str], names: Sequence[str], classes: int) -> list[int]:
     """The labels that words of a command line mean: numbers, or names of classes, whatever their capitals.
 
+    A numeral that is a class's name is that class, whatever its label: of the classes 3 and 7, 3 is the first.
+
     Args:
         words: commas separate as spaces do; a name of several words may be given as one word or as several.
         names: of the labels 0, 1, …; none if they are not known.
@@ -55,7 +58,7 @@ def labels_named(words: Sequence[str], names: Sequence[str], classes: int) -> li
     while parts:
         for length in range(min(longest, len(parts)), 0, -1):
             name = _plain(" ".join(parts[:length]))
-            if length == 1 and name.lstrip("-").isdecimal():
+            if length == 1 and name not in known and name.lstrip("-").isdecimal():
                 labels += check_labels([int(name)], classes)
             elif name in known:
                 as_given = [label for label in known[name] if names[label] == " ".join(parts[:length])]
@@ -75,6 +78,12 @@ def labels_named(words: Sequence[str], names: Sequence[str], classes: int) -> li
     return labels
 
 
+def word_for(label: int, names: Sequence[str]) -> str:
+    """What a command line calls a label so that :func:`labels_named` takes it for that one: its number, or its name."""
+    number = str(label)
+    return names[label] if number in names and names[label] != number else number
+
+
 def _plain(name: str) -> str:
     """A class's name without capitals, underscores and more than one space."""
     return " ".join(name.casefold().replace("_", " ").split())
@@ -84,7 +93,8 @@ def latent_shape_for(loaded: Loaded, image_size: tuple[int, int] | None) -> tupl
     """Shape (c, h, w) of the latents for images of ``image_size`` (height, width); None means as it was trained.
 
     Raises:
-        UserError: the VAE or the patches, of the network or of its guide, don't divide that size.
+        UserError: the VAE or the patches, of the network or of its guide, don't divide that size; or a mixer of theirs
+            has no use for so few tokens.
     """
     config = loaded.model.config
     height, width = config["input_size"]
@@ -102,7 +112,23 @@ def latent_shape_for(loaded: Loaded, image_size: tuple[int, int] | None) -> tupl
                 f"`guide={loaded.guide.path}` has patches of {patch}, and the latents are of {height} x {width}, which "
                 "that doesn't divide: give another guide, or another `image_size`"
             )
+    if image_size is not None:
+        for network in (loaded.model, loaded.guide_network):
+            if network is not None:
+                _check_mixers(network, (height, width), image_size)
     return config["in_channels"], height, width
+
+
+def _check_mixers(network: SiT, latents: tuple[int, int], image_size: tuple[int, int]) -> None:
+    """Raise UserError unless all mixers take the grid of ``latents`` (h, w), of images of ``image_size``."""
+    patch, mixers = network.config["patch_size"], network.config["mixer"]
+    for block in network.blocks:
+        if check_grid := getattr(block.attn, "check_grid", None):
+            try:
+                check_grid((latents[0] // patch, latents[1] // patch))
+            except ValueError as error:
+                told = f"`image_size={image_size[0]} {image_size[1]}` is too small for {mixers}"
+                raise UserError(f"{told}: {error}") from error
 
 
 def check_finite(

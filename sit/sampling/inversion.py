@@ -57,7 +57,9 @@ def invert(arguments: Arguments, loaded: Loaded, folder: Path, state: PartialSta
     count = min(arguments.num_samples or len(data), len(data))
     chosen = np.linspace(0, len(data) - 1, count).round().astype(np.int64)  # evenly: data may be sorted by class
     mine = chosen[state.process_index :: state.num_processes]
-    batches = [mine[start : start + arguments.batch_size] for start in range(0, len(mine), arguments.batch_size)]
+    # the steps of an adaptive solver depend on the whole batch: an image alone has its own, as samples have theirs
+    size = 1 if arguments.sampler.adaptive and loaded.device.type == "cpu" else arguments.batch_size
+    batches = [mine[start : start + size] for start in range(0, len(mine), size)]
     rows: list[dict[str, np.ndarray]] = []
     with contextlib.ExitStack() as stack:
         if state.is_main_process:

@@ -126,7 +126,7 @@ class TrainConfig:
     warmup_steps: int = 0
     """steps over which the learning rate rises linearly from zero"""
     final_learning_rate: float | None = None
-    """learning rate at the last step, reached by a cosine; None keeps it constant"""
+    """learning rate that half a cosine falls to by the end of the steps; None keeps it constant"""
     betas: tuple[float, float] = fixed((0.9, 0.999))
     """AdamW's betas"""
     weight_decay: float = fixed(0.0)

@@ -21,7 +21,7 @@ from sit.checkpoint.save import save_checkpoint
 from sit.checkpoint.snapshots import save_snapshot
 from sit.compare.arguments import Arguments
 from sit.compare.compare import command, compare
-from sit.compare.report import markdown
+from sit.compare.report import _differences, markdown
 from sit.compare.runs import grouped, open_runs
 from sit.compare.speed import gradient_pass, measure_speed
 from sit.latents.encode import Encode, encode
@@ -377,6 +377,18 @@ def test_what_eval_fid_left_is_read_and_one_seed_is_paired_by_samples(runs, tmp_
 
     compare(Arguments(runs, str(tmp_path / "again"), work_dir=str(tmp_path / "work"), evaluation_seed=1, **options))
     assert set(made) == set(newest), "another evaluation seed gives other samples"
+
+
+def test_runs_without_a_seed_in_common_have_no_difference_and_the_report_says_so():
+    groups = {"a": {}, "b": {}, "c": {}}
+    (told, _) = _differences({"groups": groups, "differences": {}})
+    assert told.startswith("No difference to a is told for b, c: a pair needs runs of one training seed")
+    table = {"FID": {"value": 1.0, "error": 0.5, "over": "samples", "count": 10, "step": 4, "verdict": "worse"}}
+    lines = _differences({"groups": groups, "differences": {"b": table}})
+    assert lines[0].startswith("No difference to a is told for c: ")
+    assert not any(
+        "No difference" in line for line in _differences({"groups": {"a": {}, "b": {}}, "differences": {"b": table}})
+    )
 
 
 def test_a_folder_and_a_latent_cache_of_it_are_the_same_data(runs, tmp_path):

@@ -354,6 +354,25 @@ def test_a_run_that_was_trained_again_in_its_folder(two_runs, tmp_path):
     assert [(point["values"], point["other weights before"]) for point in line] == [([1.0], False)]
 
 
+def test_a_work_folder_is_read_alike_from_any_folder(two_runs, tmp_path, monkeypatch):
+    """What it says of checkpoints and guides does not depend on the folder in which the samples were made."""
+    loaded, guide = (replace(two_runs[0][step], path=two_runs[0][step].path) for step in (20, 10))
+    here, there = tmp_path, tmp_path / "elsewhere"
+    there.mkdir()
+    monkeypatch.chdir(here)
+    for one in (loaded, guide):
+        one.path = Path(os.path.relpath(one.path, here))
+    loaded.guide = guide
+    work = tmp_path / "work"
+    evaluated_with(work, loaded, 1.0)
+    seen = []
+    for folder in (here, there):
+        monkeypatch.chdir(folder)
+        (point,) = read_points(Arguments(str(work), "out", against="step"))[0]
+        seen.append(point)
+    assert seen[0] == seen[1] and seen[0].seed == 0 and seen[0].fixed["guide"] == "its own step-0000010"
+
+
 def test_numbers_of_another_version_are_left_out_and_told(tmp_path):
     work, run = tmp_path / "work", make_run(tmp_path / "run", 0)
     evaluated(work, run, 20, 1.0)

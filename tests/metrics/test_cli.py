@@ -629,3 +629,7 @@ def test_labels_of_generated_images(checkpoint):
     uniform = GeneratedImages(loaded, 2000, labels="uniform", config=few).labels
     assert (np.abs(np.bincount(uniform, minlength=10) - 200) < 5 * 180**0.5).all()
     assert (GeneratedImages(loaded, 10, labels="uniform", config=few).labels == uniform[:10]).all()
+    assert balanced.note is None
+    told = "only the first 6 of 10 classes: there are no more samples than that"
+    assert GeneratedImages(loaded, 6, config=few).note == told
+    assert GeneratedImages(loaded, 6, labels="uniform", config=few).note is None

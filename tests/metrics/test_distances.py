@@ -83,6 +83,14 @@ def test_infinity_takes_away_the_bias_of_few_samples():
     assert abs(np.mean([one.value for one in infinite])) < 0.1 * np.mean([one.value for one in plain])
 
 
+@pytest.mark.parametrize("count, told", [(47, False), (48, True)])
+def test_infinity_has_no_error_with_few_samples_for_the_dimensions(count, told):
+    reference = RootedMoments.of(Moments(np.zeros(16), np.eye(16)))
+    sums = GroupSums.of(rng.normal(size=(count, 16)), jackknife_groups(count))
+    plain = frechet(sums, reference)
+    assert plain.error and bool(frechet_at_infinity(sums, reference, plain).replicates) is told
+
+
 def score_by_hand(part):
     p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
     return np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean())

@@ -71,6 +71,43 @@ def run(monkeypatch, capsys):
     return command
 
 
+@pytest.mark.parametrize(
+    "names, told",
+    [
+        (("0", "1", "2", "3", "4", "5", "6", "7", "8", "9"), True), (("3", "7"), True), (("one", "two"), False),
+        (("digits",), False),
+    ],
+)  # fmt: skip
+def test_the_class_accuracy_of_digits_is_of_the_digits_that_classes_are_named_after(run, tmp_path, names, told):
+    """The images show what their folders are called, or nothing tells what a folder shows."""
+    images, classes = digits_arrays()
+    wanted = [int(name) for name in names] if told else list(range(len(names)))
+    for digit, name in zip(wanted, names, strict=True):
+        (tmp_path / "named" / name).mkdir(parents=True)
+        for number in np.flatnonzero(classes == digit)[:6]:
+            Image.fromarray(images[number]).resize((32, 32)).save(tmp_path / "named" / name / f"{number}.png")
+    out = run("--samples", tmp_path / "named", "--image-size", 32, "--reference", "digits:heldout")
+    found = [line for line in out.splitlines() if line.startswith("Class accuracy")]
+    if told:
+        assert float(found[0].split()[2]) > 0.9
+    else:
+        assert not found and "no class accuracy: the classes are not named 0 to 9 after the digits" in out
+
+
+def test_a_share_of_all_samples_has_no_error(digits, run):
+    """All groups are alike, which does not tell how often other samples would be."""
+    name = digits(60, labels=True)
+    out = run("--samples", name, "--reference", name)
+    (line,) = (line for line in out.splitlines() if line.startswith("Precision"))
+    assert line.split()[-1] and " 1 " in f"{line} " and "±" not in line and "the same in every group" in line
+
+
+def test_the_inception_score_of_few_samples_has_no_error(digits, run):
+    out = run("--samples", digits(30), "--reference", digits(60))
+    (line,) = (line for line in out.splitlines() if line.startswith("Inception score"))
+    assert "too few samples for an error" in line and "±" not in line
+
+
 # ---------------------------------------------------------------- too few images
 
 

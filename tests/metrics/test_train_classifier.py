@@ -10,6 +10,8 @@ import pytest
 import torch
 from processes import Connected
 
+from sit.metrics import train_classifier
+from sit.metrics.arguments import ClassifierArguments
 from sit.metrics.arguments import ClassifierSettings as Settings
 from sit.metrics.classifier import LabelClassifier, load_classifier
 from sit.metrics.features import get_extractor
@@ -51,6 +53,23 @@ def test_metrics_are_named_without_the_path_to_the_classifier(classifier):
     architecture = load_classifier(classifier).config.architecture
     assert extractor.label == f"features of the {architecture} in digits, not comparable with Inception FID"
     assert Path(extractor.weights) == Path(classifier), "features of two folders would be taken for the same"
+
+
+def test_features_that_are_not_finite_are_refused(classifier):
+    extractor = get_extractor(f"classifier:{classifier}", CPU)
+    next(extractor.network.parameters()).data.fill_(float("nan"))
+    with pytest.raises(UserError, match="features of the .* in digits, .*: some are NaN or infinite"):
+        extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_a_classifier_that_diverges_is_not_written(tmp_path, monkeypatch):
+    def diverge(classifier, *_):
+        next(classifier.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(train_classifier, "fit", diverge)
+    with pytest.raises(UserError, match="the classifier diverged at `learning_rate=0.004`: take a lower one"):
+        train_classifier.train(ClassifierArguments(out=str(tmp_path / "out"), learning_rate=4e-3))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_classifier_is_refused(classifier, tmp_path):

@@ -18,7 +18,7 @@ from sit.latents.vae import encode_images, scaling
 from sit.sampling import cli as sample
 from sit.sampling.config import SamplerConfig
 from sit.sampling.guidance import GuidedModel
-from sit.sampling.images import labels_named
+from sit.sampling.images import labels_named, word_for
 from sit.sampling.likelihood import log_likelihood, random_signs
 from sit.sampling.sampler import sample as sample_latents
 from sit.utils.errors import UserError
@@ -180,6 +180,30 @@ NAMES = ["tench, Tinca tinca", "three", "golden_retriever", "Tabby Cat", "7"]
 )
 def test_classes_by_number_and_by_name(words, wanted):
     assert labels_named(words, NAMES, 5) == wanted
+
+
+def test_a_numeral_is_the_class_that_has_it_for_a_name():
+    names = ["1", "3", "5", "7"]
+    assert labels_named(["3", "7", "1,5", "0"], names, 4) == [1, 3, 0, 2, 0]
+    assert [labels_named([word_for(label, names)], names, 4) for label in range(4)] == [[0], [1], [2], [3]]
+    assert [word_for(label, names) for label in range(4)] == ["0", "3", "2", "7"]
+    assert [word_for(label, "0123") for label in range(4)] == list("0123")
+
+
+def test_an_image_too_small_for_a_mixer_is_one_line(checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("--ckpt", checkpoint, "--image-size", 16, "--steps", 2, "--out", tmp_path / "small")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: --image-size 16 16 is too small for atconv: the 4 tokens of a 2 x 2 grid")
+
+
+@pytest.mark.parametrize("way", ["--reverse", "--likelihood"])
+def test_the_batch_size_does_not_matter_to_an_adaptive_solver_backwards(checkpoint, tmp_path, way):
+    for size in (1, 3):
+        run("--ckpt", checkpoint, way, "--data", "digits:heldout", "--sampler", "ode", "--num-samples", 3, "--rtol",
+            0.1, "--atol", 0.1, "--batch-size", size, "--out", tmp_path / str(size))  # fmt: skip
+    with np.load(tmp_path / "1" / "inversion.npz") as one, np.load(tmp_path / "3" / "inversion.npz") as three:
+        assert all(np.array_equal(one[name], three[name]) for name in one.files)
 
 
 def test_a_name_of_several_classes():
