@@ -157,6 +157,22 @@ def test_speeds_measured_apart(done, tmp_path, monkeypatch, capsys):
         run_study(Arguments(file, out=str(out), report_only=True))
 
 
+def test_a_variant_that_is_renamed_keeps_its_runs(done, tmp_path):
+    """As far as its files keep their names: the report is the same but for the name."""
+    shutil.copytree(done / "runs", tmp_path / "runs")
+    (tmp_path / "digits.yaml").write_text(STUDY.replace("name: depthwise & table", "name: depthwise table"))
+    assert run_study(Arguments(str(tmp_path / "digits.yaml"), out=str(tmp_path), report_only=True))
+    told = (done / "report" / "numbers.json").read_text().replace("depthwise & table", "depthwise table")
+    assert json.loads((tmp_path / "report" / "numbers.json").read_text()) == json.loads(told)
+    shutil.copytree(done / "work", tmp_path / "work")
+    one = tmp_path / "runs" / f"{NAMES[1]}.json"
+    found = json.loads(one.read_text())
+    record.write(one, found | {"evaluation": found["evaluation"] | {"steps": {}}})
+    study = read_study(tmp_path / "digits.yaml", str(tmp_path))
+    one_run.do(planned(study, {})[1], study)
+    assert json.loads(one.read_text())["variant"] == "depthwise table", "written anew, it says what it is called now"
+
+
 def test_a_report_against_another_variant(done, tmp_path):
     """Differences change their signs, the means stay, and the first report is as without it."""
     out, file = tmp_path / "out", str(done.parent / "digits.yaml")
@@ -440,6 +456,8 @@ def test_a_json_of_something_else_is_refused(done, tmp_path):
         ({"config": kept["config"] | {"learning_rate": 0.1}}, "was made with learning_rate 0.1, and the study says"),
         ({"format": 0}, "is not a run's JSON .*format 0.*remove it"),
         ({"config": kept["config"] | {"nonsense": 1}}, "unknown setting 'nonsense'"),
+        ({"config": [1]}, "is not a run's JSON .*config of type list.*remove it"),
+        ({"evaluation": "good"}, "is not a run's JSON .*evaluation of type str.*remove it"),
         (
             {"evaluation": kept["evaluation"] | {"settings": kept["evaluation"]["settings"] | {"num_samples": 7}}},
             "was evaluated with num_samples 7, and the study says 40",
@@ -447,6 +465,10 @@ def test_a_json_of_something_else_is_refused(done, tmp_path):
     ):
         record.write(run.json(study), kept | change)
         with pytest.raises(UserError, match=said):
+            Known(study).state()
+    for part in ("config", "format", "heldout", "evaluation", "speed", "machine"):
+        record.write(run.json(study), {name: value for name, value in kept.items() if name != part})
+        with pytest.raises(UserError, match=f"is not a run's JSON .*'{part}'.*remove it"):
             Known(study).state()
     run.json(study).write_text(json.dumps(kept)[:500])
     with pytest.raises(UserError, match="is not a run's JSON"):
