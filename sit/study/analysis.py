@@ -179,7 +179,15 @@ def at_equal_seconds(found: list[Found], fid: str | None, paces: Mapping[str, fl
     A run counts at the seconds a step of its variant, ``paces``'s or the runs' own. One that ends within
     :data:`NEARLY` of the time counts with what it ended with: its schedule of learning rates is done. Of a longer one
     the held-out loss and the logarithm of FID are interpolated linearly in time between measurements.
+
+    Returns:
+        Empty where no speed is known. Where the runs' own are of different machines, these by variant under
+        ``machines``, and nothing else.
     """
+    machines = {group.name: group.usual_machine for group in found
+                if group.name not in (paces or {}) and group.seconds_per_step}  # fmt: skip
+    if len(set(machines.values())) > 1:
+        return {"machines": machines}
     paces = {group.name: (paces or {}).get(group.name, group.seconds_per_step) for group in found}
     ends = [paces[group.name] * one["config"]["steps"] for group in found for one in group.records.values()
             if paces[group.name]]  # fmt: skip

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import tyro
 
 from sit.study.config import Study, read_study
+from sit.study.holding import IN_USE_EXIT, InUse
 from sit.utils.cli import parse
-from sit.utils.errors import UserError, entry_point
+from sit.utils.errors import UserError, entry_point, with_flags
 
 if TYPE_CHECKING:
     from sit.study.schedule import State
@@ -82,6 +83,7 @@ def run_study(arguments: Arguments) -> bool:
     """Do what the arguments say; returns whether nothing is left to do.
 
     Raises:
+        InUse: another program is at the run, or at the next one with ``jobs`` of 0.
         UserError: the study's file is wrong, a name is unknown, or runs failed.
     """
     study = read_study(arguments.study, arguments.out)
@@ -174,7 +176,12 @@ def report(arguments: Arguments, study: Study, state: State) -> None:
 @entry_point
 def main() -> None:
     arguments = parse(Arguments, "python -m sit.study", description=__doc__)
-    if not run_study(arguments):
+    try:
+        done = run_study(arguments)
+    except InUse as error:
+        print(f"error: {with_flags(str(error))}", file=sys.stderr)
+        sys.exit(IN_USE_EXIT)
+    if not done:
         from sit.training.stop_signal import REQUEUE_EXIT
 
         sys.exit(REQUEUE_EXIT)

@@ -339,6 +339,12 @@ def _check(study: Study) -> None:
                     f"variants: {variant.name}: seeds must begin with {study.seeds[0]}, as the study's do: all runs "
                     "share that seed's randomness but for the cause that vary names"
                 )
+    for variant in study.variants if study.select else ():
+        if both := [name for name in study.select.choices[0] if name in variant.settings]:
+            raise UserError(
+                f"variants: {variant.name}: {both[0]} is chosen for each variant by select, so that its own would "
+                "never be used: leave one of them out"
+            )
     if study.processes < 1:
         raise UserError(f"processes must be at least 1, not {study.processes}")
     for place, settings in [

@@ -11,13 +11,13 @@ from sit.checkpoint.integrity import is_complete
 from sit.study import record
 from sit.study.config import Study
 from sit.study.evaluation import evaluate_run
+from sit.study.holding import holding
 from sit.study.runs import Run
 from sit.training.heldout import HeldOutLoss
 from sit.training.non_finite import Diverged
 from sit.training.trainer import train
 from sit.utils.device import process_state
 from sit.utils.errors import UserError
-from sit.utils.lock import locked
 from sit.utils.signals import TRAINING, handled
 
 
@@ -27,8 +27,9 @@ def do(run: Run, study: Study) -> None:
     A training that diverges is a result: its JSON says so, nothing of it is evaluated, and it is not made again.
 
     Raises:
-        UserError: another program is at it, it was begun with other settings, there are not as many processes as the
-            study says, or as the training and the evaluation.
+        InUse: another program is at it.
+        UserError: it was begun with other settings, there are not as many processes as the study says, or as the
+            training and the evaluation.
         SystemExit: a signal asked for the end; what was done is kept and the status is
             :data:`~sit.utils.signals.TRAINING`'s.
     """
@@ -40,7 +41,7 @@ def do(run: Run, study: Study) -> None:
         )
     with contextlib.ExitStack() as held:
         if state.is_main_process:
-            held.enter_context(locked(run.work(study), "out"))
+            held.enter_context(holding(run, study))
         found = record.read(run, study)
         if record.is_finished(run, study, found):
             return

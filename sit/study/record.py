@@ -27,6 +27,8 @@ from sit.utils.record import record
 from sit.version import __version__
 
 FORMAT = 1
+PARTS = {"config": dict, "heldout": dict | None, "evaluation": dict | None, "speed": dict, "machine": str}
+"""What every JSON has, and its kind."""
 HOW_IT_RUNS = {
     "output_dir", "resume", "trackers", "log_every", "preview_every", "preview_steps", "preview_cfg_scale",
     "checkpoint_every", "keep_last", "keep_every", "cpu_threads", "workers", "tf32", "compile",
@@ -55,11 +57,7 @@ def describe_training(run: Run, study: Study, device: torch.device, failed: str 
     losses = [row for row in rows if row.get("loss") is not None]
     return {
         "format": FORMAT,
-        "name": run.name,
-        "variant": run.variant,
-        "cause": run.cause,
-        "seed": run.seed,
-        "choice": None if study.select is None or run.choice is None else study.select.choices[run.choice],
+        **_which(run, study),
         "config": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(run.config).items()},
         "loss": [[row["step"], _rounded(row["loss"])] for row in losses],
         "heldout": _heldout(folder, rows),
@@ -77,6 +75,12 @@ def describe_training(run: Run, study: Study, device: torch.device, failed: str 
         },
         **record(device),
     }
+
+
+def _which(run: Run, study: Study) -> dict[str, Any]:
+    """Which run of the study it is."""
+    choice = None if study.select is None or run.choice is None else study.select.choices[run.choice]
+    return {"name": run.name, "variant": run.variant, "cause": run.cause, "seed": run.seed, "choice": choice}
 
 
 def speed(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -124,6 +128,8 @@ def write(path: Path, found: dict[str, Any]) -> None:
 def read(run: Run, study: Study) -> dict[str, Any] | None:
     """A run's JSON; None if there is none.
 
+    Which run it is, the study says: the variant may have been renamed since, as far as its files keep their names.
+
     Raises:
         UserError: it can't be read, or is of a run with other settings.
     """
@@ -133,6 +139,9 @@ def read(run: Run, study: Study) -> dict[str, Any] | None:
         settings = found["config"]
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']!r} and not {FORMAT}")
+        for name, kinds in PARTS.items():
+            if not isinstance(found[name], kinds):
+                raise TypeError(f"{name} of type {type(found[name]).__name__}")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -145,7 +154,7 @@ def read(run: Run, study: Study) -> dict[str, Any] | None:
         channels = _guided_latents(found["evaluation"])
         evaluated, wanted = (_by_guided_channels(one, channels) for one in (found["evaluation"]["settings"], wanted))
         _check_same(path, "evaluated", evaluated, wanted)
-    return found
+    return found | _which(run, study)
 
 
 def _guided_latents(evaluation: dict[str, Any]) -> int | None:

@@ -21,13 +21,13 @@ import torch
 
 from sit.study import record
 from sit.study.config import Study
+from sit.study.holding import IN_USE_EXIT, InUse, is_held
 from sit.study.one_run import do
 from sit.study.progress import Progress
 from sit.study.runs import Run, planned, to_be_known
 from sit.study.selection import chosen, tried
 from sit.training.stop_signal import REQUEUE_EXIT
 from sit.utils.errors import UserError
-from sit.utils.lock import locked
 from sit.utils.signals import TRAINING, handled
 
 POLL = 0.5
@@ -217,15 +217,13 @@ def heeding_signals(stop: Stop) -> Iterator[None]:
         yield
 
 
-def is_held(run: Run, study: Study) -> bool:
-    """Whether another program is at a run."""
-    if not run.work(study).is_dir():
-        return False
-    try:
-        with locked(run.work(study), "out"):
-            return False
-    except UserError:
-        return True
+def found_in_use(job: Job, study: Study) -> bool:
+    """Whether a job ended because another program was first at its run.
+
+    ``accelerate launch`` does not hand on the exit status of what it launched.
+    """
+    status = job.process.returncode
+    return status == IN_USE_EXIT or (study.processes > 1 and status != 0 and is_held(job.run, study))
 
 
 def carry_out(
@@ -239,7 +237,8 @@ def carry_out(
 ) -> bool:
     """Do all runs that are missing, ``jobs`` at a time, each in a process of its own.
 
-    A run that another program is at is waited for. One that fails does not keep the others from being done.
+    A run that another program is at is waited for, and so is one that another was first at after both had started it.
+    One that fails does not keep the others from being done, and has not failed if another program finishes it.
 
     Args:
         study: the study.
@@ -263,7 +262,7 @@ def carry_out(
             for job in [job for job in active if job.is_over()]:
                 active.remove(job)
                 status = job.process.returncode
-                if status not in (0, REQUEUE_EXIT) and not stop:
+                if status not in (0, REQUEUE_EXIT) and not stop and not found_in_use(job, study):
                     failed[job.run.name] = f"exit status {status}: {last_line(Path(job.log.name))}"
                     progress.say(f"{job.run.name} stopped with {failed[job.run.name]}; see {job.log.name}")
             state = known.state()
@@ -284,18 +283,21 @@ def carry_out(
             progress.show(state, [job.run for job in active], stopping=bool(stop))
             time.sleep(POLL)
     progress.close(state)
+    left = {run.name for run in state.missing(study, only)}
+    failed = {name: said for name, said in failed.items() if name in left}
     if failed:
         name, said = next(iter(failed.items()))
         others = f", and {len(failed) - 1} others" if len(failed) > 1 else ""
         raise UserError(f"{name} stopped with {said}{others}; see the logs in {study.out / 'work'}")
-    return not state.missing(study, only)
+    return not left
 
 
 def carry_out_here(study: Study, *, only: tuple[str, ...] = (), hours: float | None = None) -> bool:
     """Do all runs that are missing in this process, one after another; arguments and result as :func:`carry_out`'s.
 
     Raises:
-        UserError: a run failed, or another program is at it.
+        InUse: another program is at a run.
+        UserError: a run failed.
     """
     known = Known(study)
     stop = Stop(None if hours is None else time.monotonic() + 3600 * hours)
@@ -309,6 +311,8 @@ def carry_out_here(study: Study, *, only: tuple[str, ...] = (), hours: float | N
                 tidy(study, known.state())
                 try:
                     do(todo[0], study)
+                except InUse:
+                    raise
                 except UserError as error:
                     raise UserError(f"{todo[0].name}: {error}") from error
                 except SystemExit as end:  # a signal asked for it

@@ -15,6 +15,7 @@ import torch
 
 from sit.model import create_model
 from sit.study.config import Study
+from sit.study.record import without_folders
 from sit.training.config import TrainConfig
 from sit.training.distributed import compile_for_training
 from sit.training.ema import averaged_parameters, moving_average, trained_parameters
@@ -35,6 +36,13 @@ from sit.utils.timing import interleaved
 FILE = "speed.json"
 REPEATS = 9
 """steps of each variant, whose median counts"""
+BEARING = (
+    "data", "vae", "image_size", "model", "mixer", "positional_embedding", "block", "learn_sigma", "class_dropout",
+    "interpolant", "prediction", "loss_weight", "time_distribution", "repa", "distill_from", "freeze", "train_only",
+    "batch_size", "gradient_accumulation", "optimizer", "max_grad_norm", "posthoc_ema", "mixed_precision", "tf32",
+    "compile", "gradient_checkpointing", "cpu_threads",
+)  # fmt: skip
+"""Fields of TrainConfig that bear on how long a step takes."""
 
 
 def measure(study: Study, repeats: int = REPEATS) -> Path:
@@ -48,7 +56,7 @@ def measure(study: Study, repeats: int = REPEATS) -> Path:
             process's.
     """
     device = process_state().device
-    configs = {variant.name: study.config(variant, 0 if study.select else None) for variant in study.variants}
+    configs = _configs(study)
     for name in ("cpu_threads", "tf32"):
         if len({getattr(config, name) for config in configs.values()}) > 1:
             raise UserError(f"`measure_speed`: variants differ in {name}, so they can't be timed in one process")
@@ -60,26 +68,46 @@ def measure(study: Study, repeats: int = REPEATS) -> Path:
     seconds = interleaved(steps, device, repeats)
     file = study.out / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_record(file, device, {"repeats": repeats, "seconds_per_step": seconds})
+    settings = {name: _bearing(config) for name, config in configs.items()}
+    write_record(file, device, {"repeats": repeats, "settings": settings, "seconds_per_step": seconds})
     return file
 
 
 def measured(study: Study) -> dict[str, Any] | None:
-    """What ``OUT/speed.json`` says; None if it is not there.
+    """What ``OUT/speed.json`` says, without the speeds of variants that are others now; None if it is not there.
+
+    A file of an earlier program doesn't say what its variants were, and is taken as it is.
 
     Raises:
         UserError: it is there and can't be read.
     """
     file = study.out / FILE
+    now, usual = {name: _bearing(config) for name, config in _configs(study).items()}, _bearing(TrainConfig())
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        for pace in found["seconds_per_step"].values():
+        paces = found["seconds_per_step"]
+        for pace in paces.values():
             float(pace)
+        if (then := found.pop("settings", None)) is not None:
+            same = {name for name in then.keys() & now.keys() if usual | then[name] == now[name]}
+            found["seconds_per_step"] = {name: pace for name, pace in paces.items() if name in same}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} holds no speeds ({error!r}); remove it, or give `measure_speed`") from error
     return found
+
+
+def _configs(study: Study) -> dict[str, TrainConfig]:
+    """Variant → the training whose steps are timed; of choices, the first."""
+    return {variant.name: study.config(variant, 0 if study.select else None) for variant in study.variants}
+
+
+def _bearing(config: TrainConfig) -> dict[str, Any]:
+    """The settings of :data:`BEARING` as a JSON has them, of places what stays the same on another machine."""
+    values = {name: getattr(config, name) for name in BEARING}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return values | {name: without_folders(values[name]) for name in ("data", "vae")}
 
 
 def training_step(config: TrainConfig, device: torch.device, name: str) -> Callable[[], None]:

@@ -109,6 +109,13 @@ def _set_aside(found: Mapping[str, Any]) -> list[str]:
     if found.get("other_measure"):
         named = ", ".join(found["other_measure"])
         lines += [f"The held-out loss of {named} is of another prediction or of other images, and is left out.", ""]
+    if machines := (found.get("seconds") or {}).get("machines"):
+        named = "; ".join(f"{name}: {machine}" for name, machine in machines.items())
+        lines += [
+            "Nothing is compared at equal seconds, as the variants' runs are of different machines, whose speeds are "
+            f"not the variants' ({named}): time a step of each on one machine with `measure_speed`.",
+            "",
+        ]
     return lines
 
 
@@ -293,7 +300,7 @@ def _speeds(found: Mapping[str, Any]) -> str:
 
 def _seconds(found: Mapping[str, Any], first: str, images: Mapping[str, str]) -> list[str]:
     seconds = found["seconds"]
-    if not seconds:
+    if "seconds" not in seconds:
         return []
     names = [name for name in found["variants"] if name != first]
     lines = [

@@ -45,10 +45,15 @@ class Found:
         return found
 
     @property
-    def seconds_per_step(self) -> float | None:
-        """The median over the runs, of those of the machine that has most of them."""
+    def usual_machine(self) -> str:
+        """The machine that has most of the runs, the first of equals."""
         machines = [one["machine"] for one in self.records.values()]
-        usual = max(machines, key=machines.count) if machines else ""
+        return max(machines, key=machines.count) if machines else ""
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The median over the runs of :attr:`usual_machine`."""
+        usual = self.usual_machine
         paces = [one["speed"]["seconds_per_step"] for one in self.records.values() if one["machine"] == usual]
         known = [pace for pace in paces if pace]
         return statistics.median(known) if known else None

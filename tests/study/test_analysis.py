@@ -154,6 +154,20 @@ def test_what_ends_at_nearly_the_same_time_counts_as_it_ended(records):
         assert (found[FID]["by_seed"] == pytest.approx(fids, rel=1e-12)) == ended
 
 
+def test_speeds_of_different_machines_are_not_compared(records):
+    """The machine that has most of a variant's runs counts; of paces that are given it does not matter."""
+    groups = [Found(name, {seed: records[f"{name}-seed{seed}"] for seed in range(3)}) for name in "ab"]
+    usual = at_equal_seconds(groups, FID)
+    records["b-seed0"]["machine"] = "n"
+    assert at_equal_seconds(groups, FID) == usual
+    records["b-seed1"]["machine"] = "n"
+    assert at_equal_seconds(groups, FID) == {"machines": {"a": "m", "b": "n"}}
+    assert at_equal_seconds(groups, FID, {"a": 1.0, "b": 1.0}) == usual
+    for seed in (0, 1):
+        records[f"b-seed{seed}"]["speed"] = {"seconds_per_step": None}
+    assert at_equal_seconds(groups, FID)["seconds"] == usual["seconds"], "what has no speed there is not compared"
+
+
 def test_losses_of_something_else_are_not_compared(records):
     """b predicts noise, or is measured on other images: its loss is left out, its FID stays."""
     of = study("a", "b")

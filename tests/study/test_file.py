@@ -48,6 +48,14 @@ def study(tmp_path):
     return make
 
 
+def stored_of(run, evaluation=None) -> dict:
+    """What the JSON of a run without a choice says, as it is read again."""
+    which = {"name": run.name, "variant": run.variant, "cause": run.cause, "seed": run.seed, "choice": None}
+    measured = {"heldout": None, "speed": {"seconds_per_step": None, "rows": []}, "evaluation": evaluation}
+    stored = {"format": 1, **which, "config": dataclasses.asdict(run.config), **measured, "machine": "m"}
+    return json.loads(json.dumps(stored))
+
+
 def test_runs_are_variants_by_seeds(study):
     runs = planned(study(BASE + VARIANTS), {})
     assert [run.name for run in runs] == ["A-seed3", "B-seed3", "A-seed4"], "a seed at a time"
@@ -135,8 +143,7 @@ def test_a_place_on_another_machine_is_the_same_place_where_nothing_but_its_fold
     of = study(BASE + VARIANTS + f"evaluate: {{reference: '{here}'}}\n")
     run = planned(of, {})[0]
     settings = dataclasses.asdict(of.evaluate) | {"reference": there}
-    stored = {"format": record.FORMAT, "config": dataclasses.asdict(run.config), "evaluation": {"settings": settings}}
-    stored = json.loads(json.dumps(stored))
+    stored = stored_of(run, {"settings": settings})
     run.json(of).parent.mkdir(parents=True)
     record.write(run.json(of), stored)
     with contextlib.nullcontext() if same else pytest.raises(UserError, match="was evaluated with reference"):
@@ -166,18 +173,18 @@ def test_an_evaluation_is_the_same_where_as_many_channels_are_guided(study, late
     settings = dataclasses.asdict(of.evaluate)
     settings["sampler"] |= {"cfg_channels": None} | yaml.safe_load(f"{{{then}}}")
     evaluation = {"settings": settings, "others": others} | ({} if latents is None else {"latent_channels": latents})
-    stored = {"format": record.FORMAT, "config": dataclasses.asdict(run.config), "evaluation": evaluation}
+    stored = stored_of(run, evaluation)
     run.json(of).parent.mkdir(parents=True)
     record.write(run.json(of), stored)
     with contextlib.nullcontext() if same else pytest.raises(UserError, match="was evaluated with sampler"):
-        assert record.read(run, of) == json.loads(json.dumps(stored))
+        assert record.read(run, of) == stored
 
 
 def test_where_sampling_begins_is_not_how_a_run_was_watched(study):
     """It decides what the samples are."""
     of = study((BASE + VARIANTS).replace("steps: 6,", "steps: 6, prediction: noise, sample_eps: 1e-3,"))
     run = planned(of, {})[0]
-    stored = {"format": record.FORMAT, "config": dataclasses.asdict(run.config), "evaluation": None}
+    stored = stored_of(run)
     run.json(of).parent.mkdir(parents=True)
     record.write(run.json(of), stored | {"config": stored["config"] | {"sample_eps": 1e-2}})
     with pytest.raises(UserError, match="was made with sample_eps 0.01"):
@@ -196,7 +203,7 @@ def test_an_eps_without_a_part_is_refused_in_a_study_and_read_in_its_jsons(study
 
     of = study(BASE + VARIANTS)
     run = planned(of, {})[0]
-    stored = {"format": record.FORMAT, "config": dataclasses.asdict(run.config), "evaluation": None, "heldout": None}
+    stored = stored_of(run)
     earlier = stored | {"config": stored["config"] | {"train_eps": 0.05, "sample_eps": 0.01}}
     run.json(of).parent.mkdir(parents=True)
     record.write(run.json(of), earlier)
@@ -236,7 +243,7 @@ def test_a_json_says_settings_as_they_were_said_then_and_places_as_they_are_else
     of = study(BASE + VARIANTS)
     run = planned(of, {})[0]
     assert run.config.repa_block is None
-    stored = {"format": record.FORMAT, "config": dataclasses.asdict(run.config), "evaluation": None}
+    stored = stored_of(run)
     run.json(of).parent.mkdir(parents=True)
     record.write(run.json(of), stored | {"config": stored["config"] | {"repa_block": 8}})
     assert record.read(run, of)["config"]["repa_block"] == 8
@@ -298,6 +305,8 @@ def test_checkpoints_are_where_they_are_evaluated(study):
         (BASE.replace("steps: 6", "seed-weights: 5") + VARIANTS, "settings: seed_weights is the study's own to set"),
         (BASE + "variants: [{name: A, eval-every: 3}]", "A: eval_every is the study's own to set; give evaluate"),
         (BASE.replace("steps: 6", "log-every: 5, log_every: 5") + VARIANTS, "settings: log_every is there twice"),
+        (BASE + VARIANTS.replace("steps: 9", "learning-rate: 7e-4") + "select: {seed: 3, learning_rate: [2e-3, 4e-3]}",
+         "variants: B: learning_rate is chosen for each variant by select, .*: leave one of them out"),
         (BASE + VARIANTS + "select: {seed: 3, loss-weight: [none, velocity]}", "not comparable where loss_weight diff"),
         (BASE + VARIANTS + "select: {seed: 3, meanflow_omega: [1.0, 2.0]}", "not comparable where meanflow_omega diff"),
         (BASE + "variants: [{name: A, prediction: average-velocity}]\nevaluate: {reference: digits, guidance: [2]}",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from sit.study import schedule
+from sit.study.cli import main
 from sit.study.config import read_study
 from sit.study.progress import Progress, remaining_hours
 from sit.study.schedule import carry_out
@@ -34,6 +37,17 @@ os.makedirs(os.path.dirname(path), exist_ok=True)
 open(path + ".tmp", "w").write(content)
 os.rename(path + ".tmp", path)
 """
+HOLD = """
+import os, sys
+from sit.utils.lock import locked
+folder, path, content = sys.argv[1:4]
+with locked(folder, "out"):
+    print("held", flush=True)
+    sys.stdin.read()
+    if content:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        open(path, "w").write(content)
+"""
 WAIT = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
@@ -53,6 +67,7 @@ def record_of(run) -> str:
     loss = {"A": 0.3, "B": 0.2}[run.variant] + run.config.learning_rate
     heldout = {"steps": [6], "loss": [loss]}
     one = {"format": 1, "config": config, "heldout": heldout, "evaluation": None, "speed": {"seconds_per_step": 1}}
+    one["machine"] = "m"
     return json.dumps(one)
 
 
@@ -64,6 +79,14 @@ def finishing(study, seconds: float = 0.0):
         return [sys.executable, "-c", FINISH, *words]
 
     return command
+
+
+def holder(study, run, content: str = "") -> subprocess.Popen:
+    """Another program that holds a run until its input ends, and then leaves what is given as the run's JSON."""
+    words = [str(run.work(study)), str(run.json(study)), content]
+    other = subprocess.Popen([sys.executable, "-c", HOLD, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    return other
 
 
 @pytest.fixture(autouse=True)
@@ -175,15 +198,7 @@ def test_an_error_leaves_no_run_going_on(study, monkeypatch):
 def test_a_run_that_another_program_is_at_is_waited_for(study, monkeypatch):
     """Another process holds it; a lock of this one would not count."""
     run = schedule.Known(study).state().runs[0]
-    hold = f"""
-import sys, time
-from sit.utils.lock import locked
-with locked({str(run.work(study))!r}, "out"):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert other.stdout.readline() == b"held\n"
+    other = holder(study, run)
     assert schedule.is_held(run, study)
     monkeypatch.setattr(schedule, "command", finishing(study))
     assert not carry_out(study, jobs=1, only=(run.name,), hours=0.5 / 3600)
@@ -192,6 +207,62 @@ with locked({str(run.work(study))!r}, "out"):
     assert carry_out(study, jobs=1, only=(run.name,)) and (run.work(study) / "begun").exists()
     with locked(run.work(study), "out"):
         pass
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+@pytest.mark.parametrize("processes, status", [(1, 75), (2, 1)])
+def test_a_run_that_another_program_takes_while_it_starts_is_waited_for(
+    study, monkeypatch, capsys, finishes, processes, status
+):
+    """It was free when it was started; if the other leaves it undone, it is done here. Launchers exit with 1."""
+    of = dataclasses.replace(study, processes=processes)
+    run, others, started = schedule.Known(of).state().runs[0], [], []
+    monkeypatch.setattr(Progress, "show", lambda *_, **__: others and len(started) == 1 and looks.append(1))
+    looks = []
+
+    def command(*words):
+        started.append(1)
+        if len(started) > 1:
+            return finishing(of)(*words)
+        others.append(holder(of, run, record_of(run) if finishes else ""))
+        threading.Timer(1.5, others[0].communicate).start()
+        return [sys.executable, "-c", f"import sys; print('error: in use'); sys.exit({status})"]
+
+    monkeypatch.setattr(schedule, "command", command)
+    assert carry_out(of, jobs=1, only=(run.name,))
+    assert len(started) == (1 if finishes else 2) and len(looks) > 10, "not begun again until the other's end"
+    assert run.json(of).read_text() == record_of(run) and "stopped with" not in capsys.readouterr().err
+
+
+def test_a_run_that_another_program_finishes_has_not_failed(study, monkeypatch):
+    """It failed here, as for want of memory, and is there in the end."""
+    first, second = schedule.Known(study).state().runs[:2]
+
+    def command(run, *_):
+        if run.name == second.name:  # meanwhile the other program is done with the first
+            subprocess.run(finishing(study)(first), check=True)
+            return finishing(study)(second)
+        return [sys.executable, "-c", "import sys; sys.exit(2)"]
+
+    monkeypatch.setattr(schedule, "command", command)
+    assert carry_out(study, jobs=1, only=(first.name, second.name))
+
+
+@pytest.mark.parametrize("words", [["--run", "A-0.002-seed0"], ["--jobs", "0"]])
+def test_a_program_that_finds_a_run_in_use_exits_with_a_status_of_its_own(study, monkeypatch, capsys, words):
+    """A folder that can't be written is a mistake as any other: waiting does not help."""
+    run = schedule.Known(study).state().runs[0]
+    monkeypatch.setattr(sys, "argv", ["study", str(study.path), "--out", str(study.out), *words])
+    other = holder(study, run)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 75 and told.count("\n") == 1 and f"is in use by process {other.pid} on" in told
+    other.communicate()
+    run.work(study).write_text("a file")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "a file stands where a folder is needed" in capsys.readouterr().err
 
 
 def test_what_is_not_wanted_any_more_is_removed(study, monkeypatch, tmp_path):

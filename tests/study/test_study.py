@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,16 +20,17 @@ from sit.metrics.features import get_extractor
 from sit.metrics.generated import GeneratedImages
 from sit.metrics.image_sets import DataImages
 from sit.sampling.config import SamplerConfig
-from sit.study import one_run, record
+from sit.study import one_run, record, speed
 from sit.study.alike import check_alike
 from sit.study.cli import Arguments, run_study
-from sit.study.config import read_study
+from sit.study.config import Study, read_study
 from sit.study.evaluation import evaluate_run
 from sit.study.plan import disk_bytes, parameter_counts
 from sit.study.runs import planned
 from sit.study.schedule import Known
 from sit.study.speed import training_step
 from sit.study.values import LOSS
+from sit.training.config import TrainConfig
 from sit.training.recipes import from_mapping
 from sit.training.run_folder import read_metrics
 from sit.utils.errors import UserError
@@ -155,6 +157,103 @@ def test_speeds_measured_apart(done, tmp_path, monkeypatch, capsys):
     (out / "speed.json").write_text("[]")
     with pytest.raises(UserError, match=r"speed.json holds no speeds .* give `measure_speed`"):
         run_study(Arguments(file, out=str(out), report_only=True))
+
+
+def test_a_speed_is_of_the_variant_as_it_was_measured(tmp_path):
+    """Of one that is another by now it is lacking; of one elsewhere, trained longer or in an earlier file not."""
+    out, file = tmp_path / "out", tmp_path / "digits.yaml"
+    file.write_text(STUDY)
+    speed.measure(read_study(file, str(out)), repeats=1)
+    assert set(json.loads((out / "speed.json").read_text())["settings"]["attention"]) == set(speed.BEARING)
+
+    def kept(text: str) -> set[str]:
+        file.write_text(text)
+        return set(speed.measured(read_study(file, str(out)))["seconds_per_step"])
+
+    both = {"attention", "depthwise & table"}
+    assert kept(STUDY) == both
+    assert kept(STUDY.replace("steps: 4", "steps: 9\n  learning_rate: 7e-4")) == both
+    assert kept(STUDY.replace("mixer: depthwise,", "mixer: atconv,")) == {"attention"}
+    assert kept(STUDY.replace("{name: attention,", "{name: attention, model: SiT-XS/4,")) == {"depthwise & table"}
+    assert kept(STUDY.replace("{name: attention,", "{name: attention, repa: dinov2-vit-b,")) == {"depthwise & table"}
+    assert kept(STUDY.replace("batch_size: 4", "batch_size: 8")) == set()
+    told = json.loads((out / "speed.json").read_text())
+    for settings in told["settings"].values():
+        del settings["block"]  # what an earlier program did not know was as it is now by default
+        settings["vae"] = "none:channels=1"
+    (out / "speed.json").write_text(json.dumps(told))
+    assert kept(STUDY) == both and kept(STUDY.replace("steps: 4", "steps: 4\n  block: modern")) == set()
+    del told["settings"]
+    (out / "speed.json").write_text(json.dumps(told))
+    assert kept(STUDY.replace("mixer: depthwise,", "mixer: atconv,")) == both
+    (out / "speed.json").write_text(json.dumps(told | {"settings": {"attention": 3}}))
+    with pytest.raises(UserError, match=r"speed.json holds no speeds .* give `measure_speed`"):
+        kept(STUDY)
+
+
+def test_whatever_a_timed_step_reads_is_kept_beside_its_speed(done, tmp_path, monkeypatch):
+    """But for what leaves the step as long as it is."""
+    read: set[str] = set()
+
+    class Watched(TrainConfig):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    real = Study.config
+
+    def config(*words):
+        made = Watched(**{field.name: getattr(real(*words), field.name) for field in dataclasses.fields(TrainConfig)})
+        read.clear()  # its own checks read everything
+        return made
+
+    monkeypatch.setattr(Study, "config", config)
+    study = dataclasses.replace(study_of(done), out=tmp_path, variants=study_of(done).variants[:1])
+    speed.measure(study, repeats=1)
+    other = {"learning_rate", "betas", "weight_decay", "ema_decay", "ema_warmup", "train_eps", "sample_eps"}
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert read & fields - {*speed.BEARING} == other and len(speed.BEARING) == len({*speed.BEARING} & fields)
+
+
+def test_a_variant_that_is_renamed_keeps_its_runs(done, tmp_path):
+    """As far as its files keep their names: the report is the same but for the name."""
+    shutil.copytree(done / "runs", tmp_path / "runs")
+    (tmp_path / "digits.yaml").write_text(STUDY.replace("name: depthwise & table", "name: depthwise table"))
+    assert run_study(Arguments(str(tmp_path / "digits.yaml"), out=str(tmp_path), report_only=True))
+    told = (done / "report" / "numbers.json").read_text().replace("depthwise & table", "depthwise table")
+    assert json.loads((tmp_path / "report" / "numbers.json").read_text()) == json.loads(told)
+    shutil.copytree(done / "work", tmp_path / "work")
+    one = tmp_path / "runs" / f"{NAMES[1]}.json"
+    found = json.loads(one.read_text())
+    record.write(one, found | {"evaluation": found["evaluation"] | {"steps": {}}})
+    study = read_study(tmp_path / "digits.yaml", str(tmp_path))
+    one_run.do(planned(study, {})[1], study)
+    assert json.loads(one.read_text())["variant"] == "depthwise table", "written anew, it says what it is called now"
+
+
+def test_runs_of_different_machines_are_not_compared_at_equal_seconds(done, tmp_path):
+    """Not in the section, the curves or the table; speeds that were measured apart bring them back."""
+    out, file = tmp_path / "out", str(done.parent / "digits.yaml")
+    shutil.copytree(done / "runs", out / "runs")
+    for name in NAMES[1::2]:
+        one = out / "runs" / f"{name}.json"
+        record.write(one, json.loads(one.read_text()) | {"machine": "another one"})
+    assert run_study(Arguments(file, out=str(out), report_only=True))
+    text = (out / "report" / "README.md").read_text()
+    (line,) = [line for line in text.splitlines() if "equal seconds" in line]
+    assert "depthwise & table: another one)" in line and "with `measure_speed`" in line
+    assert not list((out / "report").glob("*-seconds.png")) and "against seconds" not in text
+    (out / "speed.json").write_text(
+        json.dumps(
+            {
+                "command": "x", "machine": "m", "date": "today", "repeats": 1,
+                "seconds_per_step": {"attention": 1.0, "depthwise & table": 2.0},
+            }
+        )
+    )  # fmt: skip
+    assert run_study(Arguments(file, out=str(out), report_only=True))
+    assert "## At equal seconds" in (out / "report" / "README.md").read_text()
+    assert (out / "report" / "loss-seconds.png").is_file()
 
 
 def test_a_report_against_another_variant(done, tmp_path):
@@ -440,6 +539,8 @@ def test_a_json_of_something_else_is_refused(done, tmp_path):
         ({"config": kept["config"] | {"learning_rate": 0.1}}, "was made with learning_rate 0.1, and the study says"),
         ({"format": 0}, "is not a run's JSON .*format 0.*remove it"),
         ({"config": kept["config"] | {"nonsense": 1}}, "unknown setting 'nonsense'"),
+        ({"config": [1]}, "is not a run's JSON .*config of type list.*remove it"),
+        ({"evaluation": "good"}, "is not a run's JSON .*evaluation of type str.*remove it"),
         (
             {"evaluation": kept["evaluation"] | {"settings": kept["evaluation"]["settings"] | {"num_samples": 7}}},
             "was evaluated with num_samples 7, and the study says 40",
@@ -447,6 +548,10 @@ def test_a_json_of_something_else_is_refused(done, tmp_path):
     ):
         record.write(run.json(study), kept | change)
         with pytest.raises(UserError, match=said):
+            Known(study).state()
+    for part in ("config", "format", "heldout", "evaluation", "speed", "machine"):
+        record.write(run.json(study), {name: value for name, value in kept.items() if name != part})
+        with pytest.raises(UserError, match=f"is not a run's JSON .*'{part}'.*remove it"):
             Known(study).state()
     run.json(study).write_text(json.dumps(kept)[:500])
     with pytest.raises(UserError, match="is not a run's JSON"):
