@@ -285,7 +285,7 @@ class Transport(SchedulerMixin, ConfigMixin):
         return self.interpolant.interpolate(original_samples, noise, timesteps)
 
 
-def predicted(model: Field, x: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
+def predicted(model: Field, x: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
     """What a network says at (x, t), (B, …): float32, or float64 if x is.
 
     A network that has a ``dtype``, that of its weights, gets x in it, as in sampling.
