@@ -88,7 +88,7 @@ class Deformable(nn.Module):
             values = v.to(places.dtype).unflatten(-1, (self.groups, -1)).transpose(1, 2)
             sample = _grid_sample if self.backend == "grid_sample" else _gather
             mixed = sample(values.flatten(0, 1), places.flatten(0, 1), weights.flatten(0, 1), grid)
-            mixed = mixed.unflatten(0, (len(x), self.groups)).transpose(1, 2).flatten(2)
+            mixed = mixed.unflatten(0, (x.shape[0], self.groups)).transpose(1, 2).flatten(2)
         return self.proj(mixed.to(v.dtype))
 
     def _places(self, x: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,7 @@ import torch
 from sit.mixers.forward_mode import plain_operations
 from sit.transport.draws import check_dropout, consecutive, noise, uniform
 from sit.transport.interpolants import expand_t_like_x
-from sit.transport.transport import Field, Transport, null_label_of
+from sit.transport.transport import Field, Transport, null_label_of, predicted
 from sit.utils.errors import UserError
 
 
@@ -129,7 +129,7 @@ class MeanFlow:
             generator: source of the draws made here, on its own device; None is the global one of x1's device.
 
         Returns:
-            (B,) float32, the squared error of each image, without its weight.
+            (B,) float32, or float64 if x1 is, the squared error of each image, without its weight.
 
         Raises:
             UserError: a dropout that is no probability, or labels to drop, or guidance, and no null label.
@@ -193,8 +193,7 @@ class MeanFlow:
             slopes = derivative(model, x[rows], t[rows], end[rows], target[rows], **chosen)
             steps = expand_t_like_x((end - t)[rows], x)
             target = target.index_add(0, rows, (steps * slopes).to(target.dtype))
-        wide = torch.promote_types(x1.dtype, torch.float32)
-        error = model(x, t, **labels, end=end).to(wide) - target
+        error = predicted(model, x, t, **labels, end=end) - target
         return error.square().flatten(1).sum(1)
 
     def _guided(
@@ -210,9 +209,9 @@ class MeanFlow:
         """ω·v + κ·u(x, t, t | label) + (1 − ω − κ)·u(x, t, t | no label), (B, …)."""
         guided = self.omega * velocity
         if self.kappa:
-            guided = guided + self.kappa * model(x, t, y=y, end=t).to(velocity.dtype)
+            guided = guided + self.kappa * predicted(model, x, t, y=y, end=t).to(velocity.dtype)
         if rest := 1 - (self.omega + self.kappa):
-            guided = guided + rest * model(x, t, y=null_labels, end=t).to(velocity.dtype)
+            guided = guided + rest * predicted(model, x, t, y=null_labels, end=t).to(velocity.dtype)
         return guided
 
 
@@ -225,7 +224,7 @@ def derivative(
     """
 
     def average(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return model(x, t, **labels, end=end)
+        return predicted(model, x, t, **labels, end=end)
 
     with plain_operations(model, x.device):
         return torch.func.jvp(average, (x, t), (velocity.to(x.dtype), torch.ones_like(t)))[1]

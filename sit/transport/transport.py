@@ -172,7 +172,7 @@ class Transport(SchedulerMixin, ConfigMixin):
             generator: source of the draws made here, on its own device; None is the global one of x1's device.
 
         Returns:
-            (B,) float32, the loss of each image.
+            (B,) float32, or float64 if x1 is, the loss of each image.
 
         Raises:
             UserError: a dropout that is no probability, labels to drop and no null label, or the prediction
@@ -201,10 +201,10 @@ class Transport(SchedulerMixin, ConfigMixin):
             x0: noise (B, …).
 
         Returns:
-            (B,) float32.
+            (B,) float32, or float64 if x1 is.
         """
         path = self.interpolant
-        out = model(path.interpolate(x1, x0, t), t, **conditions).float()
+        out = predicted(model, path.interpolate(x1, x0, t), t, **conditions)
         if self.predicts_velocity:
             error = out - path.velocity(x1, x0, t)
         elif self.prediction == "noise":
@@ -283,6 +283,15 @@ class Transport(SchedulerMixin, ConfigMixin):
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_t (B, …) of data and noise (B, …) at times (B,) in [0, 1]."""
         return self.interpolant.interpolate(original_samples, noise, timesteps)
+
+
+def predicted(model: Field, x: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
+    """What a network says at (x, t), (B, …): float32, or float64 if x is.
+
+    A network that has a ``dtype``, that of its weights, gets x in it, as in sampling.
+    """
+    out = model(x.to(getattr(model, "dtype", x.dtype)), t, **conditions)
+    return out.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def null_label_of(model: Field) -> int:

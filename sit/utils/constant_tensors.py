@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import lru_cache, wraps
+from types import SimpleNamespace
 from typing import TypeVar
 
 import torch
@@ -30,9 +31,33 @@ def kept(function: Callable[..., Made]) -> Callable[..., Made]:
 def made_once(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """As :func:`kept`, for a function whose result a compiled network takes for a constant.
 
-    It would look through :func:`kept`, making the tensor at each call.
+    It would look through :func:`kept`, making the tensor at each call. The compiler names a constant after the code of
+    the function that gives it, and takes two of one name in a network for a mistake; so each set of arguments gets a
+    function of its own, which the compiler finds by name.
     """
-    return torch.compiler.assume_constant_result(kept(function))
+    recalled, names = kept(function), dict[tuple[Hashable, ...], str]()
+    constants = SimpleNamespace()
+
+    @torch.compiler.assume_constant_result
+    def name_of(*arguments: Hashable) -> str:
+        if arguments not in names:
+            name = f"{function.__module__}.{function.__name__}.{len(names)}".replace(".", "_")
+
+            def constant(*arguments: Hashable) -> torch.Tensor:
+                return recalled(*arguments)
+
+            constant.__code__ = constant.__code__.replace(co_name=name)
+            setattr(constants, name, torch.compiler.assume_constant_result(constant))
+            names[arguments] = name
+        return names[arguments]
+
+    @wraps(function)
+    def made(*arguments: Hashable) -> torch.Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            return getattr(constants, name_of(*arguments))(*arguments)
+        return recalled(*arguments)
+
+    return made
 
 
 def _is_traced() -> bool:

@@ -56,6 +56,38 @@ def test_exported_first_and_then_called(pattern):
     found.sum().backward()
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_exported_with_an_open_batch(pattern):
+    mixer, grid = built(pattern), (5, 7)
+    shapes = {"x": {0: torch.export.Dim("batch")}, "grid": (None, None)}
+    program = torch.export.export(mixer, (torch.randn(3, 35, 12), grid), dynamic_shapes=shapes).module()
+    for count in (1, 4):
+        x = torch.randn(count, 35, 12)
+        torch.testing.assert_close(program(x, grid), mixer(x, grid))
+
+
+NETWORKS = [
+    *((pattern, "published") for pattern in OURS),
+    *((pattern, "modern") for pattern in ("attention", "neighborhood")),
+    ("deformable,attention", "published"),
+    ("neighborhood,neighborhood:kernel_size=1", "published"),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern, block", NETWORKS)
+def test_a_network_is_compiled_whole(pattern, block):
+    """Of two blocks, at the size that it was trained at and at another, which has a positional table of its own."""
+    torch.compiler.reset()
+    network = SiT(6, 2, 4, 16, depth=2, num_heads=2, num_classes=3, mixer=pattern, block=block).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True, dynamic=False)
+    for side in (6, 10):
+        inputs = torch.randn(2, 4, side, side), torch.rand(2), torch.tensor([0, 1])
+        torch.testing.assert_close(compiled(*inputs), network(*inputs))
+
+
 def test_a_network_exported_at_another_size_than_it_was_trained_at():
     """Its positional table is then kept between calls."""
     network = SiT(4, 1, 4, 16, depth=1, num_heads=2, num_classes=3, mixer="attention").eval()

@@ -329,3 +329,45 @@ def test_the_derivative_of_a_network_is_a_central_difference(mixer):
     expected = (moved[0] - moved[1]) / 2e-6
     assert (found - expected).norm() < 1e-6 * expected.norm()
     assert backends == [getattr(block.attn, "backend", None) for block in model.blocks]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_network(dtype):
+    """Its loss, with guidance and the derivative, and the gradients are near to those of its weights in float32."""
+    half, exact = network("attention"), network("attention")
+    torch.manual_seed(0)
+    for parameter in half.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    exact.load_state_dict(half.to(dtype).state_dict())
+    shape = (8, half.config.in_channels, *half.config.input_size)
+    x1, x0, y = torch.randn(shape), torch.randn(shape), torch.arange(8) % half.config.num_classes
+    draws = dict(u=torch.rand(8, 2), positions=torch.arange(8), x0=x0, class_dropout=0.0)
+    objective = MeanFlow(transport(), share=0.5, weight_power=0.0, omega=0.6, kappa=0.3)
+    found, expected = (objective.training_loss(model, x1, y, **draws) for model in (half, exact))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0)
+    for loss in (found, expected):
+        loss.mean().backward()
+    for one, other in zip(half.parameters(), exact.parameters(), strict=True):
+        assert one.grad.dtype == dtype and (one.grad - other.grad).norm() <= 0.05 * other.grad.norm()
+    t, end = draws["u"].aminmax(dim=1)
+    slopes = [derivative(model, x0, t, end, x1, y=y) for model in (half, exact)]
+    assert slopes[0].dtype == torch.float32 and (slopes[0] - slopes[1]).norm() <= 0.05 * slopes[1].norm()
+
+
+def test_autocast_has_the_formula_to_the_bit():
+    model = network("attention")
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    shape = (4, model.config.in_channels, *model.config.input_size)
+    x1, x0, t, y = torch.randn(shape), torch.randn(shape), torch.rand(4), torch.arange(4) % model.config.num_classes
+    end, at, v = t + (1 - t) / 2, t.reshape(-1, 1, 1, 1), x1 - x0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = MeanFlow(transport()).squared_error(model, x1, t, end, x0, y=y)
+        x = at * x1 + (1 - at) * x0
+        with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            moved = torch.func.jvp(lambda x, t: model(x, t, y, end=end), (x, t), (v, torch.ones_like(t)))[1]
+        out = model(x, t, y, end=end)
+    target = v + (end - t).reshape(-1, 1, 1, 1) * moved
+    assert out.dtype == torch.bfloat16 and torch.equal(found, (out.float() - target).square().flatten(1).sum(1))

@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 import torch
 
+from sit.model import SiT
 from sit.sampling.config import SamplerConfig
 from sit.sampling.sampler import sample
 from sit.transport.transport import Transport
@@ -152,6 +153,67 @@ def test_the_null_label():
 
 
 # ---------------------------------------------------------------------- the loop of the docs
+
+
+# ---------------------------------------------------------------------- precision
+
+
+def network() -> SiT:
+    """A small network with random weights everywhere."""
+    made = SiT(4, 2, 2, 16, depth=1, num_heads=2, num_classes=NULL, learn_sigma=False)
+    torch.manual_seed(0)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return made
+
+
+def batch() -> tuple[torch.Tensor, ...]:
+    """x1 (8, 2, 4, 4), t (8,), x0 and labels."""
+    source = torch.Generator().manual_seed(1)
+    x1, x0 = torch.randn(2, 8, 2, 4, 4, generator=source)
+    return x1, torch.rand(8, generator=source), x0, torch.arange(8) % NULL
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "score"])
+def test_the_loss_in_float64_has_its_numerical_gradients(prediction):
+    (x1, x0, t, _), weight = data(2), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    x1, x0, t = x1.double(), x0.double(), t.double()
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        found = Transport("linear", prediction).loss(lambda x, t: (weight * x).sin(), x1, t, x0)
+        assert found.dtype == torch.float64
+        return found
+
+    assert torch.autograd.gradcheck(loss, (weight,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_of_a_half_precision_network(dtype):
+    """float32, and near to that of the same weights in float32; so are its gradients."""
+    half, (x1, t, x0, y) = network().to(dtype), batch()
+    exact = network()
+    exact.load_state_dict(half.state_dict())
+    drawn = dict(u=t, x0=x0, class_dropout=0.0)
+    found, expected = (Transport().training_loss(model, x1, y, **drawn) for model in (half, exact))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0)
+    for loss in (found, expected):
+        loss.mean().backward()
+    for one, other in zip(half.parameters(), exact.parameters(), strict=True):
+        assert one.grad.dtype == dtype and (one.grad - other.grad).norm() <= 0.05 * other.grad.norm()
+
+
+def test_autocast_has_the_published_loss_to_the_bit():
+    model, (x1, t, x0, y) = network(), batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = Transport().loss(model, x1, t, x0, y=y)
+        at = t.reshape(-1, 1, 1, 1)
+        out = model(at * x1 + (1 - at) * x0, t, y)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(found, (out.float() - (x1 - x0)).square().flatten(1).mean(1))
+
+
+# ---------------------------------------------------------------------- the docs
 
 
 def code_blocks(page, section):
