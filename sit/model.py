@@ -334,7 +334,7 @@ class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if hidden_states is not None:
             x, t, y = hidden_states, timestep, class_labels
             if t is not None:
-                t = torch.as_tensor(t, device=x.device).expand(len(x))
+                t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
             return_dict = True if return_dict is None else return_dict
         if x is None or t is None or y is None:
             raise TypeError("a SiT needs x, t and y; in diffusers' words hidden_states, timestep and class_labels")
