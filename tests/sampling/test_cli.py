@@ -175,6 +175,7 @@ NAMES = ["tench, Tinca tinca", "three", "golden_retriever", "Tabby Cat", "7"]
         (["golden_retriever,tabby cat"], [2, 3]),
         (["tabby", "cat,1"], [3, 1]),
         (["tench, tinca tinca", "3"], [0, 3]),
+        (["7"], [4]),
         ([], []),
     ],
 )
@@ -220,7 +221,7 @@ def test_a_name_of_several_classes():
     [
         (["zebra", "dog"], "zebra` is no class of this network: it has the labels 0 to 4"),
         (["thre"], "thre` is no class of this network; did you mean three"),
-        (["7"], "7` is out of range"),
+        (["9"], "9` is out of range"),
         (["-1"], "-1` is out of range"),
     ],
 )
