@@ -120,15 +120,14 @@ def _differences(found: dict[str, Any]) -> list[str]:
     """What each group has more than the first, paired, with its verdict."""
     (first, *others), names = found["groups"], list(found["differences"])
     unpaired = [name for name in others if name not in names]
-    left_out = [
-        f"No difference to {first} is told for {', '.join(unpaired)}: a pair needs runs of one training seed, with "
-        "checkpoints of one step, and numbers that have an error.",
-        "",
-    ]  # fmt: skip
+    lines = []
+    if unpaired:
+        told = f"No difference to {first} is told for {', '.join(unpaired)}"
+        needs = "a pair needs runs of one training seed, with checkpoints of one step, and numbers that have an error"
+        lines += [f"{told}: {needs}.", ""]
     if not names:
-        return left_out if unpaired else []
-    lines = [
-        *(left_out if unpaired else []),
+        return lines
+    lines += [
         f"## Difference to {first}, paired, at the last step that both have",
         "",
         "With its 95 % interval: over training seeds where there are several, else over samples of these weights. Runs "

@@ -20,6 +20,7 @@ SPLIT = 5000
 
 PER_DIMENSION = 3
 """samples for each dimension of the features, from which on an extrapolated distance has an error"""
+
 FEWEST_IN_SUBSET = FEWEST_GROUPS * PER_GROUP
 """features in a subset of KID that its error needs, as many as samples"""
 

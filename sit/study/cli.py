@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import tyro
 
 from sit.study.config import Study, read_study
-from sit.study.holding import IN_USE_EXIT, InUse
+from sit.study.holding import IN_USE_EXIT
 from sit.utils.cli import parse
-from sit.utils.errors import UserError, entry_point, with_flags
+from sit.utils.errors import UserError, entry_point
+from sit.utils.lock import InUse
 
 if TYPE_CHECKING:
     from sit.study.schedule import State
@@ -179,8 +180,8 @@ def main() -> None:
     try:
         done = run_study(arguments)
     except InUse as error:
-        print(f"error: {with_flags(str(error))}", file=sys.stderr)
-        sys.exit(IN_USE_EXIT)
+        error.status = IN_USE_EXIT
+        raise
     if not done:
         from sit.training.stop_signal import REQUEUE_EXIT
 

@@ -21,13 +21,14 @@ import torch
 
 from sit.study import record
 from sit.study.config import Study
-from sit.study.holding import IN_USE_EXIT, InUse, is_held
+from sit.study.holding import IN_USE_EXIT, is_held
 from sit.study.one_run import do
 from sit.study.progress import Progress
 from sit.study.runs import Run, planned, to_be_known
 from sit.study.selection import chosen, tried
 from sit.training.stop_signal import REQUEUE_EXIT
 from sit.utils.errors import UserError
+from sit.utils.lock import InUse
 from sit.utils.signals import TRAINING, handled
 
 POLL = 0.5

@@ -23,7 +23,13 @@ _OF_THE_SYSTEM = {
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. The message is one line that names the file, argument or value, and the mend."""
+    """A mistake the user can mend. The message is one line that names the file, argument or value, and the mend.
+
+    Attributes:
+        status: what a command exits with.
+    """
+
+    status = 2
 
 
 def with_flags(message: str) -> str:
@@ -47,7 +53,7 @@ def first_line(error: BaseException) -> str:
 
 
 def entry_point(main: Callable[..., object]) -> Callable[..., None]:
-    """Wrap a command's ``main``: a :class:`UserError` becomes ``error: …`` on stderr and exit status 2.
+    """Wrap a command's ``main``: a :class:`UserError` becomes ``error: …`` on stderr and its exit status, 2.
 
     So does a file that the system doesn't let it read or write, wherever that is met. Before all,
     :func:`sit.utils.openmp.wait_briefly`.
@@ -60,7 +66,7 @@ def entry_point(main: Callable[..., object]) -> Callable[..., None]:
             main(*args, **kwargs)
         except UserError as error:
             print(f"error: {with_flags(str(error))}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(error.status)
         except OSError as error:
             if error.errno not in _OF_THE_SYSTEM or not isinstance(error.filename, (str, bytes, os.PathLike)):
                 raise

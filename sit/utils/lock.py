@@ -18,6 +18,10 @@ from sit.utils.files import LOCK, explain_os_errors
 _HELD = {errno.EACCES, errno.EAGAIN}
 
 
+class InUse(UserError):
+    """Another process holds the folder: waiting helps."""
+
+
 @contextlib.contextmanager
 def locked(folder: str | Path, argument: str, *, beside: bool = False) -> Iterator[None]:
     """Hold ``folder``, made if need be, for this process while the block runs.
@@ -33,7 +37,8 @@ def locked(folder: str | Path, argument: str, *, beside: bool = False) -> Iterat
     hold it. It works between machines where the file system shares locks (NFS 4, Lustre).
 
     Raises:
-        UserError: another process holds it; the message names its machine, number and beginning.
+        InUse: another process holds it; the message names its machine, number and beginning.
+        UserError: it can't be written.
     """
     folder = Path(folder)
     path = folder.with_name(f".{folder.name}{LOCK}") if beside else folder / LOCK
@@ -60,7 +65,7 @@ def _take(path: Path, what: str) -> int:
             os.close(descriptor)
             if error.errno not in _HELD:
                 raise
-            raise UserError(f"{what} is in use by {holder}: wait for its end, or choose another") from None
+            raise InUse(f"{what} is in use by {holder}: wait for its end, or choose another") from None
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             break
         os.close(descriptor)  # its holder removed it in between
