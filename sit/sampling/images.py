@@ -128,7 +128,8 @@ def _check_mixers(network: SiT, latents: tuple[int, int], image_size: tuple[int,
                 check_grid((latents[0] // patch, latents[1] // patch))
             except ValueError as error:
                 told = f"`image_size={image_size[0]} {image_size[1]}` is too small for {mixers}"
-                raise UserError(f"{told}: {error}") from error
+                why = str(error).partition(": use ")[0]  # what follows is for whoever makes a network
+                raise UserError(f"{told}: {why}; take a larger one") from error
 
 
 def check_finite(

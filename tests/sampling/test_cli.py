@@ -196,6 +196,7 @@ def test_an_image_too_small_for_a_mixer_is_one_line(checkpoint, tmp_path, capsys
         run("--ckpt", checkpoint, "--image-size", 16, "--steps", 2, "--out", tmp_path / "small")
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: --image-size 16 16 is too small for atconv: the 4 tokens of a 2 x 2 grid")
+    assert error.endswith("; take a larger one") and "--kernel-size" not in error
 
 
 @pytest.mark.parametrize("way", ["--reverse", "--likelihood"])
