@@ -16,6 +16,8 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that ``run`` takes at most, of the device's memory, or of this process's on a CPU.
 
+    Not after :func:`sit.utils.allocator.keep_freed_memory`: what a process keeps is used again unseen, or not at all.
+
     Returns:
         They, to within the pages that an allocator keeps on a CPU; None where the system does not tell (no Linux).
     """
