@@ -25,7 +25,7 @@ from timm.models._features import feature_take_indices
 from timm.models._helpers import clean_state_dict
 from torch import nn
 
-from atconv.module import ATConv
+from atconv.module import ATConv, check_kernel_size
 
 __all__ = ["AttNet"]  # register_model adds the sizes
 
@@ -156,6 +156,7 @@ class AttNet(nn.Module):
         super().__init__()
         if not len(depths) == len(dims) == len(mlp_ratios):
             raise ValueError(f"`{depths=}`, `{dims=}` and `{mlp_ratios=}` must be of one length")
+        check_kernel_size(kernel_size)
         if stem_stride not in STEM_STRIDES:
             raise ValueError(f"`stem_stride` must be 4, 2 or 1, not {stem_stride}")
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
@@ -392,13 +393,13 @@ default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in SI
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> AttNet:
     arguments = SIZES[variant] | kwargs
+    feature_cfg = {"out_indices": tuple(range(len(arguments["depths"]))), "feature_cls": "getter"}
+    if (asked := kwargs.get("feature_cls", "getter")) in ("hook", "fx"):
+        feature_cfg["output_fmt"] = "NHWC"  # they read the stages themselves, which are channels last
+    elif asked != "getter":
+        raise ValueError(f"`feature_cls={asked}` is not for AttNet: leave it out, or take hook or fx")
     return build_model_with_cfg(
-        AttNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(arguments["depths"]))), "feature_cls": "getter"},
-        **arguments,
+        AttNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **arguments
     )
 
 

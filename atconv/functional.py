@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -103,12 +104,12 @@ def make_kernels(
         ``control`` both are the same tensor.
 
     Raises:
-        ValueError: the backend can't be used on this machine or device.
+        ValueError: the backend can't be used on this machine or device, or lacks the derivatives that are being taken.
     """
     wide = torch.promote_types(proj_weight.dtype, torch.float32)
     mix_weight, mix_bias = mix_weight.to(wide), mix_bias.to(wide)
     control = None if control is None else control.to(wide)
-    kernels = load_triton(x.device.type == "cpu") if (backend or fastest_backend(x)) == "triton" else None
+    kernels = load_triton(x.device.type == "cpu") if checked_backend(x, backend) == "triton" else None
     pooled = (kernels.pool if kernels else pool_tokens)(x, mix_weight.shape[0], proj_weight.dtype)
     logits = F.linear(pooled, proj_weight, proj_bias)
     if kernels:
@@ -130,30 +131,53 @@ def depthwise_conv(v: torch.Tensor, kernels: torch.Tensor, backend: str | None =
         (B, H, W, C) in v's dtype.
 
     Raises:
-        ValueError: shapes that don't fit, an even k, or a backend that is unknown or can't be used on this machine.
+        ValueError: shapes that don't fit, an even k, or a backend that is unknown, can't be used on this machine or
+            lacks the derivatives that are being taken.
     """
     taps, side = kernels.shape[1], math.isqrt(kernels.shape[1])
     if side * side != taps or side % 2 == 0:
         raise ValueError(f"`kernels` of {taps} taps are not k x k with odd k")
     if kernels.shape[0] not in (1, v.shape[0]) or kernels.shape[2] != v.shape[3]:
         raise ValueError(f"`kernels` of shape {tuple(kernels.shape)} don't fit `v` of shape {tuple(v.shape)}")
-    backend = backend or fastest_backend(v)
-    if backend not in BACKENDS:
+    return BACKENDS[checked_backend(v, backend)](v, kernels, side)
+
+
+def checked_backend(x: torch.Tensor, backend: str | None) -> str:
+    """``backend``, or the fastest one for x where it is None.
+
+    Raises:
+        ValueError: there is none of this name, or it lacks the derivatives that are being taken.
+    """
+    if backend is not None and backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    return BACKENDS[backend](v, kernels, side)
+    if backend == "triton" and under_a_transform():
+        raise ValueError("`backend=triton` has no forward-mode derivatives or transforms of torch.func: leave it out")
+    return backend or fastest_backend(x)
+
+
+def under_a_transform() -> bool:
+    """Whether forward-mode derivatives or a transform of ``torch.func`` are being taken.
+
+    Operators of Triton have backward passes alone. PyTorch drops the tangents of such an operator without a word. Not
+    asked while ``torch.compile`` traces.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def fastest_backend(x: torch.Tensor) -> str:
     """The backend for x's device when none is named: the fastest measured on CPUs, the expected one elsewhere.
 
     An exported program (``torch.export``, and ONNX through it) has ``taps``: plain operations on any device, while
-    ``channels_last`` is a convolution of as many groups as the batch makes, which ONNX can't say.
+    ``channels_last`` is a convolution of as many groups as the batch makes, which ONNX can't say. Where
+    :func:`under_a_transform` is true, it is not ``triton``.
     """
     if torch.compiler.is_exporting():
         return "taps"
     if x.device.type == "cpu":
         return "channels_last"
-    return "triton" if x.device.type == "cuda" and HAS_TRITON else "taps"
+    return "triton" if x.device.type == "cuda" and HAS_TRITON and not under_a_transform() else "taps"
 
 
 def load_triton(on_cpu: bool) -> ModuleType:

@@ -16,6 +16,17 @@ WINDOW = 4
 """Side of the windows that make the kernels with ``scope=window``, in tokens."""
 
 
+def is_count(value: object) -> bool:
+    """Whether it is a positive int, and not True."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_kernel_size(kernel_size: object) -> None:
+    """Raise ValueError unless it is an odd positive int."""
+    if not is_count(kernel_size) or kernel_size % 2 == 0:  # type: ignore[operator]
+        raise ValueError(f"`kernel_size` must be an odd number, not {kernel_size!r}")
+
+
 class Weights(nn.Linear):
     """A linear layer that is computed elsewhere: called without an input, it gives its weight and bias.
 
@@ -52,8 +63,9 @@ class ATConv(nn.Module):
         window: side of the windows, in tokens.
 
     Raises:
-        ValueError: an even kernel size; an unknown activation, backend or scope; a backend that this machine can't run,
-            or that is named for another scope than the image; another scope without routing.
+        ValueError: a size that is no positive int; an even kernel size; an unknown activation, backend or scope; a
+            backend that this machine can't run, or that is named for another scope than the image; another scope
+            without routing.
     """
 
     positional_embedding = False
@@ -73,8 +85,10 @@ class ATConv(nn.Module):
         window: int = WINDOW,
     ) -> None:
         super().__init__()
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"`kernel_size` must be an odd number, not {kernel_size}")
+        check_kernel_size(kernel_size)
+        for name, size in (("dim", dim), ("window", window)):
+            if not is_count(size):
+                raise ValueError(f"`{name}` must be at least 1, not {size!r}")
         choices = (
             (activation, ACTIVATIONS, "activation"), (backend, BACKENDS, "backend"), (init, INITIAL_VALUES, "init"),
             (scope, SCOPES, "scope"),
@@ -87,8 +101,6 @@ class ATConv(nn.Module):
             raise ValueError(f"`scope={scope}` makes kernels by plain operations: it does not go with `{given}`")
         if scope != "window" and window != WINDOW:
             raise ValueError(f"`window` is of `scope=window`, not of {scope}: leave it out")
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(f"`window` must be at least 1, not {window}")
         if backend == "triton":  # to fail here, not in the first forward pass
             load_triton(on_cpu=not torch.accelerator.is_available())
         self.kernel_size, self.inhibition, self.routing = kernel_size, inhibition, routing

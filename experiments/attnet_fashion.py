@@ -50,6 +50,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
                             "stem_width": 8}),
 }  # fmt: skip
 """timm's names and arguments: parameters within 10 % of AttNet's, no layer scale, no drop path."""
+LEAST_STEPS = 10
+"""of a run, so that its learning rate can rise and fall"""
 
 
 @dataclass
@@ -63,6 +65,19 @@ class Recipe:
     label_smoothing: float = 0.1
     limit: int | None = None
     """train and test on this many images only"""
+
+    def steps_an_epoch(self, images: int) -> int:
+        """How many batches there are of so many images.
+
+        Raises:
+            UserError: too few for the schedule of the learning rate.
+        """
+        if (found := images // self.batch_size) * self.epochs < LEAST_STEPS:
+            raise UserError(
+                f"{images:,} images in {self.epochs} epochs of `batch_size={self.batch_size}` are fewer than "
+                f"{LEAST_STEPS} steps: take smaller batches, more `epochs` or a greater `limit`"
+            )
+        return found
 
 
 @dataclass
@@ -85,11 +100,14 @@ class Arguments(Recipe):
         unknown = [name for name in self.models if name not in NETWORKS]
         if unknown or not self.models:
             raise UserError(f"`models={' '.join(unknown)}`: choose among {', '.join(NETWORKS)}")
+        if len(set(self.models)) < len(self.models):
+            raise UserError(f"`models={' '.join(self.models)}` names a network twice, which would count as more seeds")
         for name in ("epochs", "batch_size", "seeds", "threads", "timed_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"`{name}` must be at least 1, not {getattr(self, name)}")
-        if self.limit is not None and self.limit < self.batch_size:
-            raise UserError(f"`limit={self.limit}` must be at least the batch size of {self.batch_size}")
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.weight_decay < math.inf:
+            rates = f"`learning_rate={self.learning_rate}` and `weight_decay={self.weight_decay}`"
+            raise UserError(f"{rates}: the first must be above 0, the second at least 0")
 
 
 def build(name: str) -> nn.Module:
@@ -129,7 +147,7 @@ def train(name: str, seed: int, recipe: Recipe, parts: dict[str, Any], device: t
     model = build(name).to(device)
     chance = torch.Generator().manual_seed(seed)
     pixels, labels = parts["train"]
-    steps = len(pixels) // recipe.batch_size
+    steps = recipe.steps_an_epoch(len(pixels))
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, recipe.weight_decay), lr=recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, total_steps=steps * recipe.epochs, pct_start=0.2

@@ -70,7 +70,8 @@ def run(arguments: Arguments) -> bool:
     try:
         return carry_out(chosen, arguments.out, device, Clock(STARTED, 60 * arguments.minutes))
     finally:
-        print(f"page: {report.write(arguments.out)}")
+        if report.has_parts(arguments.out):  # what ended it before the first one is told, not that there is none
+            print(f"page: {report.write(arguments.out)}")
 
 
 @entry_point

@@ -31,11 +31,13 @@ from sit.compare.points import seconds_of_training
 from sit.metrics.classifier import LabelClassifier
 from sit.metrics.estimate import half_width
 from sit.metrics.evaluate import Against, measure
-from sit.metrics.features import get_extractor
+from sit.metrics.features import Extractor, get_extractor
 from sit.metrics.generated import GeneratedImages
+from sit.metrics.image_sets import Images
 from sit.metrics.paired import over_seeds
-from sit.metrics.statistics_files import open_reference
+from sit.metrics.statistics_files import Statistics, open_reference
 from sit.metrics.work_folder import WorkDirectory
+from sit.mixers.registry import parse_mixers
 from sit.sampling.config import SamplerConfig
 from sit.training.config import TrainConfig
 from sit.training.recipes import load_recipe
@@ -189,15 +191,19 @@ def evaluated(arguments: Arguments, seed: int, folder: Path, ways: Iterator[Way]
     return {way.name: _found(arguments, setting, seed, folder, loaded, way.config) for way in ways}
 
 
+def yardstick(setting: Setting) -> tuple[Images | Statistics, list[Extractor]]:
+    """What FID is measured against, and on."""
+    size = load_recipe(setting.recipe).image_size
+    return open_reference(setting.reference, size, device=CPU), [get_extractor(setting.features, CPU)]
+
+
 def _found(
     arguments: Arguments, setting: Setting, seed: int, folder: Path, loaded: Loaded, config: SamplerConfig
 ) -> Found:
     classifier = setting.classifier and LabelClassifier.load(
         setting.classifier, CPU, loaded.info.classes or None, loaded.info.label_names
     )
-    size = load_recipe(setting.recipe).image_size
-    reference = open_reference(setting.reference, size, device=CPU)
-    against = Against(reference, [get_extractor(setting.features, CPU)], classifier or None, CPU)
+    against = Against(*yardstick(setting), classifier or None, CPU)
     samples = GeneratedImages(loaded, arguments.num_samples, seed=key(seed, "meanflow") % 2**31, config=config)
     with WorkDirectory(str(folder / "evaluation")) as work:
         measured = measure(samples, against, work)
@@ -263,6 +269,11 @@ def table(found: Mapping[int, Any], arguments: Arguments, everything: bool) -> s
 
 def run(arguments: Arguments) -> None:
     """Train and sample what is missing, print the tables, and keep all numbers as JSON."""
+    setting = SETTINGS[arguments.setting]
+    parse_mixers(arguments.mixer)  # what is wrong or missing is told before hours of training
+    yardstick(setting)
+    if setting.classifier is not None:
+        LabelClassifier.load(setting.classifier, CPU)
     found = {seed: of_seed(arguments, seed) for seed in range(arguments.seeds)}
     for seed, of in found.items():
         told = {name: "not told" if value is None else f"{value:.0f} s" for name, value in of["seconds"].items()}

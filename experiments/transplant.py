@@ -28,10 +28,12 @@ from training_runs import ensure_trained
 from sit.checkpoint.load import load_for_sampling
 from sit.metrics.estimate import half_width
 from sit.metrics.evaluate import evaluate
-from sit.metrics.features import get_extractor
+from sit.metrics.features import Extractor, get_extractor
 from sit.metrics.generated import GeneratedImages
+from sit.metrics.image_sets import Images
 from sit.metrics.paired import over_seeds
-from sit.metrics.statistics_files import open_reference
+from sit.metrics.statistics_files import Statistics, open_reference
+from sit.mixers.registry import parse_mixers
 from sit.sampling.config import SamplerConfig
 from sit.training.config import TrainConfig
 from sit.training.recipes import load_recipe
@@ -138,12 +140,16 @@ def fid(arguments: Arguments, seed: int, folder: Path) -> float:
     device = torch.device("cpu")
     loaded = load_for_sampling(folder, device=device, dtype=for_sampling(SAMPLING_PRECISION, device))
     samples = GeneratedImages(loaded, arguments.num_samples, seed=key(seed, "transplant") % 2**31, config=SAMPLER)
-    reference = open_reference(f"fashion-mnist-test:{arguments.data}", arguments.image_size, device=device)
-    features = get_extractor(arguments.features, device)
-    report = evaluate(samples, reference, features, device=device, work_dir=str(folder / "evaluation"))
+    report = evaluate(samples, *yardstick(arguments, device), device=device, work_dir=str(folder / "evaluation"))
     if report is None:
         raise RuntimeError("this is not the main process")
     return next(number.value for number in report.numbers if number.name.startswith("FID"))
+
+
+def yardstick(arguments: Arguments, device: torch.device) -> tuple[Images | Statistics, Extractor]:
+    """What FID is measured against, and on."""
+    reference = open_reference(f"fashion-mnist-test:{arguments.data}", arguments.image_size, device=device)
+    return reference, get_extractor(arguments.features, device)
 
 
 def of_seed(arguments: Arguments, seed: int) -> dict[str, Any]:
@@ -214,6 +220,9 @@ def distilling(found: Mapping[int, Mapping[str, Any]], names: Mapping[str, str])
 
 def run(arguments: Arguments) -> None:
     """Train what is missing, print the tables, and keep all numbers as JSON."""
+    parse_mixers(arguments.mixer)  # what is wrong or missing is told before hours of training
+    if arguments.num_samples:
+        yardstick(arguments, torch.device("cpu"))
     found = {seed: of_seed(arguments, seed) for seed in range(arguments.seeds)}
     needed: dict[str, Any] = {}
     names = {"heldout_loss": "Held-out loss"} | ({"fid": "FID"} if arguments.num_samples else {})

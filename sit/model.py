@@ -338,6 +338,7 @@ class SiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return_dict = True if return_dict is None else return_dict
         if x is None or t is None or y is None:
             raise TypeError("a SiT needs x, t and y; in diffusers' words hidden_states, timestep and class_labels")
+        t = t.to(torch.promote_types(t.dtype, torch.float32))  # differences of times in half precision lose bits
         height, width = x.shape[-2:]
         grid = self._grid(height, width)
         x = self.x_embedder(x).contiguous()  # the convolution leaves channels first, which each block would put right

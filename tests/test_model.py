@@ -371,6 +371,15 @@ def test_reversed_time_is_hidden_by_the_network():
         assert not torch.allclose(reverse(x, t, y), -plain(x, t, y), atol=1e-3)
 
 
+def test_times_in_half_precision_are_taken_as_they_are():
+    """1 − t in bfloat16 would be another time."""
+    reverse = awake(small(time_reversed=True))
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.01, 0.3]).bfloat16(), torch.tensor([0, 5])
+    with torch.no_grad():
+        torch.testing.assert_close(reverse(x, t, y), reverse(x, t.float(), y), rtol=0, atol=0)
+        assert not torch.equal(reverse(x, t.float(), y), reverse(x, 1 - (1 - t).float(), y))
+
+
 @pytest.mark.parametrize("grid", [(8, 8), (4, 8), (6, 2), (2, 2), (3, 5)])
 def test_positional_table_on_another_grid(grid):
     """Each token has the sines and cosines of its center in the trained grid, written out one by one."""

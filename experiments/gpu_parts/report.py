@@ -81,6 +81,11 @@ def studies(pieces: dict[str, Figures]) -> str:
 TABLES = {"kernels": compared, "sampling": compared, "speed": speeds, "training": trainings, "study": studies}
 
 
+def has_parts(out: Path) -> bool:
+    """Whether there is a JSON of a part."""
+    return any((out / f"{name}.json").is_file() for name in TITLES)
+
+
 def write(out: Path) -> Path:
     """Write OUT/README.md of the JSONs that are there.
 

@@ -7,6 +7,7 @@ of it. iREPA (arXiv 2512.10794) projects by one convolution over the grid, and n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -163,7 +164,12 @@ def align(
     """Add the alignment that ``config`` asks for to an objective, and the projector to the network.
 
     To be called before the network is wrapped or compiled and the optimizer is made.
+
+    Raises:
+        UserError: an encoder or a block that is not to be had, or a normalization over a single token.
     """
+    if config.repa_spatial_norm is not None and math.prod(network.grid) == 1:
+        raise UserError("`repa_spatial_norm` is over an image's tokens, and this network has one: leave it out")
     encoder = load_encoder(config.repa, network.grid, device)
     with global_generator(key(config.seed_of("weights"), "initial projector")):
         attach_projector(network, aligned_block(config), encoder.width, config.repa_projector)
@@ -223,6 +229,9 @@ class Encoder:
         return out.flatten(1, 2)
 
 
+TAKE = "take a vision transformer for color images"
+
+
 def load_encoder(name: str, grid: tuple[int, int], device: torch.device | str = "cpu") -> Encoder:
     """The encoder that ``repa`` names.
 
@@ -245,12 +254,15 @@ def load_encoder(name: str, grid: tuple[int, int], device: torch.device | str = 
     else:
         source = name
     try:
-        encoder = Encoder(timm.create_model(source, pretrained=True, num_classes=0), grid, device)
-        side = encoder.input_size
-        found = encoder.features(torch.zeros(1, 3, *side, dtype=torch.uint8)).shape
+        network = timm.create_model(source, pretrained=True, num_classes=0)
     except Exception as error:  # timm, the Hub client and safetensors each raise their own kinds
         mend = "is the folder complete?" if folder.is_dir() else "download it where there is a network, give its folder"
         raise UserError(f"`repa={name}` can't be loaded ({first_line(error)}); {mend}") from error
+    try:
+        encoder = Encoder(network, grid, device)
+        found = encoder.features(torch.zeros(1, 3, *encoder.input_size, dtype=torch.uint8)).shape
+    except Exception as error:  # each network's own, as for another number of channels
+        raise UserError(f"`repa={name}` gives no map of features ({first_line(error)}); {TAKE}") from error
     if found != (1, grid[0] * grid[1], encoder.width):
-        raise UserError(f"`repa={name}` gives no map of {encoder.width} features; take a vision transformer")
+        raise UserError(f"`repa={name}` gives no map of {encoder.width} features; {TAKE}")
     return encoder

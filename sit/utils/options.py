@@ -6,9 +6,8 @@ from collections.abc import Callable, Collection
 from inspect import Parameter, signature
 from typing import Any
 
-import yaml
-
 from sit.utils.errors import UserError
+from sit.utils.reading import yaml_scalar
 
 _KINDS = {
     bool: ("true or false", (bool,)),
@@ -27,7 +26,7 @@ def parse_entry(entry: str, what: str) -> tuple[str, dict[str, Any]]:
         what: how messages begin.
 
     Raises:
-        UserError: a part that is not ``option=value``, or a value that is no YAML.
+        UserError: a part that is not ``option=value``, an option that stands there twice, or a value that is no scalar.
     """
     name, *pairs = entry.strip().split(":")
     options = {}
@@ -35,9 +34,11 @@ def parse_entry(entry: str, what: str) -> tuple[str, dict[str, Any]]:
         option, equals, value = pair.partition("=")
         if not (option and equals and value):
             raise UserError(f"{what}: {pair!r} is not option=value")
+        if option in options:
+            raise UserError(f"{what}: {option} stands there twice")
         try:
-            options[option] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as error:
+            options[option] = yaml_scalar(value)
+        except ValueError as error:
             raise UserError(f"{what}: {option}: {value!r} is not a YAML scalar") from error
     return name, options
 

@@ -103,6 +103,21 @@ _Loader.add_implicit_resolver(
 )
 
 
+def yaml_scalar(text: str) -> Any:
+    """What a word means in YAML, where it is no list and no mapping.
+
+    Raises:
+        ValueError: it is one, or no YAML.
+    """
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{text!r} is no YAML") from error
+    if isinstance(value, list | dict):
+        raise ValueError(f"{text!r} is no scalar")
+    return value
+
+
 def read_yaml(path: Path, name: str) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file holds an empty one.
 

@@ -196,6 +196,7 @@ def test_too_small_images_are_refused():
         ({"dims": (8, 8)}, "must be of one length"),
         ({"global_pool": "catavgmax"}, "`global_pool` must be"),
         ({"kernel_size": 4}, "`kernel_size` must be an odd number"),
+        ({"kernel_size": "3"}, "`kernel_size` must be an odd number, not '3'"),
     ],
 )
 def test_impossible_arguments_are_refused(options, message):
@@ -211,6 +212,18 @@ def test_features_only(stem_stride):
     side = 24 * stem_stride
     shapes = [tuple(feature.shape) for feature in model(torch.randn(1, 3, side, side))]
     assert shapes == [(1, 8, 24, 24), (1, 12, 12, 12), (1, 16, 6, 6), (1, 20, 3, 3)]
+
+
+@pytest.mark.parametrize("feature_cls", ["hook", "fx"])
+def test_features_by_timms_other_ways_say_that_they_are_channels_last(feature_cls):
+    model = timm.create_model("attnet_xxs", features_only=True, feature_cls=feature_cls, out_indices=(1, 3), **SMALL)
+    shapes = [tuple(feature.shape) for feature in model(torch.randn(1, 3, 96, 128))]
+    assert shapes == [(1, 12, 16, 12), (1, 3, 4, 20)] and model.output_fmt == "NHWC"
+
+
+def test_ways_to_features_that_find_no_stage_are_refused():
+    with pytest.raises(ValueError, match="`feature_cls=list` is not for AttNet: leave it out, or take hook or fx"):
+        timm.create_model("attnet_xxs", features_only=True, feature_cls="list", **SMALL)
 
 
 def test_features_of_chosen_stages_are_those_of_the_whole_network():

@@ -238,6 +238,11 @@ def test_silu_and_gelu_are_what_they_say():
 def test_mistakes():
     with pytest.raises(ValueError, match="`kernel_size` must be an odd number, not 4"):
         ATConv(8, kernel_size=4)
+    with pytest.raises(ValueError, match="`kernel_size` must be an odd number, not True"):
+        ATConv(8, kernel_size=True)
+    for dim in (0, 8.0, True):
+        with pytest.raises(ValueError, match=f"`dim` must be at least 1, not {dim}"):
+            ATConv(dim)
     with pytest.raises(ValueError, match="`activation` must be one of gelu_tanh, gelu, silu, not 'relu'"):
         ATConv(8, activation="relu")
     with pytest.raises(ValueError, match="`backend` must be one of taps, channels_last, triton, not 'cudnn'"):

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -223,3 +225,36 @@ def test_chosen_on_a_gpu():
     assert functional.fastest_backend(torch.empty(1)) == "channels_last"
     if DEVICE == "cuda":
         assert functional.fastest_backend(torch.empty(1, device="cuda")) == "triton"
+
+
+@pytest.mark.parametrize("transform", ["jvp", "dual numbers", "grad", "vmap"])
+def test_transforms_take_plain_operations(monkeypatch, transform):
+    """PyTorch drops the tangents of such operators without a word; an accelerator's own choice is looked at apart."""
+    mixer = ATConv(5, backend="triton").double()
+    x, towards = torch.randn(2, 1, 12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    on_cuda = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(functional, "HAS_TRITON", True)
+    chosen = []
+
+    def mixed(tokens):
+        chosen.append(functional.fastest_backend(on_cuda))
+        return mixer(tokens, (3, 4))
+
+    def derivative():
+        if transform == "jvp":
+            return torch.func.jvp(mixed, (x,), (towards,))[1]
+        if transform == "grad":
+            return torch.func.grad(lambda tokens: mixed(tokens).sum())(x)
+        if transform == "vmap":
+            return torch.func.vmap(mixed)(x[None])[0]
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(mixed(forward_ad.make_dual(x, towards))).tangent
+
+    with pytest.raises(ValueError, match="`backend=triton` has no forward-mode derivatives"):
+        derivative()
+    mixer.backend = None
+    found = derivative()
+    assert chosen == ["taps"] * 2 and functional.fastest_backend(on_cuda) == "triton"
+    if transform in ("jvp", "dual numbers"):
+        ahead, behind = (mixer(x + sign * 1e-6 * towards, (3, 4)) for sign in (1, -1))
+        torch.testing.assert_close(found, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-8)

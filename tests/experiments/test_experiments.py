@@ -57,7 +57,7 @@ def fashion(tmp_path_factory) -> Path:
 
 def test_attnet_on_fashion(fashion, tmp_path, capsys):
     arguments = attnet_fashion.Arguments(
-        data=str(fashion), out=tmp_path, epochs=1, seeds=1, batch_size=20, repeats=1, timed_batch=2, device="cpu"
+        data=str(fashion), out=tmp_path, epochs=1, seeds=1, batch_size=4, repeats=1, timed_batch=2, device="cpu"
     )
     attnet_fashion.run(arguments)
     report = json.loads((tmp_path / "report.json").read_text())
@@ -74,6 +74,17 @@ def test_attnet_on_fashion(fashion, tmp_path, capsys):
     [
         (attnet_fashion, {"models": ("Perceptron",)}, "`models=Perceptron`: choose among AttNet, ConvNeXt, ResNet"),
         (attnet_fashion, {"epochs": 0}, "`epochs` must be at least 1, not 0"),
+        (attnet_fashion, {"models": ("AttNet",) * 2}, "`models=AttNet AttNet` names a network twice"),
+        (
+            attnet_fashion,
+            {"learning_rate": 0.0},
+            "`learning_rate=0.0` and `weight_decay=0.05`: the first must be above",
+        ),
+        (
+            attnet_fashion,
+            {"weight_decay": -1.0},
+            "`learning_rate=0.004` and `weight_decay=-1.0`: the first must be above",
+        ),
         (meanflow, {"setting": "digits", "seeds": 1}, "`seeds` must be at least 2, for intervals, not 1"),
         (meanflow, {"setting": "digits", "ratio": 0.0}, "`ratio=0.0` leaves the plain objective no step"),
         (meanflow, {"setting": "digits", "steps": 0}, "`steps` must be at least 1, not 0"),
@@ -83,7 +94,6 @@ def test_attnet_on_fashion(fashion, tmp_path, capsys):
         (transplant, {"donor_steps": 0}, "`donor_steps` must be at least 1, not 0"),
         (transplant, {"num_samples": 1}, "`num_samples` must be 0, for no FID, or at least 2, not 1"),
         (transplant, {"shares": (0.5, 1.5)}, "`shares`: each must be above 0 and at most 1"),
-        (attnet_fashion, {"limit": 5}, "`limit=5` must be at least the batch size of 128"),
     ],
 )
 def test_what_cant_be_done_is_refused(module, options, message):
@@ -92,11 +102,50 @@ def test_what_cant_be_done_is_refused(module, options, message):
 
 
 def test_other_settings_than_a_finished_runs_are_refused(fashion, tmp_path):
-    options = dict(data=str(fashion), out=tmp_path, epochs=1, seeds=1, batch_size=20, models=("ResNet",), repeats=0)
+    options = dict(data=str(fashion), out=tmp_path, epochs=1, seeds=1, batch_size=4, models=("ResNet",), repeats=0)
     attnet_fashion.run(attnet_fashion.Arguments(**options, device="cpu"))
     assert json.loads((tmp_path / "report.json").read_text())["images_per_second"] is None
     with pytest.raises(UserError, match="resnet-seed0.json was made with learning_rate 0.004, not 0.1; choose another"):
         attnet_fashion.run(attnet_fashion.Arguments(**options, device="cpu", learning_rate=0.1))
+
+
+@pytest.mark.parametrize("batch_size, epochs", [(41, 9), (8, 1)])
+def test_too_few_steps_for_the_schedule_are_refused(fashion, tmp_path, batch_size, epochs):
+    """Five of them, or none, would end in the scheduler."""
+    arguments = attnet_fashion.Arguments(
+        data=str(fashion), out=tmp_path, epochs=epochs, batch_size=batch_size, device="cpu"
+    )
+    words = f"40 images in {epochs} epochs of `batch_size={batch_size}` are fewer than 10 steps"
+    with pytest.raises(UserError, match=words):
+        attnet_fashion.run(arguments)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"mixer": "mamba"}, "unknown mixer 'mamba'"),
+        ({"features": "classifier:nowhere"}, "nowhere"),
+        ({"data": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_a_transplant_lacks_is_told_before_the_training(
+    fashion, classifier_of_three, tmp_path, monkeypatch, changes, words
+):
+    monkeypatch.setattr(transplant, "ensure_trained", None)  # called, it would fail
+    right = dict(data=str(fashion), features=f"classifier:{classifier_of_three}")
+    with pytest.raises(UserError, match=words):
+        transplant.run(transplant.Arguments(out=tmp_path, **right | changes))
+
+
+@pytest.mark.parametrize(
+    "arguments, words", [(("digits", "mamba"), "unknown mixer 'mamba'"), (("fashion", "atconv"), "data|classifiers")]
+)
+def test_what_meanflow_lacks_is_told_before_the_training(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)  # without data and classifiers
+    monkeypatch.setattr(meanflow, "ensure_trained", None)
+    setting, mixer = arguments
+    with pytest.raises(UserError, match=words):
+        meanflow.run(meanflow.Arguments(setting, out=tmp_path, mixer=mixer))
 
 
 def test_interval_of_the_mean():

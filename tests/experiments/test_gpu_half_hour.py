@@ -122,6 +122,14 @@ def test_no_piece_is_begun_that_would_not_end_in_time(fakes):
     assert not fakes.do(fakes.piece("more", 5, PASSED), long, started=time.monotonic() - 90), "10 s are left"
 
 
+def test_what_ends_it_before_the_first_piece_is_told(fakes, monkeypatch):
+    """Not that there is no page to write."""
+    monkeypatch.setattr(pieces, "carry_out", lambda *_: (_ for _ in ()).throw(UserError("`minutes` is too little")))
+    arguments = gpu_half_hour.Arguments(out=fakes.out / "new", tiny=True)
+    with pytest.raises(UserError, match="`minutes` is too little"):
+        gpu_half_hour.run(arguments)
+
+
 def test_estimates_learn_from_what_pieces_took(fakes):
     part = Part("some", [], ("code.py",), {})
     kept = pieces.Kept(

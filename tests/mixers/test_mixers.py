@@ -38,6 +38,7 @@ def test_patterns():
     assert needs_positional_embedding(specs) and not needs_positional_embedding(specs[1:])
     wanted = parse_mixers("attention:rope=false,linear_attention,atconv", ("qk_norm", "rope"))
     assert [spec.options for spec in wanted] == [{"rope": False, "qk_norm": True}, {"qk_norm": True}, {}]
+    assert parse_mixers("deformable:reach=1e1")[0].options == {"reach": 10.0}  # a number, as in a recipe
     assert parse_mixers("atconv:backend=eager")[0].options == {"backend": "eager"}  # its default, None, tells no type
 
 
@@ -54,6 +55,8 @@ def test_patterns():
         ("dico:expansion=2", "no option 'expansion'; its options are kernel_size"),
         ("atconv:kernel_size=[", r"mixer 'atconv:kernel_size=\[': kernel_size: '\[' is not a YAML scalar"),
         ("atconv:kernel_size=2001-13-01", "'2001-13-01' is not a YAML scalar"),
+        ("atconv:backend=[taps]", r"backend: '\[taps\]' is not a YAML scalar"),
+        ("atconv:kernel_size=3:kernel_size=5", "kernel_size stands there twice"),
         ("atconv:routing=fals", "mixer 'atconv': routing must be true or false, not 'fals'"),
         ("atconv:routing=1", "routing must be true or false, not 1"),
         ("dico:kernel_size=2.5", "kernel_size must be an integer, not 2.5"),

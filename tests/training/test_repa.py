@@ -399,6 +399,20 @@ def test_mistakes_leave_no_run_folder(tmp_path, folder, changes, words):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("name, options", [("levit_128s", {}), ("vit_tiny_patch16_224", {"in_chans": 1})])
+def test_an_encoder_that_gives_no_map_is_not_called_incomplete(tmp_path, name, options):
+    network = timm.create_model(name, num_classes=0, **options)
+    timm.models.save_for_hf(network, tmp_path, model_args=options)
+    with pytest.raises(UserError, match="gives no map of features .*take a vision transformer for color images"):
+        load_encoder(str(tmp_path), (4, 5))
+
+
+def test_a_normalization_over_one_token_is_refused(tmp_path, folder):
+    """Its standard deviation would not be a number."""
+    with pytest.raises(UserError, match="`repa_spatial_norm` is over an image's tokens, and this network has one"):
+        train(small(tmp_path / "a", folder, repa_spatial_norm=0.6, model="SiT-XS/8", mixer="attention"))
+
+
 def test_a_folder_without_its_files_is_named(tmp_path, folder):
     with pytest.raises(UserError, match="has no config.json"):
         load_encoder(str(tmp_path), (4, 4))
