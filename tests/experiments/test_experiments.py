@@ -137,15 +137,20 @@ def test_what_a_transplant_lacks_is_told_before_the_training(
         transplant.run(transplant.Arguments(out=tmp_path, **right | changes))
 
 
-@pytest.mark.parametrize(
-    "arguments, words", [(("digits", "mamba"), "unknown mixer 'mamba'"), (("fashion", "atconv"), "data|classifiers")]
-)
-def test_what_meanflow_lacks_is_told_before_the_training(tmp_path, monkeypatch, arguments, words):
-    monkeypatch.chdir(tmp_path)  # without data and classifiers
-    monkeypatch.setattr(meanflow, "ensure_trained", None)
-    setting, mixer = arguments
-    with pytest.raises(UserError, match=words):
-        meanflow.run(meanflow.Arguments(setting, out=tmp_path, mixer=mixer))
+def test_what_meanflow_lacks_is_told_before_the_training(fashion, classifier_of_three, tmp_path, monkeypatch):
+    monkeypatch.setattr(meanflow, "ensure_trained", None)  # called, it would fail
+    monkeypatch.chdir(tmp_path)
+    for mixer, there, words in (
+        ("mamba", None, "unknown mixer 'mamba'"),
+        ("atconv", None, "FashionMNIST"),
+        ("atconv", ("data", fashion), "fashion-mnist-convnext"),
+        ("atconv", ("classifiers/fashion-mnist-convnext", classifier_of_three), "fashion-mnist-resnet"),
+    ):
+        if there is not None:
+            Path(there[0]).parent.mkdir(exist_ok=True)
+            Path(there[0]).symlink_to(there[1])
+        with pytest.raises(UserError, match=words):
+            meanflow.run(meanflow.Arguments("fashion", out=tmp_path, mixer=mixer))
 
 
 def test_interval_of_the_mean():
