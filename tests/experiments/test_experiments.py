@@ -142,7 +142,7 @@ def test_what_meanflow_lacks_is_told_before_the_training(fashion, classifier_of_
     monkeypatch.chdir(tmp_path)
     for mixer, there, words in (
         ("mamba", None, "unknown mixer 'mamba'"),
-        ("atconv", None, "FashionMNIST"),
+        ("atconv", None, "no such folder data"),
         ("atconv", ("data", fashion), "fashion-mnist-convnext"),
         ("atconv", ("classifiers/fashion-mnist-convnext", classifier_of_three), "fashion-mnist-resnet"),
     ):
