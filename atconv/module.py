@@ -31,7 +31,8 @@ class Weights(nn.Linear):
     """A linear layer that is computed elsewhere: called without an input, it gives its weight and bias.
 
     They are not read as attributes, because what offloads or casts a layer's weights (Accelerate, diffusers) puts them
-    right as the layer is called, and takes them away after it; another tensor of the same memory outlives that.
+    right as the layer is called, and takes them away after it; another tensor of the same memory outlives that. FSDP2
+    frees the memory itself: shard the mixer or its block, not this layer alone, which ends in an error of PyTorch's.
     """
 
     def forward(self, x: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
