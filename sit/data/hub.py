@@ -63,7 +63,12 @@ class HubSource:
             if Path(where).is_dir() and any((Path(where) / n).exists() for n in ("state.json", "dataset_dict.json")):
                 data = datasets.load_from_disk(where)
                 if isinstance(data, datasets.DatasetDict):
-                    splits, data = data.keys(), data[split or "train"]
+                    splits = data.keys()
+                elif split:
+                    raise UserError(f"it was saved without splits: leave @{split} out")
+                if splits and (wanted := split or "train") not in splits:
+                    raise UserError(f"it has the splits {', '.join(splits)}, and no {wanted}")
+                data = data[wanted] if splits else data
                 self._identity = self._place = data._fingerprint  # kept in the folder, so that this may be moved
             elif where.endswith(".parquet"):
                 data = datasets.load_dataset("parquet", data_files=where, split=split or "train")

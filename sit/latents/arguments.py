@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -97,7 +98,7 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "learning_rate"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"`{name}={getattr(self, name)}` must be positive")
         if not self.widths or any(width < 4 or width % 4 for width in self.widths):
             raise UserError(f"`widths={' '.join(map(str, self.widths))}`: they must be multiples of 4")

@@ -71,7 +71,8 @@ def fit(
         source: CPU generator of all random numbers.
     """
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.1)
+    rise = 0.1 if config.steps > 10 else 0.05  # a tenth of ten steps is a rise that the scheduler divides by zero for
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=rise)
     bar = trange(config.steps, desc="VAE", dynamic_ncols=True)
     for step in bar:
         real = draw(source).to(vae.device).contiguous(memory_format=torch.channels_last)

@@ -288,6 +288,10 @@ def test_sets_of_the_datasets_library(tmp_path, monkeypatch):
         datasets.DatasetDict({split: made for split in splits}).save_to_disk(place)
         source = open_images(f"datasets:{place}{asked}", 8).source
         assert source.test_set == (expected and f"datasets:{place}@{expected}")
+    with pytest.raises(UserError, match="it has the splits train, extra, and no test"):
+        open_images(f"datasets:{place}@test", 8)
+    with pytest.raises(UserError, match="it was saved without splits: leave @test out"):
+        open_images(f"datasets:{tmp_path / 'moved'}@test", 8)
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset", lambda name, split: made)
         hub = open_images("datasets:someone/something@test", 8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +19,7 @@ from sit.utils.errors import UserError
 def test_a_vae_is_trained_and_written(tmp_path):
     folder = tmp_path / "vae"
     folder.mkdir()  # an empty one is as good as none
-    words = ["-m", "sit.train_vae", "--data", "digits:train", "--steps", "3", "--widths", "4", "8", "--out"]
+    words = ["-m", "sit.train_vae", "--data", "digits:train", "--steps", "10", "--widths", "4", "8", "--out"]
     Connected(1, *words, folder).output()
     assert "held-out images" in (folder / "README.md").read_text()
     mean, _ = encode_moments(load_vae(str(folder)), torch.zeros(1, 3, 32, 32))
@@ -44,7 +46,7 @@ def test_centering_changes_the_latents_and_not_the_images():
 
 
 def test_bad_settings_are_named():
-    for name, value in (("steps", 0), ("batch_size", -1), ("learning_rate", 0.0)):
+    for name, value in (("steps", 0), ("batch_size", -1), ("learning_rate", 0.0), ("learning_rate", math.nan)):
         with pytest.raises(UserError, match=f"`{name}={value}` must be positive"):
             VAEConfig(**{name: value})
     for widths in ((), (2, 8), (4, 6)):
