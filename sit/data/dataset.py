@@ -24,6 +24,10 @@ COMPARED = 64
 """images, spread evenly over a data set, of which :func:`hash_contents` reads the bytes"""
 
 
+LONGEST = 64
+"""ratio of an image's sides up to which it is resized as a whole"""
+
+
 class Source(Protocol):
     """Where images lie. Sources are picklable, and reading is safe in forked or spawned workers.
 
@@ -144,11 +148,16 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The central square of ``image`` at ``size`` × ``size`` pixels, as ADM's ``center_crop_arr`` (guided-diffusion).
 
     The image is halved with a box filter while its shorter side is at least twice ``size``, resized by bicubic
-    interpolation to a shorter side of ``size``, and cropped.
+    interpolation to a shorter side of ``size``, and cropped. Of an image more than :data:`LONGEST` times as long as
+    wide the middle alone is resized, as the whole would take gigabytes; it may be rounded differently.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
+    if max(image.size) > LONGEST * min(image.size):
+        left, top = ((side - min(image.size)) / 2 for side in image.size)
+        box = (left, top, left + min(image.size), top + min(image.size))
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))

@@ -7,7 +7,7 @@
                                the parts of :func:`~sit.data.digits.digits_split`
 ``<folder>``                   a folder with one subfolder a class; a folder around these is looked through. Images
                                alone, without subfolders, are one class
-``flat:<folder>``              all images below a folder, at any depth, as one class (FFHQ)
+``flat:<folder>``              all images below a folder, at any depth, as one class (FFHQ); or in a tar
 ``<file>.tar``                 ImageNet's ``ILSVRC2012_img_train.tar`` as downloaded (a tar of one tar a class), or
                                a tar with one folder a class; read in place, nothing is unpacked
 ``<folder of .tar files>``     one tar a class
@@ -21,7 +21,7 @@
 ``datasets:<folder or name>``  a set of the ``datasets`` library, saved to disk or on the Hub; ``@split`` may follow,
                                ``train`` if not; needs a column of images and one of class labels
 ``<file>.parquet``             the same set in Parquet files, as the Hub keeps them; ``*`` stands for several;
-                               ``@split`` may follow
+                               a slice may follow, as in ``@train[:10%]``
 =============================  ================================================================================
 """
 
@@ -50,7 +50,7 @@ KINDS: dict[str, Callable[[str], Source]] = {
     "digits": Digits,
     **{kind: functools.partial(TorchvisionSource, kind) for kind in TORCHVISION},
     "datasets": HubSource,
-    "flat": functools.partial(FolderSource, flat=True),
+    "flat": lambda path: (TarSource if is_tar(path) else FolderSource)(path, flat=True),
     "webdataset": WebDatasetSource,
     "lmdb": LmdbSource,
 }

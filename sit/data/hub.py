@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -35,12 +37,35 @@ def _of_footers(files: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def _is_train(split: str) -> bool:
+    """Whether a split is the one that is taken where none is named, or a slice of it."""
+    return re.fullmatch(r"train(\[.*\])?", split or "train") is not None
+
+
+def _part_of_saved(saved: Any, split: str) -> Any:
+    """A split of a saved ``DatasetDict``, or a slice of one, as ``load_dataset`` takes them.
+
+    Raises:
+        UserError: there is no such split.
+    """
+    import datasets
+
+    if split in saved:
+        return saved[split]
+    if split.partition("[")[0] not in saved:
+        raise UserError(f"it has the splits {', '.join(saved)}, and no {split}")
+    sizes = {name: len(data) for name, data in saved.items()}
+    (part,) = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    return saved[part.splitname].select(range(part.from_, part.to))
+
+
 class HubSource:
     """A set of the ``datasets`` library with one column of images and one of class labels.
 
     Args:
         name: a folder that ``save_to_disk`` wrote, Parquet files (``a.parquet``, or a pattern such as
-            ``data/train-*.parquet``), or a name on the Hub; ``@split`` may follow, else ``train``.
+            ``data/train-*.parquet``), or a name on the Hub; ``@split`` may follow, else ``train``, and a slice such as
+            ``@train[:10%]``. Parquet files are one split, which is named train.
 
     Raises:
         UserError: the library is not installed, or there is no such set, split or pair of columns.
@@ -66,24 +91,25 @@ class HubSource:
                     splits = data.keys()
                 elif split:
                     raise UserError(f"it was saved without splits: leave @{split} out")
-                if splits and (wanted := split or "train") not in splits:
-                    raise UserError(f"it has the splits {', '.join(splits)}, and no {wanted}")
-                data = data[wanted] if splits else data
+                data = _part_of_saved(data, split or "train") if splits else data
                 self._identity = self._place = data._fingerprint  # kept in the folder, so that this may be moved
             elif where.endswith(".parquet"):
+                if not _is_train(split):
+                    raise UserError(f"Parquet files have no splits: leave @{split} out, and name the files of one part")
                 data = datasets.load_dataset("parquet", data_files=where, split=split or "train")
                 if files := files_of(where):  # none if they are elsewhere, as by https:
                     self._identity = self._place = f"parquet:{_of_footers(files)}@{split or 'train'}"
             else:
                 data = datasets.load_dataset(where, split=split or "train")
                 splits = data.info.splits or ()
+        except UserError as error:
+            raise UserError(f"`data={self.name}` can't be loaded: {error}") from error
         except Exception as error:  # the library and the Hub's client raise many kinds
             raise UserError(
                 f"`data={self.name}` can't be loaded ({first_line(error)}); check its name and split"
             ) from error
         held_out = [name for name in TEST_SPLITS if name in splits]
-        trains = re.fullmatch(r"train(\[.*\])?", split or "train") is not None
-        self.test_set = f"datasets:{where}@{held_out[0]}" if trains and held_out else None
+        self.test_set = f"datasets:{where}@{held_out[0]}" if _is_train(split) and held_out else None
         columns = {
             kind: [column for column, feature in data.features.items() if isinstance(feature, kind)]
             for kind in (datasets.Image, datasets.ClassLabel)
@@ -92,17 +118,23 @@ class HubSource:
             if len(found) != 1:
                 raise UserError(f"`data={self.name}` must have one {kind.__name__} column and has {found or 'none'}")
         (image_column,), (label_column,) = columns.values()
-        self.data, self.column = data.select_columns([image_column]), image_column
+        self.column, self.mode = image_column, data.features[image_column].mode
+        # the library itself would rotate as EXIF says
+        self.data = data.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
         self.classes = list(data.features[label_column].names)
         self.labels = np.asarray(data.with_format("numpy", columns=[label_column])[label_column], dtype=np.int64)
         if len(self.labels) == 0 or self.labels.min() < 0:
             raise UserError(f"`data={self.name}` has no labeled rows in this split; choose another by @split")
 
     def read(self, index: int) -> Image.Image:
-        image = self.data[index][self.column]
-        if image is None:
+        image = Image.open(io.BytesIO(self._bytes(index)))
+        return image.convert(self.mode) if self.mode else image
+
+    def _bytes(self, index: int) -> bytes:
+        cell = self.data[index][self.column]
+        if cell is None:
             raise BadImage(f"row {index} of `data={self.name}` has no image; remove it")
-        return image
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
     def describe(self, index: int) -> str:
         return f"row {index}"
@@ -122,12 +154,4 @@ class HubSource:
         yield from (path.as_py() for path in compute.struct_field(cells, "path").filter(beside) if path.is_valid)
 
     def contents(self) -> str:
-        import datasets
-
-        stored = self.data.cast_column(self.column, datasets.Image(decode=False))
-
-        def raw(index: int) -> bytes:
-            cell = stored[index][self.column] or {"bytes": b"", "path": None}
-            return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-
-        return hash_contents(self, (), raw)
+        return hash_contents(self, (), self._bytes)

@@ -1,4 +1,4 @@
-"""Images inside tar files, read in place: ImageNet's training tar as downloaded, or tars of class folders."""
+"""Images inside tar files, read in place: ImageNet's training tar as downloaded, tars of class folders, or any tar."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sit.data.classes import check_class_names, check_none_beside, wrapping_folders
+from sit.data.classes import check_class_names, check_none_beside, check_none_empty, wrapping_folders
 from sit.data.dataset import hash_contents, hash_names
 from sit.data.folder import only_tars, tars_in
-from sit.data.reading import EXTENSIONS, is_image_name
+from sit.data.reading import EXTENSIONS, ONE_CLASS, is_image_name
 from sit.utils.errors import UserError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -35,47 +35,61 @@ class TarSource:
     A class is a tar (``n01440764.tar``, inside the tar or the folder given) or a folder inside the tar; a folder around
     all of these is looked through (:func:`sit.data.classes.wrapping_folders`).
 
+    Args:
+        path: a tar, or a folder of one tar a class.
+        flat: take all images, at any depth and those of tars inside too, as one class.
+
     Raises:
-        UserError: a tar can't be read, is compressed or cut off, there are no images in classes or some beside them, a
-            link leaves images out, or it holds the parts of a data set rather than classes.
+        UserError: a tar can't be read, is compressed or cut off, there are no images, a link leaves some out, or,
+            unless ``flat``, a class has none, some lie beside the classes, or it holds the parts of a data set rather
+            than classes.
     """
 
     native_size = 256
     test_set = None
 
-    def __init__(self, path: str) -> None:
-        self.name = path
+    def __init__(self, path: str, flat: bool = False) -> None:
+        self.name = f"flat:{path}" if flat else path
         one = Path(path).is_file()
         if one and path.lower().endswith(COMPRESSED):
-            raise UserError(f"`data={path}` is compressed, which forbids random access; uncompress it to a .tar first")
+            raise UserError(
+                f"`data={self.name}` is compressed, which forbids random access; uncompress it to a .tar first"
+            )
         self.files = [Path(path)] if one else tars_in(Path(path))
         found: list[tuple[str, bytes, int, int, int]] = []  # class, name, file, offset, size
+        folders: set[str] = set()  # and tars, which classes are to be among
         for number, file in enumerate(self.files):
             try:
                 with tarfile.open(file, "r:") as archive:
-                    if _has_labels_beside(archive):
+                    if not flat and _has_labels_beside(archive):
                         raise UserError(f"`data={path}` holds WebDataset shards ({file}): give webdataset:{path}")
-                    images = _images(archive) if one else _images_of_class(archive, file.stem)
+                    images = _images(archive) if one or flat else _images_of_class(archive, file.stem)
                     found += [(*image[:2], number, *image[2:]) for image in images]
+                    folders |= _folders(archive) if one else {file.stem}
             except tarfile.TarError as error:
                 raise UserError(
-                    f"`data={path}`: {file} can't be read as an uncompressed tar ({error}); unzip or download it again"
+                    f"`data={self.name}`: {file} can't be read as an uncompressed tar ({error}); unzip or download it "
+                    "again"
                 ) from error
             except OSError as error:
-                raise UserError(f"`data={path}`: {file} can't be read: {error.strerror}") from error
-        if not any(image[0] for image in found):
+                raise UserError(f"`data={self.name}`: {file} can't be read: {error.strerror}") from error
+        if not found:
+            raise UserError(f"`data={self.name}` has no images ({', '.join(EXTENSIONS)} are looked for)")
+        if not one:
+            check_none_beside(sorted(name for name in os.listdir(path) if is_image_name(name)), path, None)
+        if flat:
+            found = [(ONE_CLASS, *image[1:]) for image in found]
+        elif not any(image[0] for image in found):
             raise UserError(
-                f"`data={path}`: no images in class folders or class tars inside; are these WebDataset shards, give "
-                f"webdataset:{path}"
+                f"`data={path}`: no images in class folders or class tars inside; give flat:{path}, which takes all "
+                f"images as one class, or, if these are WebDataset shards, webdataset:{path}"
             )
-        if one:
-            beside, one_class = [os.fsdecode(image[1]) for image in found if not image[0]], f"webdataset:{path}"
         else:
-            beside, one_class = [name for name in os.listdir(path) if is_image_name(name)], f"flat:{path}"
-        check_none_beside(sorted(beside), path, one_class)
-        if prefix := wrapping_folders((image[1] for image in found), path):
-            inside = [(image[1][len(prefix) :], *image[2:]) for image in found]
-            found = [(os.fsdecode(name.partition(b"/")[0]), name, *place) for name, *place in inside]
+            check_none_beside(sorted(os.fsdecode(image[1]) for image in found if not image[0]), path, f"flat:{path}")
+            if prefix := wrapping_folders((image[1] for image in found), path):
+                inside = [(image[1][len(prefix) :], *image[2:]) for image in found]
+                found = [(os.fsdecode(name.partition(b"/")[0]), name, *place) for name, *place in inside]
+            check_none_empty(folders, os.fsdecode(prefix), {image[0] for image in found}, path)
         found.sort(key=lambda image: image[:2])
         self.classes = sorted({image[0] for image in found})
         check_class_names(self.classes, path)
@@ -124,21 +138,29 @@ def _has_labels_beside(archive: tarfile.TarFile) -> bool:
 
 
 def _images(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes, int, int]]:
-    """(class, name, offset, size in bytes) of the images in a tar's class folders and in the class tars inside it.
+    """(class, name, offset, size in bytes) of the images in a tar and in the tars inside it, which count as folders.
 
-    The class of images beside these is empty.
+    The class is the folder on top; of images in none it is empty.
     """
-    for member in files_in(archive):
+    for member in files_in(archive, WANTED):
         if member.name.lower().endswith(".tar"):
-            class_name = os.path.basename(member.name)[: -len(".tar")]
+            folder = member.name[: -len(".tar")]
             label = f"{archive.name}/{member.name}"  # for messages
             with tarfile.open(label, fileobj=archive.extractfile(member), mode="r:") as inner:
                 for image in files_in(inner, EXTENSIONS):
-                    name = f"{class_name}/{os.path.basename(image.name)}"
-                    yield class_name, os.fsencode(name), member.offset_data + image.offset_data, image.size
-        elif member.name.lower().endswith(EXTENSIONS):
+                    name = f"{folder}/{os.path.basename(image.name)}"
+                    place = member.offset_data + image.offset_data
+                    yield folder.split("/")[0], os.fsencode(name), place, image.size
+        else:
             folder = member.name.rpartition("/")[0]
             yield folder.split("/")[0], os.fsencode(member.name), member.offset_data, member.size
+
+
+def _folders(archive: tarfile.TarFile) -> set[str]:
+    """The folders of a tar and the tars inside it, these without their ending; what is hidden left out."""
+    tars = {member.name[: -len(".tar")] for member in files_in(archive, (".tar",))}
+    folders = {member.name for member in archive.getmembers() if member.isdir()}
+    return tars | {name for name in folders if not _is_hidden(name)}
 
 
 def _images_of_class(archive: tarfile.TarFile, class_name: str) -> Iterator[tuple[str, bytes, int, int]]:
@@ -150,7 +172,8 @@ def _images_of_class(archive: tarfile.TarFile, class_name: str) -> Iterator[tupl
 def files_in(archive: tarfile.TarFile, endings: tuple[str, ...] = ("",)) -> Iterator[tarfile.TarInfo]:
     """The files of a tar with one of the ``endings``, what is hidden left out, their names without a leading ``./``.
 
-    Links to files in the tar are the files that they lead to, under their own names.
+    Links to files in the tar are the files that they lead to, under their own names. Of several files of one name, as
+    ``tar -r`` leaves them, there is the last, which unpacking leaves.
 
     Raises:
         tarfile.ReadError: the tar is cut off, or a header in it is damaged: tarfile itself takes the edge of a member,
@@ -165,8 +188,9 @@ def files_in(archive: tarfile.TarFile, endings: tuple[str, ...] = ("",)) -> Iter
         member.name = posixpath.normpath(member.name).lstrip("/")
     if any(map(_is_link, members)):
         _follow_links(members, archive.name)
-    for member in members:
-        if member.isfile() and not _is_hidden(member.name) and member.name.lower().endswith(endings):
+    last = {member.name: member for member in members if member.isfile()}
+    for member in last.values():
+        if not _is_hidden(member.name) and member.name.lower().endswith(endings):
             yield member
 
 

@@ -61,7 +61,8 @@ class WebDatasetSource(TarSource):
         pattern: a shard, a pattern such as ``train-{0000..0146}.tar``, or a folder of shards.
 
     Raises:
-        UserError: a shard is missing, compressed or can't be read, or labels are missing, no numbers, or contradict.
+        UserError: a shard is missing, compressed or can't be read, an image would be left out, as it has a dot in its
+            name, or labels are missing, no numbers, or contradict.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -91,6 +92,7 @@ class WebDatasetSource(TarSource):
 
     def _samples(self, archive: tarfile.TarFile, file: Path) -> Iterator[_Sample]:
         samples: dict[str, _Sample] = {}
+        others: dict[str, str] = {}  # images under longer endings, such as .seg.png
         for member in files_in(archive):
             folder, _, base = member.name.rpartition("/")
             stem, _, ending = base.partition(".")
@@ -100,6 +102,8 @@ class WebDatasetSource(TarSource):
                 if sample.name is not None:
                     raise UserError(f"`data={self.name}`: {file} has two images for {stem}: {sample.name} and {base}")
                 sample.name, sample.place = member.name, (member.offset_data, member.size)
+            elif ending.endswith(EXTENSIONS):
+                others.setdefault(f"{folder}/{stem}", member.name)
             elif ending in LABELS and (sample.ending is None or LABELS.index(ending) < LABELS.index(sample.ending)):
                 content = archive.extractfile(member).read()
                 label, class_name = self._label(content, ending, f"{member.name} in {file}")
@@ -110,13 +114,19 @@ class WebDatasetSource(TarSource):
                 content = archive.extractfile(member).read()
                 name = self._label(content, ending, f"{member.name} in {file}", wanted=False)[1]
                 sample.class_name = name or sample.class_name
+        for key, name in others.items():
+            if samples[key].name is None:
+                raise UserError(
+                    f"`data={self.name}`: {name} in {file} would be left out, as all after the first dot of a name is "
+                    f"its ending in WebDataset; rename it, or give flat:{file}, which takes all images as one class"
+                )
         return iter(samples.values())
 
     def _label(self, content: bytes, ending: str, where: str, *, wanted: bool = True) -> tuple[int | None, str | None]:
         """(label, name of its class) that a member tells; the name alone if no label is ``wanted`` of it."""
         try:
             said: Any = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"`data={self.name}`: {where} is no {'number' if ending == '.cls' else 'JSON'}") from error
         class_name = None
         if ending == ".json" and type(said) is not int:  # a caption or other notes have no label

@@ -77,6 +77,59 @@ def test_parts_of_a_data_set_are_not_its_classes(classes, tmp_path):
     assert open_images(str(tmp_path / "both" / "train"), 8).classes == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("inside", ["x.png", "sub/x.png"])
+def test_a_part_without_classes_is_a_part_too(classes, tmp_path, inside):
+    """As a competition's data has it: train/ of classes, test/ of images alone."""
+    (tmp_path / "both").mkdir()
+    classes.rename(tmp_path / "both" / "train")
+    put(tmp_path / "both", "test", inside)
+    for spec in (tmp_path / "both", tar_of(tmp_path / "both", "."), tar_of(tmp_path / "both", "both")):
+        with pytest.raises(UserError, match="holds .*test, .*train, which look like parts .*give one of them, or "):
+            open_images(str(spec), 8)
+    put(tmp_path / "both", "bus", "0.png")
+    assert open_images(str(tmp_path / "both"), 8).classes == ["bus", "test", "train"], "no part is named bus"
+
+
+def test_tars_of_classes_are_like_folders_of_classes(classes, tmp_path):
+    """Where they are parts, too, in folders around, and with one that has no image."""
+    plain = open_images(str(classes), 8)
+    for folder in ("tars", "parts/train", "parts/val", "around/set"):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in "abc":
+            tar_of(classes / name, ".").rename(tmp_path / folder / f"{name}.tar")
+    for spec in (tar_of(tmp_path / "tars", "."), tar_of(tmp_path / "around", "."), tmp_path / "tars"):
+        found = open_images(str(spec), 8)
+        assert found.classes == ["a", "b", "c"] and found.fingerprint() == plain.fingerprint()
+    with pytest.raises(UserError, match="holds train, val, which look like parts of one data set"):
+        open_images(str(tar_of(tmp_path / "parts", ".")), 8)
+    with tarfile.open(tmp_path / "tars" / "d.tar", "w"):
+        pass
+    for spec in (tmp_path / "tars", tar_of(tmp_path / "tars", "."), tar_of(tmp_path / "tars", "one")):
+        with pytest.raises(UserError, match=f"`data={spec}`: class (one/)?d has no images; fill it or remove it"):
+            open_images(str(spec), 8)
+
+
+def test_a_class_without_images_is_named_in_tars_too(classes):
+    (classes / "empty").mkdir()
+    (classes / "a" / "notes").mkdir()
+    for spec in (classes, tar_of(classes, "."), tar_of(classes, "in/set")):
+        with pytest.raises(UserError, match=r"empty has no images; fill it or remove it"):
+            open_images(str(spec), 8)
+    (classes / "empty").rename(classes / ".empty")
+    assert open_images(str(tar_of(classes, ".")), 8).classes == ["a", "b", "c"]
+
+
+def test_the_last_of_a_name_in_a_tar_counts(classes):
+    """As unpacking leaves it: ``tar -r`` adds the new file and lets the old one be."""
+    path = tar_of(classes, ".")
+    Image.new("RGB", (8, 8), (0, 0, 255)).save(classes / "b" / "0.png")
+    with tarfile.open(path, "a") as archive:
+        archive.add(classes / "b" / "0.png", arcname="./b/0.png")
+    for spec in (str(path), f"flat:{path}", f"webdataset:{path}"):
+        found = open_images(spec, 8)
+        assert [found[index][0][2].max().item() for index in range(len(found))] == [0, 255, 0], spec
+
+
 def test_hidden_folders_are_no_classes(classes, tmp_path):
     """Nor is what lies in them, at any depth; a tar gives what its folder gives."""
     put(classes, ".thumbs", "0.png")
@@ -111,15 +164,16 @@ def test_images_beside_the_classes_are_not_left_out(classes, tmp_path):
         put(tmp_path / "tars", f"{number}.png")
         more = f" and {number} more lie" if number else " lies"
         for spec, mend in (
-            (classes, f"flat:{classes}"),
-            (tar_of(classes, "."), f"webdataset:{classes}.tar"),
-            (tmp_path / "tars", f"flat:{tmp_path}/tars"),
+            (classes, f", or give flat:{classes}, "),
+            (tar_of(classes, "."), f", or give flat:{classes}.tar, "),
+            (tmp_path / "tars", "$"),
         ):
-            with pytest.raises(UserError, match=f"`data={spec}`: 0.png{more} beside the classes.* give {mend}, "):
+            with pytest.raises(UserError, match=f"`data={spec}`: 0.png{more} beside the classes.* elsewhere{mend}"):
                 open_images(str(spec), 8)
     assert not has_classes(classes)
     assert open_images(f"flat:{classes}", 8).labels.tolist() == [0] * 6
-    assert open_images(f"webdataset:{classes}.tar", 8).labels.tolist() == [0] * 6
+    assert open_images(f"flat:{classes}.tar", 8).labels.tolist() == [0] * 6
+    assert open_images(f"flat:{classes}.tar", 8).fingerprint() == open_images(f"flat:{classes}", 8).fingerprint()
     (tmp_path / "photos" / "notes").mkdir(parents=True)
     put(tmp_path / "photos", "1.png")
     with pytest.raises(UserError, match=f"1.png lies beside the classes.* give flat:{tmp_path}/photos, "):

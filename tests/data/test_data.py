@@ -107,6 +107,16 @@ def test_crop_gives_the_size_from_any_shape(width, height, size):
     assert center_crop(draw_image(2, width, height), size).size == (size, size)
 
 
+def test_crop_of_a_line_takes_no_more_than_its_middle():
+    """Its whole would be resized to 24 gigabytes; what the middle becomes is what the resized whole has there."""
+    long = np.random.RandomState(3).randint(0, 255, (2, 30000, 3), dtype=np.uint8)
+    found = np.asarray(center_crop(Image.fromarray(long), 512)).astype(int)
+    middle = Image.fromarray(long[:, 15000 - 31 : 15000 + 31])  # of a ratio that is resized as a whole
+    assert found.shape == (512, 512, 3) and np.abs(found - np.asarray(center_crop(middle, 512))).max() <= 1
+    upright = center_crop(Image.fromarray(long.transpose(1, 0, 2)), 512)
+    assert np.array_equal(found, np.asarray(upright).transpose(1, 0, 2))
+
+
 def test_crop_keeps_the_middle():
     image = Image.new("RGB", (90, 30))
     image.paste((255, 255, 255), (30, 0, 60, 30))

@@ -78,6 +78,24 @@ def test_flat_takes_images_at_any_depth_as_one_class(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- WebDataset
 
 
+def test_flat_takes_all_images_of_tars_as_one_class(tmp_path):
+    """Those in class tars too, with labels or dots in their names or without."""
+    inner = tmp_path / "n1.tar"
+    tar(inner, {"deep/b.png": png(1)})
+    members = {"n0.part/a.b.png": png(0), "n1.tar": inner.read_bytes(), "top.png": png(2), "top.cls": b"1"}
+    tar(tmp_path / "all.tar", members)
+    data = open_images(f"flat:{tmp_path}/all.tar", 8)
+    assert data.classes == ["images"] and data.labels.tolist() == [0, 0, 0] and shows(data, [0, 1, 2])
+    (tmp_path / "tars").mkdir()
+    inner.rename(tmp_path / "tars" / "n1.tar")
+    (tmp_path / "all.tar").rename(tmp_path / "tars" / "n0.tar")
+    assert len(open_images(f"flat:{tmp_path}/tars", 8)) == 4
+    tar(tmp_path / "tars" / "n0.tar", {"a.txt": b""})
+    (tmp_path / "tars" / "n1.tar").unlink()
+    with pytest.raises(UserError, match=f"`data=flat:{tmp_path}/tars` has no images"):
+        open_images(f"flat:{tmp_path}/tars", 8)
+
+
 def test_braces_as_a_shell_expands_them():
     assert expand_braces("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
     assert expand_braces("{x,y}/{0..2}.tar") == ["x/0.tar", "x/1.tar", "x/2.tar", "y/0.tar", "y/1.tar", "y/2.tar"]
@@ -135,6 +153,8 @@ def test_a_class_is_named_beside_a_label_whatever_else_is_there(tmp_path, note, 
         ({"1.png": b"", "1.cls": b"3", "2.png": b""}, "1.png has a label and 2.png has none"),
         ({"1.png": b"", "1.jpg": b""}, "two images for 1"),
         ({"1.txt": b"", "1.cls": b"3"}, "no images in its shards"),
+        ({"1.json": b"[" * 100_000, "1.png": b""}, "1.json in .* is no JSON"),
+        ({"1.png": b"", "IMG.1.png": b"", "IMG.2.png": b""}, "IMG.1.png in .* would be left out.* give flat:.*s.tar, "),
         ({"1.png": b"", "1.json": b'{"label": 0, "class_name": "a"}', "2.png": b"",
           "2.json": b'{"label": 0, "class_name": "b"}'}, "label 0 is a and b"),
     ],
@@ -144,6 +164,12 @@ def test_shards_that_do_not_serve(tmp_path, members, words):
     with pytest.raises(UserError, match=words) as caught:
         open_images(f"webdataset:{tmp_path}/s.tar")
     assert f"`data=webdataset:{tmp_path}/s.tar`" in str(caught.value)
+
+
+def test_other_images_of_a_sample_may_stand_beside_it(tmp_path):
+    members = {"1.png": png(1), "1.seg.png": b"", "1.cls": b"0", "2.seg.jpg": b"", "2.png": png(2), "2.cls": b"0"}
+    tar(tmp_path / "s.tar", members)
+    assert shows(open_images(f"webdataset:{tmp_path}/s.tar", 8), [1, 2])
 
 
 def test_shards_are_not_taken_for_one_tar_a_class(tmp_path):
@@ -312,8 +338,16 @@ def test_an_at_in_the_name_of_a_folder_is_no_split(tmp_path, monkeypatch):
         ("us@er/*.parquet@train", [0, 1]),
         ("datasets:us@er/saved", [0, 1]),
         ("datasets:us@er/saved@test", [2, 3]),
+        ("datasets:us@er/saved@test[1:]", [3]),
+        ("datasets:us@er/saved@train[:50%]", [0]),
     ):
         assert shows(open_images(spec, 8), seeds), spec
+    assert open_images("datasets:us@er/saved@train[:50%]").source.test_set == "datasets:us@er/saved@test"
+    for split in ("val", "val[:1]"):
+        with pytest.raises(UserError, match=r"it has the splits train, test, and no val"):
+            open_images(f"datasets:us@er/saved@{split}")
+    with pytest.raises(UserError, match="saved@test.*can't be loaded"):
+        open_images("datasets:us@er/saved@test[:x]")
 
 
 def test_parquet_goes_to_the_datasets_library(tmp_path, monkeypatch):
@@ -331,5 +365,8 @@ def test_parquet_goes_to_the_datasets_library(tmp_path, monkeypatch):
     module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
     with pytest.raises(UserError, match="can't be loaded .*enough"):
-        open_images(f"{tmp_path}/a-*.parquet@test")
-    assert asked == [(("parquet",), dict(data_files=f"{tmp_path}/a-*.parquet", split="test"))]
+        open_images(f"{tmp_path}/a-*.parquet@train[1:]")
+    assert asked == [(("parquet",), dict(data_files=f"{tmp_path}/a-*.parquet", split="train[1:]"))]
+    for split in ("test", "train2", "validation[:3]"):
+        with pytest.raises(UserError, match="Parquet files have no splits: leave @.* out"):
+            open_images(f"{tmp_path}/a-*.parquet@{split}")

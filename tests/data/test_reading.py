@@ -72,6 +72,17 @@ def test_exif_rotation_is_not_applied(folder):
     exif[0x0112] = 6
     Image.fromarray(pixels).save(folder / "cats" / "0.png", exif=exif)
     assert open_images(str(folder), 8)[0][0][0, 0].tolist() == [255] * 8
+    datasets = pytest.importorskip("datasets", reason="the datasets library is not installed: pip install datasets")
+    cell = {"bytes": (folder / "cats" / "0.png").read_bytes(), "path": None}
+    path = {"bytes": None, "path": str(folder / "cats" / "0.png")}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x"])})
+    made = datasets.Dataset.from_dict({"image": [cell, path], "label": [0, 0]}, features=features)
+    made.save_to_disk(folder.parent / "saved")
+    made.to_parquet(folder.parent / "a.parquet")
+    for spec in (f"datasets:{folder.parent}/saved", f"{folder.parent}/a.parquet"):
+        for image, _ in open_images(spec, 8):
+            assert image[0, 0].tolist() == [255] * 8
+    assert made[0]["image"].getpixel((0, 7)) != (255, 255, 255), "the library by itself would rotate"
 
 
 def test_a_folder_that_can_not_be_read_is_named(folder):
