@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
@@ -394,6 +395,26 @@ def test_other_sizes(tmp_path, mixer):
     assert image.size == (64, 40)
     with pytest.raises(UserError, match="multiples of 8"):
         pipe([1], num_inference_steps=2, height=36)
+
+
+def _offload_layers(pipe) -> None:
+    for network in (pipe.transformer, pipe.vae):
+        cpu_offload(network, "cpu")
+
+
+def _offload_groups(pipe) -> None:
+    for network in (pipe.transformer, pipe.vae):
+        network.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+
+
+@pytest.mark.parametrize("offload", [_offload_layers, _offload_groups])
+def test_offloaded_networks_give_the_same_images(folder, offload):
+    """As ``enable_sequential_cpu_offload`` and ``enable_group_offload`` do on an accelerator."""
+    options = dict(guidance_scale=2.0, num_inference_steps=2, sampler="ode", output_type="np")
+    plain = SiTPipeline.from_pretrained(folder)([1, 2], generator=seeded(0, 1), **options).images
+    pipe = SiTPipeline.from_pretrained(folder)
+    offload(pipe)
+    assert np.array_equal(pipe([1, 2], generator=seeded(0, 1), **options).images, plain)
 
 
 def test_half_precision(folder):

@@ -32,6 +32,7 @@ from sit.latents.autoencoders import (
     with_defaults,
 )
 from sit.latents.pixels import is_pixels, pixel_codec
+from sit.utils.device import execution_device
 from sit.utils.errors import UserError, first_line
 from sit.utils.hub import quiet_hub
 from sit.utils.weight_files import folder_weights, variant_of
@@ -216,7 +217,7 @@ def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tens
         images: (B, 3, H, W) float in [−1, 1], H and W multiples of :func:`downsampling`.
 
     Returns:
-        mean and standard deviation, each (B, c, H/f, W/f) float32 on the VAE's device.
+        mean and standard deviation, each (B, c, H/f, W/f) float32 where the VAE computes.
 
     Raises:
         ValueError: H or W is no such multiple.
@@ -226,7 +227,7 @@ def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tens
         raise ValueError(
             f"image sides {tuple(images.shape[-2:])} must be multiples of {factor}, the VAE's downsampling"
         )
-    mean, std = posterior(vae, images.to(device=vae.device, dtype=vae.dtype))
+    mean, std = posterior(vae, images.to(device=execution_device(vae), dtype=vae.dtype))
     return mean.float(), std.float()
 
 
@@ -285,8 +286,9 @@ def encode_images(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64
 
     On one device and number of threads, bitwise the same for one image in any batch, given ``batch_size``.
     """
-    size = fixed_batch(images.shape[-1], batch_size, vae.device)
-    moments = [encode_moments(vae, to_unit(chunk.to(vae.device))) for chunk in _padded_chunks(images, size)]
+    device = execution_device(vae)
+    size = fixed_batch(images.shape[-1], batch_size, device)
+    moments = [encode_moments(vae, to_unit(chunk.to(device))) for chunk in _padded_chunks(images, size)]
     mean, std = (torch.cat(part)[: len(images)] for part in zip(*moments, strict=True))
     return mean, std
 
@@ -310,10 +312,11 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int = 8) -> to
         )
     factor, shift_scale = downsampling(vae), scaling(vae.config)
     height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
-    size = fixed_batch(width, batch_size, vae.device)
+    device = execution_device(vae)
+    size = fixed_batch(width, batch_size, device)
 
     def decoded(chunk: torch.Tensor, _tell: Tell | None = None) -> torch.Tensor:
-        unscaled = unscale_latents(chunk.to(device=vae.device, dtype=torch.float32), shift_scale)
+        unscaled = unscale_latents(chunk.to(device=device, dtype=torch.float32), shift_scale)
         pixels = vae.decode(unscaled.to(vae.dtype)).sample.float()
         if not pixels.isfinite().all():
             source = "the VAE" if unscaled.isfinite().all() else "the sampler"
@@ -322,7 +325,7 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int = 8) -> to
 
     images = [torch.empty(0, height, width, 3, dtype=torch.uint8)]
     chunks = _padded_chunks(latents, size)
-    if computes_apart(vae, size, height * width, vae.device):
+    if computes_apart(vae, size, height * width, device):
         images += run_apart([partial(decoded, chunk) for chunk in chunks])
     else:
         images += map(decoded, chunks)

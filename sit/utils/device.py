@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -24,6 +26,26 @@ def pick_device(name: str | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"`device={name}` can't be used: {first_line(error)}") from error
     return device
+
+
+def execution_device(network: Any) -> torch.device:
+    """Where a network of diffusers computes, which under offloading is not where its weights are between calls.
+
+    Accelerate's hooks (``enable_model_cpu_offload``, ``enable_sequential_cpu_offload``, ``cpu_offload``) and diffusers'
+    (``enable_group_offload``) say it, as :attr:`diffusers.DiffusionPipeline._execution_device` reads it of a pipeline.
+
+    Args:
+        network: a :class:`diffusers.ModelMixin`.
+    """
+    for part in network.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if (device := getattr(one, "execution_device", None)) is not None:
+                return torch.device(device)
+        for one in getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).values():
+            if (device := getattr(getattr(one, "group", None), "onload_device", None)) is not None:
+                return torch.device(device)
+    return network.device
 
 
 def process_state() -> PartialState:
