@@ -48,9 +48,9 @@ class Arguments:
     def __post_init__(self) -> None:
         at_least_one(self, "power")
         for name in ("differences", "spreads", "left"):
-            if min(getattr(self, name), default=0) <= 0:
+            if not getattr(self, name) or not all(0 < value < math.inf for value in getattr(self, name)):
                 raise UserError(f"`{name}` must be above 0")
-        if self.power >= 100 or self.fid <= 0:
+        if not self.power < 100 or not 0 < self.fid < math.inf:
             raise UserError(f"`power={self.power}` must be below 100 and `fid={self.fid}` above 0")
 
 

@@ -16,6 +16,7 @@ What is finished is not trained again, nor sampled. ``fashion`` needs the latent
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ class Arguments:
             raise UserError(f"`seeds` must be at least 2, for intervals, not {self.seeds}")
         if self.steps < 1:
             raise UserError(f"`steps` must be at least 1, not {self.steps}")
-        if self.ratio <= 0 or self.plain_steps < 1:
+        if not 0 < self.ratio < math.inf or self.plain_steps < 1:
             raise UserError(f"`ratio={self.ratio}` leaves the plain objective no step")
         if self.num_samples < 2:
             raise UserError(f"`num_samples` must be at least 2, not {self.num_samples}")

@@ -100,6 +100,9 @@ class VAEConfig:
         for name in ("steps", "batch_size", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"`{name}={getattr(self, name)}` must be positive")
+        for name in ("kl_weight", "edge_weight", "latent_noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"`{name}={getattr(self, name)}` must be 0 or more")
         if not self.widths or any(width < 4 or width % 4 for width in self.widths):
             raise UserError(f"`widths={' '.join(map(str, self.widths))}`: they must be multiples of 4")
 

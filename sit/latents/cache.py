@@ -187,33 +187,29 @@ class CachedLatents:
     Args:
         folder: written by ``python -m sit.latents encode``.
         flip: flip at random.
+        argument: what messages call the folder; None for its path alone.
 
     Raises:
         UserError: it is no cache, not finished, damaged, or holds no flipped images for ``flip``.
     """
 
-    def __init__(self, folder: str | Path, flip: bool = False) -> None:
+    def __init__(self, folder: str | Path, flip: bool = False, argument: str | None = "data") -> None:
         self.folder, self.name, self.flip = Path(folder), str(folder), flip
+        self.said = f"`{argument}={folder}`" if argument else self.name
         if not (self.folder / MANIFEST).is_file():
             if (self.folder / PLAN).is_file():
-                raise UserError(
-                    f"`data={folder}` is a latent cache not yet finished; start its encoding again to go on"
-                )
-            raise UserError(f"`data={folder}` is no latent cache: it has no {MANIFEST}")
+                raise UserError(f"{self.said} is a latent cache not yet finished; start its encoding again to go on")
+            raise UserError(f"{self.said} is no latent cache: it has no {MANIFEST}")
         self.manifest = Manifest.read(self.folder / MANIFEST)
         if flip and not self.manifest.flipped:
-            raise UserError(
-                f"`flip` needs the flipped images, and `data={folder}` was encoded without; encode it again"
-            )
+            raise UserError(f"`flip` needs the flipped images, and {self.said} was encoded without; encode it again")
         self.classes, self.latent_shape = self.manifest.classes, self.manifest.latent_shape
         self.scaling = (self.manifest.shift_factor, self.manifest.scaling_factor)
         self.labels = self._map("labels.npy", (self.manifest.count,), np.int64, mmap_mode=None)
         if self.manifest.count < 1 or self.labels.min() < 0 or self.labels.max() >= len(self.classes):
-            raise UserError(
-                f"`data={folder}`: labels.npy has labels outside its {len(self.classes)} classes; encode again"
-            )
+            raise UserError(f"{self.said}: labels.npy has labels outside its {len(self.classes)} classes; encode again")
         if self.manifest.checksums and checksum_of_labels(self.labels) != self.manifest.labels_checksum:
-            raise UserError(f"`data={folder}`: labels.npy is damaged; encode again")
+            raise UserError(f"{self.said}: labels.npy is damaged; encode again")
         self._open()
 
     def _open(self) -> None:
@@ -223,9 +219,9 @@ class CachedLatents:
         try:
             array = read_npy(self.folder / name, mmap=mmap_mode is not None)
         except UserError as error:
-            raise UserError(f"`data={self.folder}`: {name} is missing or damaged ({error}); encode it again") from error
+            raise UserError(f"{self.said}: {name} is missing or damaged ({error}); encode it again") from error
         if array.shape != shape or array.dtype != dtype:
-            raise UserError(f"`data={self.folder}`: {name} doesn't match {MANIFEST}; encode it again")
+            raise UserError(f"{self.said}: {name} doesn't match {MANIFEST}; encode it again")
         return array
 
     def __getstate__(self) -> dict[str, Any]:
@@ -248,7 +244,7 @@ class CachedLatents:
         """Raise UserError unless every entry is as it was encoded; all are read."""
         if damaged := next(self.damaged_rows(), None):
             rows = f"entries {damaged.start} to {damaged.stop - 1}"
-            raise UserError(f"`data={self.name}`: {rows} are damaged; remove it and encode again")
+            raise UserError(f"{self.said}: {rows} are damaged; remove it and encode again")
 
     def damaged_rows(self) -> Iterator[range]:
         """The entries whose checksums are not those of the encoding; all are read. Caches of 0.1.0 have none."""
@@ -295,18 +291,18 @@ class CachedLatents:
         made = self.manifest
         if image_size is not None and image_size != made.image_size:
             raise UserError(
-                f"`data={self.name}` holds latents of {made.image_size}-pixel images, not `image_size={image_size}`; "
+                f"{self.said} holds latents of {made.image_size}-pixel images, not `image_size={image_size}`; "
                 f"give `image_size={made.image_size}` or encode again"
             )
         shift, scale = scaling(vae.config)
         if (shift, scale) != (made.shift_factor, made.scaling_factor):
             raise UserError(
-                f"`data={self.name}` was made by `vae={made.vae}`, scaling {made.scaling_factor} and shift "
+                f"{self.said} was made by `vae={made.vae}`, scaling {made.scaling_factor} and shift "
                 f"{made.shift_factor}; `vae={vae_name}` has {scale} and {shift}; give the same or encode again"
             )
         if vae_fingerprint(vae, getattr(torch, made.precision)) != made.vae_fingerprint:
             raise UserError(
-                f"`data={self.name}` was made by `vae={made.vae}`, whose weights are not those of `vae={vae_name}`; "
+                f"{self.said} was made by `vae={made.vae}`, whose weights are not those of `vae={vae_name}`; "
                 "give the same VAE or encode again"
             )
         if sum(2 * math.prod(shape) for _, shape in made.shards()) <= READ_WHOLE:

@@ -404,7 +404,9 @@ def verify(config: Verify) -> dict[str, float]:
         raise UserError(f"`images={config.images}` must be positive")
     if config.seed < 0:
         raise UserError(f"`seed={config.seed}` must not be negative")
-    cache = CachedLatents(config.cache)
+    if not config.tolerance >= 0:
+        raise UserError(f"`tolerance={config.tolerance}` must be 0 or more")
+    cache = CachedLatents(config.cache, argument=None)
     made = cache.manifest
     cache.check_entries()
     images = open_images(config.data or made.data, made.image_size)

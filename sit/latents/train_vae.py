@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from sit.latents.vae import (
     decode,
     downsampling,
     encode_moments,
+    fixed_batch,
     latent_shape,
     load_vae,
     sample_posterior,
@@ -36,6 +38,8 @@ from sit.utils.errors import UserError
 from sit.utils.files import atomic_folder, refuse_used
 from sit.utils.random import generator
 
+MOST_PIXELS = 2**26
+"""of the images that are measured on, all together: a thousand of 256 × 256"""
 NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.5)
 """standard deviations of the noise on scaled latents at which reconstructions are measured"""
 
@@ -94,6 +98,13 @@ def fit(
             bar.set_postfix(error=f"{error:.4f}", kl=f"{kl:.3f}", std=f"{posterior.std.mean():.3f}")
 
 
+def moments(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`sit.latents.vae.encode_moments`, of any number of images: as many at once as suit their side."""
+    chunks = images.split(fixed_batch(images.shape[-1], 64, vae.device))
+    mean, std = (torch.cat(part) for part in zip(*(encode_moments(vae, chunk) for chunk in chunks), strict=True))
+    return mean, std
+
+
 @torch.no_grad()
 def center_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
     """Fold each latent channel's mean and relative spread into the 1×1 convolutions around the latents.
@@ -101,7 +112,7 @@ def center_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
     Afterwards every channel has mean 0 and the same standard deviation over ``images`` (n, 3, H, W) float in [−1, 1],
     whose inverse becomes the config's ``scaling_factor``. Reconstructions stay what they were.
     """
-    mean, std = encode_moments(vae, images)
+    mean, std = moments(vae, images)
     offset = mean.mean(dim=(0, 2, 3))
     spread = (mean.var(dim=(0, 2, 3)) + std.square().mean(dim=(0, 2, 3))).sqrt()
     common = float(spread.mean())
@@ -127,7 +138,7 @@ def reconstructions(vae: AutoencoderKL, images: torch.Tensor) -> tuple[dict[floa
         uint8 images (n, H, W, 3) for each level; and ``latent_std``, the standard deviation of the scaled latents, with
         ``posterior_std``, what the posterior alone has of it.
     """
-    mean, std = encode_moments(vae, images)
+    mean, std = moments(vae, images)
     source = generator(0, "measure")
     latents = sample_posterior(mean.cpu(), std.cpu(), torch.randn(mean.shape, generator=source), vae.config)
     figures = {"latent_std": float(latents.std()), "posterior_std": float(std.mean()) * scaling(vae.config)[1]}
@@ -163,18 +174,25 @@ def train(arguments: VAEArguments) -> None:
     """Train a VAE as ``arguments`` say, measure it on held-out images and write it with its README.
 
     Raises:
-        UserError: the output folder is in use, or an image can't be read.
+        UserError: the output folder is in use or can't be made, an image can't be read, or the VAE diverged.
     """
     refuse_used(arguments.out, "out", but=None)
+    with atomic_folder(arguments.out) as folder:  # before the training, which a folder that can't be made would lose
+        said = _train(arguments, folder)
+    print("\n".join(said))
+
+
+def _train(arguments: VAEArguments, folder: Path) -> list[str]:
+    """What :func:`train` does, into a folder that is there; the lines that it ends with."""
     data = open_images(arguments.data, arguments.image_size)
     fitted = np.arange(len(data))
     if arguments.heldout is None:
         if len(data) < 2:
             raise UserError(f"`data={arguments.data}` has one image, which is held out: give more, or `heldout`")
-        fitted, heldout = fitted[fitted % 100 != 0], pixels(data, fitted[::100][:1000])
+        fitted, heldout = fitted[fitted % 100 != 0], pixels(data, fitted[::100][: _at_most(1000, data)])
     else:
         other = open_images(arguments.heldout, data.image_size)
-        heldout = pixels(other, range(0, len(other), max(1, len(other) // 1000)))
+        heldout = pixels(other, np.linspace(0, len(other) - 1, min(len(other), _at_most(1000, other))).astype(int))
     device = pick_device(arguments.device)
     torch.manual_seed(arguments.seed)
     vae = build(arguments.widths, data.image_size).to(device, memory_format=torch.channels_last).train()
@@ -185,20 +203,24 @@ def train(arguments: VAEArguments) -> None:
 
     source = generator(arguments.seed, "vae")
     fit(vae, draw, arguments, source)
-    some = fitted[torch.randint(len(fitted), (min(2000, len(fitted)),), generator=source).numpy()]
-    center_latents(vae.eval(), pixels(data, some).to(device))
-    with atomic_folder(arguments.out) as folder:
-        vae.save_pretrained(folder)
-        made, figures = reconstructions(load_vae(folder, device), heldout.to(device))
-        real = heldout.add(1).mul(127.5).round().permute(0, 2, 3, 1).numpy()
-        rows = [f"| {level or 'none'} | {psnr(real, images.numpy()):.1f} dB |" for level, images in made.items()]
-        text = README.format(
-            data=arguments.data, parameters=sum(p.numel() for p in vae.parameters()), side=data.image_size,
-            shape="×".join(map(str, shape)), command="python -m sit.train_vae " + " ".join(sys.argv[1:]),
-            count=len(heldout), rows="\n".join(rows), **figures,
-        )  # fmt: skip
-        (folder / "README.md").write_text(text)
-    print("\n".join(rows))
-    print(
-        f"written to {arguments.out}; train on its latents by --vae {arguments.out} (downsampling {downsampling(vae)})"
-    )
+    some = fitted[torch.randint(len(fitted), (min(_at_most(2000, data), len(fitted)),), generator=source).numpy()]
+    if not all(tensor.isfinite().all() for tensor in vae.state_dict().values()):
+        raise UserError(f"the VAE diverged at `learning_rate={arguments.learning_rate:g}`: take a lower one")
+    center_latents(vae.eval(), pixels(data, some))
+    vae.save_pretrained(folder)
+    made, figures = reconstructions(load_vae(folder, device), heldout)
+    real = heldout.add(1).mul(127.5).round().permute(0, 2, 3, 1).numpy()
+    rows = [f"| {level or 'none'} | {psnr(real, images.numpy()):.1f} dB |" for level, images in made.items()]
+    text = README.format(
+        data=arguments.data, parameters=sum(p.numel() for p in vae.parameters()), side=data.image_size,
+        shape="×".join(map(str, shape)), command="python -m sit.train_vae " + " ".join(sys.argv[1:]),
+        count=len(heldout), rows="\n".join(rows), **figures,
+    )  # fmt: skip
+    (folder / "README.md").write_text(text)
+    what = f"train on its latents by --vae {arguments.out} (downsampling {downsampling(vae)})"
+    return [*rows, f"written to {arguments.out}; {what}"]
+
+
+def _at_most(count: int, data: ImageData) -> int:
+    """``count`` images, or as many as have :data:`MOST_PIXELS` together."""
+    return max(1, min(count, MOST_PIXELS // data.image_size**2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,8 +206,8 @@ class ClassifierSettings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"`{name}` must be positive, not {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"`{name}` must be positive and finite, not {getattr(self, name)}")
         if self.shift < 0:
             raise UserError(f"`shift={self.shift}` must not be negative")
 

@@ -232,7 +232,7 @@ class CacheImages(Images):
     """
 
     def __init__(self, folder: str, vae: str | None = None, device: torch.device | str = "cpu") -> None:
-        cache = CachedLatents(folder)
+        cache = CachedLatents(folder, argument=None)
         name = vae or cache.manifest.vae
         self.vae = load_vae(name, device)
         cache.check(self.vae, name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,10 +94,17 @@ def train(arguments: ClassifierArguments) -> None:
     """Train and measure the classifier, and write its folder.
 
     Raises:
-        UserError: the folder is in use, the two data sets can't be had or differ in their classes, or the classifier
-            diverged.
+        UserError: the folder is in use or can't be made, the two data sets can't be had or differ in their classes, or
+            the classifier diverged.
     """
     refuse_used(arguments.out, "out", but=None)
+    with atomic_folder(arguments.out) as folder:  # before the training, which a folder that can't be made would lose
+        score = _train(arguments, folder)
+    print(f"held-out accuracy {score:.4f}; written to {arguments.out}")
+
+
+def _train(arguments: ClassifierArguments, folder: Path) -> float:
+    """What :func:`train` does, into a folder that is there; the accuracy on held-out images."""
     data = open_images(arguments.data, arguments.image_size)
     heldout = open_images(arguments.heldout, data.image_size)
     if heldout.classes != data.classes:
@@ -116,12 +124,11 @@ def train(arguments: ClassifierArguments) -> None:
     score = accuracy(classifier, *load_pixels(heldout))
     classifier.config = replace(config, accuracy=score)
     parameters = sum(p.numel() for p in classifier.parameters())
-    with atomic_folder(arguments.out) as folder:
-        save_classifier(classifier.cpu(), folder)
-        (folder / "README.md").write_text(
-            f"# A classifier of {arguments.data}\n\n"
-            f"timm's `{name}`, made small: {parameters:,} parameters, {data.image_size}×{data.image_size} RGB. "
-            f"Trained by\n\n    python -m sit.train_classifier {' '.join(sys.argv[1:])}\n\n"
-            f"Accuracy on the {len(heldout):,} images of {arguments.heldout}: {score:.2%}.\n"
-        )
-    print(f"held-out accuracy {score:.4f}; written to {arguments.out}")
+    save_classifier(classifier.cpu(), folder)
+    (folder / "README.md").write_text(
+        f"# A classifier of {arguments.data}\n\n"
+        f"timm's `{name}`, made small: {parameters:,} parameters, {data.image_size}×{data.image_size} RGB. "
+        f"Trained by\n\n    python -m sit.train_classifier {' '.join(sys.argv[1:])}\n\n"
+        f"Accuracy on the {len(heldout):,} images of {arguments.heldout}: {score:.2%}.\n"
+    )
+    return score

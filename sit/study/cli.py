@@ -7,6 +7,7 @@ finished run leaves a small JSON in ``OUT/runs``, from which the study goes on o
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,7 +58,7 @@ class Arguments:
             raise UserError(f"`jobs` must be at least 0, not {self.jobs}")
         for name in ("hours", "seconds_per_step"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise UserError(f"`{name}` must be positive, not {value}")
         modes = [name for name in ("dry_run", "print_commands", "report_only", "measure_speed") if getattr(self, name)]
         modes += ["run"] if self.run is not None else []

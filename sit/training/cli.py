@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class TrainArguments:
     def __post_init__(self) -> None:
         if self.gpus < 1:
             raise UserError(f"`gpus` must be at least 1, not {self.gpus}")
-        if self.images_per_second is not None and self.images_per_second <= 0:
+        if self.images_per_second is not None and not 0 < self.images_per_second < math.inf:
             raise UserError(f"`images_per_second` must be positive, not {self.images_per_second}")
         for name, without in (("gpus", 1), ("images_per_second", None)):
             if not self.dry_run and getattr(self, name) != without:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -212,6 +213,14 @@ def test_verify_finds_every_changed_byte(copy):
         (copy / name).write_bytes(content)
     assert verify(Verify(copy, images=1))["compared"] == 1
     CachedLatents(copy).check(vae, "digits")
+
+
+def test_verify_names_what_it_is_given(whole, tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path}/nowhere is no latent cache"):
+        verify(Verify(cache=tmp_path / "nowhere"))
+    for tolerance in (math.nan, -1.0):
+        with pytest.raises(UserError, match=f"`tolerance={tolerance}` must be 0 or more"):
+            verify(Verify(cache=whole, tolerance=tolerance))
 
 
 def test_verify_finds_a_changed_entry_and_a_changed_list(copy, images, tmp_path):
