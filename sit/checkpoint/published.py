@@ -20,7 +20,7 @@ import torch
 from sit.checkpoint.hints import Hints
 from sit.checkpoint.info import CheckpointInfo
 from sit.checkpoint.weights_file import WeightsFile, read_weights
-from sit.latents.vae import downsampling, empty_vae
+from sit.latents.vae import check_channels, downsampling, empty_vae
 from sit.model import MODELS, SIZES, SiT, sincos_table
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
@@ -145,14 +145,17 @@ def read_published(path: str | Path, hints: Hints | None = None, vae: str | Path
         vae: the VAE of its latents, which says how many pixels a latent is; if None or not here, as published ones.
 
     Raises:
-        UserError: the file is unreadable or of another architecture. What it merely leaves open is listed in
-            ``questions`` and raised when the network is built.
+        UserError: the file is unreadable or of another architecture, or the VAE's latents have other channels. What it
+            merely leaves open is listed in ``questions`` and raised when the network is built.
     """
     hints = hints or Hints()
     file = read_weights(Path(path), hints.weights)
     codec = None if vae is None else empty_vae(vae)
     with reading(path):
-        return infer(file, Path(path), hints, DOWNSAMPLING if codec is None else downsampling(codec))
+        found = infer(file, Path(path), hints, DOWNSAMPLING if codec is None else downsampling(codec))
+    if codec is not None:
+        check_channels(codec, str(vae), found.config["in_channels"], str(path))
+    return found
 
 
 def infer(file: WeightsFile, path: Path, hints: Hints, factor: int = DOWNSAMPLING) -> Published:
@@ -204,6 +207,7 @@ def infer(file: WeightsFile, path: Path, hints: Hints, factor: int = DOWNSAMPLIN
     if grid := _grid(state, patch, factor, arguments=arguments, hints=hints, result=result):
         result.config["input_size"] = tuple(side * patch for side in grid)
         result.info.image_size = tuple(side * factor for side in result.config["input_size"])
+        _check_told_size(arguments, factor, result)
 
     result.transport_config = _transport(arguments, hints, path)
     if result.config["time_reversed"] and result.transport_config.get("prediction", "velocity") != "velocity":
@@ -364,6 +368,18 @@ def _grid(
     if height < unit or width < unit or height % unit or width % unit:
         raise UserError(f"{result.path}: `image_size={height} {width}` must be multiples of {unit} (patches × VAE)")
     return height // unit, width // unit
+
+
+def _check_told_size(arguments: Mapping[str, Any], factor: int, result: Published) -> None:
+    """Ask for the VAE if the file's args say another image size than the table's grid has with ``factor`` pixels."""
+    told = arguments.get("image_size") or arguments.get("resolution")
+    if told is not None and result.info.image_size not in ((told, told), told):
+        says = told if isinstance(told, int) else "{}×{}".format(*told)
+        latent, image = ("{}×{}".format(*sides) for sides in (result.config["input_size"], result.info.image_size))
+        result.questions.append(
+            f"its args say that it was trained on images of {says} pixels, and its {latent} latents are images of "
+            f"{image} by a VAE of {factor} pixels a latent: give the one it was trained with, in a folder, as `vae`"
+        )
 
 
 def grid_of_table(table: torch.Tensor) -> tuple[int, int] | None:

@@ -23,6 +23,7 @@ from sit.checkpoint.convert import convert, inspect
 from sit.checkpoint.hints import Hints
 from sit.checkpoint.load import load_for_sampling
 from sit.checkpoint.published import grid_of_table, read_published
+from sit.latents.train_vae import build
 from sit.latents.vae import DIGITS_VAE, load_vae
 from sit.mixers import known_mixers, parse_mixers
 from sit.mixers.registry import _factory
@@ -389,6 +390,29 @@ def test_what_is_open_is_asked_for_by_its_flag(tmp_path):
     assert "`num_classes`" in refusal(tmp_path / "b.pt", num_classes=7)
     assert "--image-size" in inspect(Inspect(tmp_path / "b.pt"))
     load_for_sampling(tmp_path / "b.pt", image_size=64)
+
+
+def test_an_image_size_that_contradicts_the_table_asks_for_the_vae(tmp_path):
+    """A table has the latents' size alone: that of the images is known by the VAE's downsampling."""
+    state = published_state(["attention"])  # 8×8 latents
+    for told in (128, [128, 128]):
+        path = write_training(tmp_path / "a.pt", state, args=argparse.Namespace(image_size=told), steps=5)
+        message = refusal(path, num_heads=4)
+        assert "trained on images of 128" in message and "8×8 latents are images of 64×64 by a VAE of 8" in message
+        assert message.endswith("as `vae`")
+    vae = build((4, 4, 4, 4, 4), 32)
+    vae.save_pretrained(tmp_path / "vae")
+    assert load_for_sampling(path, vae=tmp_path / "vae", num_heads=4).info.image_size == (128, 128)
+    for told in (64, [64, 64], None):
+        path = write_training(tmp_path / "a.pt", state, args=argparse.Namespace(image_size=told), steps=5)
+        assert load_for_sampling(path, num_heads=4).info.image_size == (64, 64)
+
+
+def test_a_vae_of_other_channels_is_refused_before_anything_is_written(tmp_path):
+    torch.save(published_state(["attention"]), tmp_path / "a.pt")
+    with pytest.raises(UserError, match="`vae=none` has latents of 3 channels, and .*a.pt has 4"):
+        convert(Convert(tmp_path / "a.pt", tmp_path / "ours", vae="none", hints=HINTS))
+    assert not (tmp_path / "ours").exists()
 
 
 class Malicious:
