@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from sit.sampling.config import SamplerConfig
 from sit.sampling.sampler import SAMPLERS, guided_model
 from sit.transport.transport import Transport
 from sit.utils.errors import UserError
-from sit.utils.reading import read_json
+from sit.utils.reading import read_json, typed
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -58,6 +58,17 @@ def _flattened(labels: Labels) -> Iterator[int | str]:
             yield from _flattened(entry)
     else:
         raise UserError(f"class_labels has {labels!r}, which is no class: give whole numbers, or names of classes")
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, NumPy's numbers among them as Python's."""
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+
+
+def _check_types(**values: Any) -> None:
+    """Raise UserError unless these arguments of the call are of the types that it has them of."""
+    hints = get_type_hints(SiTPipeline.__call__)
+    typed(_plain(values), {name: hints[name] for name in values}, "the pipeline's call")
 
 
 class _Interrupted(Exception):
@@ -251,8 +262,13 @@ class SiTPipeline(DiffusionPipeline):
             **sampler_options: further fields of :class:`sit.sampling.config.SamplerConfig`, e.g. ``sampler="ode"``.
 
         Raises:
-            UserError: unknown labels, options, output types, sizes, or a VAE that can't be had.
+            UserError: unknown labels, options, output types, sizes, an argument of another type, or a VAE that can't be
+                had.
         """
+        _check_types(
+            generator=generator, num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt,
+            height=height, width=width, latents=latents, guidance_scale=guidance_scale,
+        )  # fmt: skip
         if num_images_per_prompt < 1:
             raise UserError(f"`num_images_per_prompt` must be at least 1, not {num_images_per_prompt}")
         labels = self._label_tensor(class_labels).repeat_interleave(num_images_per_prompt)
@@ -318,7 +334,8 @@ class SiTPipeline(DiffusionPipeline):
         known = {name for name in SamplerConfig.__dataclass_fields__ if name not in ("steps", "cfg_scale")}
         if unknown := sorted(set(options) - known):
             raise UserError(f"no option {', '.join(unknown)}; the sampler's options are {', '.join(sorted(known))}")
-        config = SamplerConfig(steps=steps, cfg_scale=guidance_scale, **options)
+        options = typed(_plain(options), get_type_hints(SamplerConfig), "the pipeline's call")
+        config = SamplerConfig(steps=int(steps), cfg_scale=float(guidance_scale), **options)
         return config.resolve(self.transport.averages)
 
     def _call_back(
@@ -334,6 +351,9 @@ class SiTPipeline(DiffusionPipeline):
         if changed is not state:
             if config.adaptive:
                 raise UserError(f"callbacks can't change latents under {config.resolved_method}; take a fixed-step one")
+            if not isinstance(changed, torch.Tensor) or changed.shape != state.shape:
+                shape = tuple(getattr(changed, "shape", ()))
+                raise UserError(f"the callback returned latents of shape {shape}, and they are {tuple(state.shape)}")
             state.copy_(changed)  # in place: the solver goes on from this very tensor
         if self._interrupt:
             raise _Interrupted(state)

@@ -497,9 +497,24 @@ def test_mistakes_are_named(pipe):
         ("no option guidance", [[1]], dict(guidance=3)),
         ("`num_images_per_prompt`", [[1]], dict(num_images_per_prompt=0)),
         ("not noise", [[1]], dict(callback_on_step_end_tensor_inputs=["noise"])),
+        ("num_inference_steps: 2.5 is not a whole number", [[1]], dict(num_inference_steps=2.5)),
+        ("guidance_scale: '4' is not a number or null", [[1]], dict(guidance_scale="4")),
+        ("num_images_per_prompt: True is not a whole number", [[1]], dict(num_images_per_prompt=True)),
+        ("height: 32.5 is not a whole number or null", [[1]], dict(height=32.5)),
+        ("generator: 7 is not .*Generator", [[1]], dict(generator=7)),
+        ("latents: array.* is not Tensor", [[1]], dict(latents=np.zeros((1, 4, 8, 8)))),
+        ("atol: 'fine' is not a number", [[1]], dict(atol="fine")),
+        ("cfg_interval: 0.5 is not a list", [[1]], dict(cfg_interval=0.5)),
+        (
+            "latents of shape .1, 4, 1, 8., and they are .1, 4, 8, 8.",
+            [[1]],
+            dict(num_inference_steps=2, callback_on_step_end=lambda *_: {"latents": torch.zeros(1, 4, 1, 8)}),
+        ),
     ):
         with pytest.raises(UserError, match=match):
             pipe(*arguments, **options)
+    numbers = dict(num_inference_steps=np.int64(2), guidance_scale=np.float32(1), num_images_per_prompt=np.uint8(2))
+    assert len(pipe([np.int32(1)], **numbers).images) == 2, "NumPy's numbers are numbers"
 
 
 def test_guidance_needs_a_null_class(tmp_path):
