@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import posixpath
@@ -22,6 +23,10 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 WANTED = (*EXTENSIONS, ".tar")
 """Endings of what is looked for in a tar of classes."""
+
+
+_Found = tuple[bytes, int, int, int]
+"""an image's name, the number of its file, and its offset and size there, in bytes"""
 
 
 def is_tar(path: str) -> bool:
@@ -56,49 +61,43 @@ class TarSource:
                 f"`data={self.name}` is compressed, which forbids random access; uncompress it to a .tar first"
             )
         self.files = [Path(path)] if one else tars_in(Path(path))
-        found: list[tuple[str, bytes, int, int, int]] = []  # class, name, file, offset, size
+        found: list[_Found] = []
         folders: set[str] = set()  # and tars, which classes are to be among
         for number, file in enumerate(self.files):
-            try:
-                with tarfile.open(file, "r:") as archive:
-                    if not flat and _has_labels_beside(archive):
-                        raise UserError(f"`data={path}` holds WebDataset shards ({file}): give webdataset:{path}")
-                    images = _images(archive) if one or flat else _images_of_class(archive, file.stem)
-                    found += [(*image[:2], number, *image[2:]) for image in images]
-                    folders |= _folders(archive) if one else {file.stem}
-            except tarfile.TarError as error:
-                raise UserError(
-                    f"`data={self.name}`: {file} can't be read as an uncompressed tar ({error}); unzip or download it "
-                    "again"
-                ) from error
-            except OSError as error:
-                raise UserError(f"`data={self.name}`: {file} can't be read: {error.strerror}") from error
+            with self._opened(file) as archive:
+                if not flat and _has_labels_beside(archive):
+                    raise UserError(f"`data={path}` holds WebDataset shards ({file}): give webdataset:{path}")
+                found += [(name, number, *place) for name, *place in _images(archive, "" if one else file.stem)]
+                folders |= _folders(archive) if one else {file.stem}
         if not found:
             raise UserError(f"`data={self.name}` has no images ({', '.join(EXTENSIONS)} are looked for)")
         if not one:
             check_none_beside(sorted(name for name in os.listdir(path) if is_image_name(name)), path, None)
-        if flat:
-            found = [(ONE_CLASS, *image[1:]) for image in found]
-        elif not any(image[0] for image in found):
-            raise UserError(
-                f"`data={path}`: no images in class folders or class tars inside; give flat:{path}, which takes all "
-                f"images as one class, or, if these are WebDataset shards, webdataset:{path}"
-            )
-        else:
-            check_none_beside(sorted(os.fsdecode(image[1]) for image in found if not image[0]), path, f"flat:{path}")
-            if prefix := wrapping_folders((image[1] for image in found), path):
-                inside = [(image[1][len(prefix) :], *image[2:]) for image in found]
-                found = [(os.fsdecode(name.partition(b"/")[0]), name, *place) for name, *place in inside]
-            check_none_empty(folders, os.fsdecode(prefix), {image[0] for image in found}, path)
-        found.sort(key=lambda image: image[:2])
-        self.classes = sorted({image[0] for image in found})
+        if not flat:
+            found = _from_classes_on(found, folders, path)
+        images = [(ONE_CLASS if flat else os.fsdecode(image[0].partition(b"/")[0]), *image) for image in found]
+        images.sort(key=lambda image: image[:2])
+        self.classes = sorted({image[0] for image in images})
         check_class_names(self.classes, path)
         number_of = {name: number for number, name in enumerate(self.classes)}
-        self.labels = np.array([number_of[image[0]] for image in found], dtype=np.int64)
-        self.names = np.array([image[1] for image in found], dtype=np.bytes_)
-        self.places = np.array([image[2:] for image in found], dtype=np.int64)
+        self.labels = np.array([number_of[image[0]] for image in images], dtype=np.int64)
+        self.names = np.array([image[1] for image in images], dtype=np.bytes_)
+        self.places = np.array([image[2:] for image in images], dtype=np.int64)
         self._real_files = [os.path.realpath(file) for file in self.files]
         self._descriptors: dict[tuple[int, int], int] = {}
+
+    @contextlib.contextmanager
+    def _opened(self, file: Path) -> Iterator[tarfile.TarFile]:
+        """One of the files, open; what fails while it is used becomes a UserError that names it."""
+        try:
+            with tarfile.open(file, "r:") as archive:
+                yield archive
+        except tarfile.TarError as error:
+            raise UserError(
+                f"`data={self.name}`: {file} can't be read as an uncompressed tar ({error}); unzip or download it again"
+            ) from error
+        except OSError as error:
+            raise UserError(f"`data={self.name}`: {file} can't be read: {error.strerror}") from error
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_descriptors": {}}
@@ -137,23 +136,23 @@ def _has_labels_beside(archive: tarfile.TarFile) -> bool:
     return any(name.endswith(".cls") or (name.endswith(".json") and name[:-5] in images) for name in names)
 
 
-def _images(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes, int, int]]:
-    """(class, name, offset, size in bytes) of the images in a tar and in the tars inside it, which count as folders.
+def _images(archive: tarfile.TarFile, folder: str = "") -> Iterator[tuple[bytes, int, int]]:
+    """(name, offset, size in bytes) of the images in a tar and in the tars inside it, which count as folders.
 
-    The class is the folder on top; of images in none it is empty.
+    Args:
+        archive: the tar.
+        folder: what it counts as itself; its names begin with it.
     """
     for member in files_in(archive, WANTED):
-        if member.name.lower().endswith(".tar"):
-            folder = member.name[: -len(".tar")]
+        name = posixpath.join(folder, member.name)
+        if name.lower().endswith(".tar"):
             label = f"{archive.name}/{member.name}"  # for messages
             with tarfile.open(label, fileobj=archive.extractfile(member), mode="r:") as inner:
                 for image in files_in(inner, EXTENSIONS):
-                    name = f"{folder}/{os.path.basename(image.name)}"
-                    place = member.offset_data + image.offset_data
-                    yield folder.split("/")[0], os.fsencode(name), place, image.size
+                    inside = posixpath.join(name[: -len(".tar")], posixpath.basename(image.name))
+                    yield os.fsencode(inside), member.offset_data + image.offset_data, image.size
         else:
-            folder = member.name.rpartition("/")[0]
-            yield folder.split("/")[0], os.fsencode(member.name), member.offset_data, member.size
+            yield os.fsencode(name), member.offset_data, member.size
 
 
 def _folders(archive: tarfile.TarFile) -> set[str]:
@@ -163,10 +162,28 @@ def _folders(archive: tarfile.TarFile) -> set[str]:
     return tars | {name for name in folders if not _is_hidden(name)}
 
 
-def _images_of_class(archive: tarfile.TarFile, class_name: str) -> Iterator[tuple[str, bytes, int, int]]:
-    """As :func:`_images`, of a tar that holds one class."""
-    for image in files_in(archive, EXTENSIONS):
-        yield class_name, os.fsencode(f"{class_name}/{image.name}"), image.offset_data, image.size
+def _from_classes_on(found: list[_Found], folders: set[str], path: str) -> list[_Found]:
+    """The images with names that begin with their class; folders around the classes are left out of them.
+
+    Args:
+        found: images under their names in the data set.
+        folders: those of the data set.
+        path: what it is given as, for messages.
+
+    Raises:
+        UserError: images are in no class, a class has none, or the folders are parts of a data set.
+    """
+    beside = sorted(os.fsdecode(name) for name, *_ in found if b"/" not in name)
+    if len(beside) == len(found):
+        raise UserError(
+            f"`data={path}`: no images in class folders or class tars inside; give flat:{path}, which takes all images "
+            f"as one class, or, if these are WebDataset shards, webdataset:{path}"
+        )
+    check_none_beside(beside, path, f"flat:{path}")
+    prefix = wrapping_folders((name for name, *_ in found), path)
+    found = [(name[len(prefix) :], *place) for name, *place in found]
+    check_none_empty(folders, os.fsdecode(prefix), {os.fsdecode(name.partition(b"/")[0]) for name, *_ in found}, path)
+    return found
 
 
 def files_in(archive: tarfile.TarFile, endings: tuple[str, ...] = ("",)) -> Iterator[tarfile.TarInfo]:

@@ -75,13 +75,8 @@ class WebDatasetSource(TarSource):
         for number, file in enumerate(self.files):
             if file.name.lower().endswith(COMPRESSED):
                 raise UserError(f"`data={self.name}`: {file} is compressed, which forbids random access; uncompress it")
-            try:
-                with tarfile.open(file, "r:") as archive:
-                    samples += [(number, sample) for sample in self._samples(archive, file) if sample.name]
-            except tarfile.TarError as error:
-                raise UserError(f"`data={self.name}`: {file} can't be read as an uncompressed tar ({error})") from error
-            except OSError as error:
-                raise UserError(f"`data={self.name}`: {file} can't be read: {error.strerror}") from error
+            with self._opened(file) as archive:
+                samples += [(number, sample) for sample in self._samples(archive, file) if sample.name]
         if not samples:
             raise UserError(f"`data={self.name}`: no images in its shards ({', '.join(EXTENSIONS)} are looked for)")
         self.labels, self.classes = self._labels([sample for _, sample in samples])
