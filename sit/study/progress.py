@@ -101,7 +101,7 @@ class Progress:
     def _at_hand(self, run: Run, state: Any) -> str:
         step = steps_done(run, self.study)
         if step >= run.config.steps:
-            return f"{run.name}: evaluating"
+            return f"{run.name}: {'evaluating' if run.steps_to_evaluate(self.study) else 'finishing'}"
         pace = seconds_of_a_step(run, state.runs, state.found, self.told)
         left = "" if pace is None else f", {in_words(pace * (run.config.steps - step) / 3600)}"
         return f"{run.name}: step {step}/{run.config.steps}{left}"

@@ -14,7 +14,7 @@ import pytest
 
 from sit.study import schedule
 from sit.study.cli import main
-from sit.study.config import read_study
+from sit.study.config import Evaluation, read_study
 from sit.study.progress import Progress, remaining_hours
 from sit.study.schedule import carry_out
 from sit.utils.errors import UserError
@@ -125,6 +125,17 @@ def test_finished_runs_tell_the_time_that_is_left(study, monkeypatch):
     assert hours == 3 * 6 / 2 / 3600 and "study 1/4 + 2 once the best is chosen, 0 min left" in Progress(
         study, 2, None
     ).line(state, [])
+
+
+def test_a_run_that_only_helps_to_choose_is_not_said_to_be_evaluated(study, monkeypatch):
+    monkeypatch.setattr("sit.study.progress.steps_done", lambda run, _: run.config.steps)
+    state = schedule.Known(study).state()
+    line = Progress(study, 1, None).line
+    assert line(state, [state.runs[0]]).endswith(f"{state.runs[0].name}: finishing")
+    evaluated = dataclasses.replace(study, evaluate=Evaluation(reference="digits"))
+    assert Progress(evaluated, 1, None).line(state, [state.runs[0]]).endswith("finishing")
+    compared = dataclasses.replace(state.runs[0], compared=True)
+    assert Progress(evaluated, 1, None).line(state, [compared]).endswith("evaluating")
 
 
 def test_a_job_has_the_lowest_slot_that_is_free():
