@@ -18,8 +18,9 @@ import torch
 
 from sit.checkpoint.find import resolve
 from sit.checkpoint.info import read_info
-from sit.checkpoint.load import network_config, read_network, transport_options
+from sit.checkpoint.load import network_config, read_network, stored_vae, transport_options
 from sit.checkpoint.published import read_published
+from sit.latents.likeness import difference
 from sit.model import SiT, mixer_specs
 
 INHERITED = ("time_reversed", "positional_grid")
@@ -38,6 +39,7 @@ class Donor:
         config: the arguments of its network, as far as they are known; ``input_size`` and ``num_heads`` may be missing.
         transport: the arguments of its transport; missing ones are the defaults.
         label_names: the names of its classes by label; empty if unknown.
+        vae_source: the folder or name of the VAE of its latents; None if unknown.
     """
 
     place: Path
@@ -45,6 +47,7 @@ class Donor:
     config: Mapping[str, Any]
     transport: Mapping[str, Any]
     label_names: Sequence[str]
+    vae_source: str | None = None
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -77,11 +80,11 @@ def read_donor(source: str | Path) -> Donor:
         config = dict(published.config)
         if any("`num_heads`" in question for question in published.questions):
             del config["num_heads"]
-        return Donor(place, published.state, config, published.transport_config, [])
+        return Donor(place, published.state, config, published.transport_config, [], published.vae_name)
     inside = place / "transformer" if (place / "model_index.json").is_file() else place
     network = read_network(inside)
     names = read_info(place).label_names
-    return Donor(place, network.state_dict(), dict(network.config), transport_options(place), names)
+    return Donor(place, network.state_dict(), dict(network.config), transport_options(place), names, stored_vae(place))
 
 
 def inherited_by(checkpoint: Path) -> dict[str, Any]:
@@ -117,7 +120,9 @@ class Taken:
         return "; ".join(said + [f"note: {note}" for note in self.notes])
 
 
-def take(network: SiT, donor: Donor, classes: Sequence[str], transport: Mapping[str, Any]) -> Taken:
+def take(
+    network: SiT, donor: Donor, classes: Sequence[str], transport: Mapping[str, Any], vae: str | None = None
+) -> Taken:
     """Give ``network``, in place, all weights of ``donor`` that fit; what does not fit keeps its values.
 
     Args:
@@ -125,6 +130,7 @@ def take(network: SiT, donor: Donor, classes: Sequence[str], transport: Mapping[
         donor: whose weights.
         classes: the names of the network's classes, by label.
         transport: the arguments of the transport that it will be trained with.
+        vae: the folder or name of the VAE of its latents; None leaves them uncompared.
     """
     taken = Taken()
     own = network.state_dict()
@@ -148,7 +154,7 @@ def take(network: SiT, donor: Donor, classes: Sequence[str], transport: Mapping[
                 taken.fresh.append(name)
     known = {*taken.whole, *taken.part, TABLE}
     taken.left = [name for name in donor.state if name not in known]
-    taken.notes = list(_notes(network, donor, transport))
+    taken.notes = list(_notes(network, donor, transport, vae))
     return taken
 
 
@@ -191,7 +197,9 @@ def _same_prediction(network: SiT, donor: Donor) -> bool:
     return all(config[name] == donor.config[name] for name in ("in_channels", "patch_size", "hidden_size"))
 
 
-def _notes(network: SiT, donor: Donor, transport: Mapping[str, Any]) -> Iterable[str]:
+def _notes(network: SiT, donor: Donor, transport: Mapping[str, Any], vae: str | None) -> Iterable[str]:
+    if None not in (vae, donor.vae_source) and (found := difference(vae, donor.vae_source)) is not None:
+        yield f"its latents are {found}"
     for name, default in (("interpolant", "linear"), ("prediction", "velocity")):
         then, now = donor.transport.get(name, default), transport.get(name, default)
         if then != now:

@@ -151,8 +151,12 @@ def _check_guide(loaded: Loaded, guide: Loaded) -> None:
 def _read_folder(place: Path) -> tuple[SiT, Transport, CheckpointInfo, str | None]:
     is_pipeline = (place / "model_index.json").is_file()
     model = read_network(place / "transformer" if is_pipeline else place)
-    vae = str(place / "vae") if (place / "vae").is_dir() else read_vae_name(place)
-    return model, Transport(**transport_options(place)), read_info(place), vae
+    return model, Transport(**transport_options(place)), read_info(place), stored_vae(place)
+
+
+def stored_vae(place: Path) -> str | None:
+    """The VAE that the folder of a checkpoint holds, or else names; None if it does neither."""
+    return str(place / "vae") if (place / "vae").is_dir() else read_vae_name(place)
 
 
 def read_network(folder: Path) -> SiT:

@@ -66,7 +66,7 @@ def write_checkpoint(
             ).to_yaml(),  # where the run lies is not published
             metrics=last_metrics(run / "metrics.jsonl", step),
         )
-        prune_checkpoints(find_checkpoints(run), config.keep_last, config.keep_every)
+        prune_checkpoints(find_checkpoints(run), config.keep_last, config.keep_every, config.checkpoint_every)
     accelerator.wait_for_everyone()
 
 
@@ -95,19 +95,26 @@ def set_aside_later(run: Path, checkpoint: Path) -> Path | None:
     return aside
 
 
-def prune_checkpoints(checkpoints: list[tuple[int, Path]], keep_last: int, keep_every: int | None) -> None:
-    """Delete all complete checkpoints but the last ``keep_last`` and those of every ``keep_every``-th step.
+def prune_checkpoints(
+    checkpoints: list[tuple[int, Path]], keep_last: int, keep_every: int | None, checkpoint_every: int = 1
+) -> None:
+    """Delete all complete checkpoints but the last ``keep_last`` and the first from every ``keep_every``-th step on.
 
     Args:
         checkpoints: (step, folder) of each. Incomplete ones are neither counted nor deleted.
         keep_last: 0 keeps all.
         keep_every: None keeps none besides the last.
+        checkpoint_every: steps between checkpoints; one that is so far beyond a ``keep_every``-th step is not its.
     """
     if not keep_last:
         return
+    for_good: dict[int, int] = {}  # of every so many steps, the first checkpoint
+    for step, _ in sorted(checkpoints) if keep_every else ():
+        if step >= keep_every and step % keep_every < checkpoint_every:
+            for_good.setdefault(step // keep_every, step)
     last = 0
     for step, folder in sorted(checkpoints, reverse=True):
-        if last == keep_last and keep_every and step % keep_every == 0:
+        if last == keep_last and step in for_good.values():
             continue
         if not is_complete(folder):
             continue

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from sit.training.config import TrainConfig
+from sit.training.config import TrainConfig, without_idle
 from sit.training.recipes import known_recipes, load_recipe, load_run_settings, run_folder
 from sit.utils.cli import parse
 from sit.utils.errors import UserError, entry_point
@@ -65,14 +65,16 @@ def parse_train_arguments(arguments: list[str]) -> TrainArguments:
     else:
         base = load_recipe(recipe or TrainArguments.recipe)
     description = f"{TrainArguments.__doc__} Recipes: {', '.join(known_recipes())}."
-    return parse(TrainArguments, program("train"), arguments, default=TrainArguments(base), description=description)
+    found = parse(TrainArguments, program("train"), arguments, default=TrainArguments(base), description=description)
+    return dataclasses.replace(found, config=without_idle(found.config, base))
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:
-    """The value of ``flag`` on a command line that is not parsed yet; None if it is not there."""
+    """The value of ``flag`` on a command line that is not parsed yet; None if it is not there, or is None."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(flag, flag[:2] + flag[2:].replace("-", "_"), dest="value", nargs="?")
-    return parser.parse_known_args(arguments)[0].value
+    value = parser.parse_known_args(arguments)[0].value
+    return None if value == "None" else value
 
 
 @entry_point

@@ -201,6 +201,8 @@ class TrainConfig:
     """steps between checkpoints that are kept for good"""
 
     def __post_init__(self) -> None:
+        if empty := [field.name for field in dataclasses.fields(self) if getattr(self, field.name) == ""]:
+            raise UserError(f"`{empty[0]}` is empty: give a value, or leave it out")
         for names, holds, words in CHECKS:
             for name in names:
                 value = getattr(self, name)
@@ -310,13 +312,13 @@ CHECKS = (
         "at least 1",
     ),
     (
-        ("warmup_steps", "workers", "preview_every", "keep_last", "weight_decay", "max_grad_norm", "repa_weight",
-         "heldout_every", "eval_every", "distill_steps", "distill_weight"),
+        ("warmup_steps", "workers", "preview_every", "keep_last", "max_grad_norm", "heldout_every", "eval_every",
+         "distill_steps"),
         lambda value: value >= 0,
         "at least 0",
     ),
     (
-        ("learning_rate", "final_learning_rate", "preview_cfg_scale"),
+        ("learning_rate", "final_learning_rate", "preview_cfg_scale", "weight_decay", "repa_weight", "distill_weight"),
         lambda value: 0 <= value < math.inf,
         "a number of at least 0",
     ),
@@ -359,10 +361,13 @@ def idle_eps(settings: Mapping[str, Any]) -> list[str]:
 
 
 NEEDS = (
-    ("posthoc_ema_every", "posthoc_ema"), ("repa_weight", "repa"), ("repa_block", "repa"), ("repa_projector", "repa"),
-    ("distill_weight", "distill_from"), ("eval_samples", "eval_every"), ("eval_reference", "eval_every"),
+    ("posthoc_ema_every", ("posthoc_ema",)), ("repa_weight", ("repa",)), ("repa_block", ("repa",)),
+    ("repa_projector", ("repa",)), ("distill_weight", ("distill_from",)), ("eval_samples", ("eval_every",)),
+    ("eval_reference", ("eval_every",)), ("heldout_images", ("heldout",)), ("keep_every", ("keep_last",)),
+    ("preview_steps", ("preview_every", "eval_every")), ("preview_cfg_scale", ("preview_every", "eval_every")),
+    ("preview_cfg_scale", ("class_dropout",)), ("project", ("trackers",)),
 )  # fmt: skip
-"""(a setting, the other one without which it has no effect)"""
+"""(a setting, those others of which one must be on, or it has no effect)"""
 
 
 def check_heeded(config: TrainConfig) -> None:
@@ -382,10 +387,33 @@ def check_needed(config: TrainConfig) -> None:
     Raises:
         UserError: one of :data:`NEEDS`.
     """
-    for name, need in NEEDS:
+    for name, needs in NEEDS:
         value = getattr(config, name)
-        if value != TrainConfig.__dataclass_fields__[name].default and not getattr(config, need):
-            raise UserError(f"`{name}={value}` plays no part without `{need}`: leave it out, or give that too")
+        if value != _default(name) and not _any_is_on(config, needs):
+            without = " or ".join(f"`{need}`" for need in needs)
+            off = ", which is 0 and keeps all checkpoints," if needs == ("keep_last",) else ""
+            raise UserError(f"`{name}={value}` plays no part without {without}{off}: leave it out, or give that too")
+
+
+def without_idle(config: TrainConfig, base: TrainConfig) -> TrainConfig:
+    """The config, which was made from ``base``, with the defaults of what belongs to what it switches off.
+
+    So ``--repa None`` switches off the alignment that a recipe has, with all that the recipe says of it.
+    """
+    idle = {
+        name: _default(name)
+        for name, needs in NEEDS
+        if _any_is_on(base, needs) and not _any_is_on(config, needs) and getattr(config, name) == getattr(base, name)
+    }
+    return dataclasses.replace(config, **idle) if idle else config
+
+
+def _default(name: str) -> Any:
+    return TrainConfig.__dataclass_fields__[name].default
+
+
+def _any_is_on(config: TrainConfig, names: tuple[str, ...]) -> bool:
+    return any(getattr(config, name) not in (None, 0, (), "none") for name in names)
 
 
 def fixed_fields() -> list[str]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from sit.checkpoint.load import load_for_sampling
 from sit.latents.datasets import Batch
+from sit.latents.likeness import difference
 from sit.model import SiT, mixer_specs
 from sit.training.config import TrainConfig
 from sit.training.objective import Objective
@@ -105,13 +106,15 @@ def distill(
     *,
     transport: Transport,
     classes: Sequence[str],
+    vae: str,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> Distillation:
     """Add the distillation that ``config`` asks for to an objective.
 
     Raises:
-        UserError: the teacher can't be read, or its prediction is not one of the network's.
+        UserError: the teacher can't be read, or its prediction is not one of the network's: of other latents, as far as
+            the files here tell, classes, or another transport.
     """
     name = f"`distill_from={config.distill_from}`"
     loaded = load_for_sampling(config.distill_from, device=device)
@@ -129,6 +132,8 @@ def distill(
     names = loaded.info.label_names
     if names and classes and list(names) != list(classes):
         raise UserError(f"{name} can't teach this network: its classes have other names, or another order")
+    if loaded.vae_source is not None and (found := difference(vae, loaded.vae_source)) is not None:
+        raise UserError(f"{name} can't teach this network: its latents are {found}, not of `vae={vae}`")
     blocks = new_blocks(network, teacher)
     same_tokens = ("patch_size", "hidden_size")
     if blocks and any(teacher.config[key] != network.config[key] for key in same_tokens):

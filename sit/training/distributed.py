@@ -32,6 +32,11 @@ def set_up_processes(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation,
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.gradient_accumulation_steps != config.gradient_accumulation:
+        raise UserError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accelerator.gradient_accumulation_steps} in the environment "
+            f"outweighs `gradient_accumulation={config.gradient_accumulation}`: unset it"
+        )
     check_settings(accelerator, config.optimizer)
     allow_tf32(accelerator.device, config.tf32)
     if accelerator.device.type == "cpu":

@@ -13,6 +13,7 @@ from sit.training.config import TrainConfig, as_said_today, fixed_fields
 from sit.training.data import Opened
 from sit.training.distill import Distillation
 from sit.training.objective import Objective, layers
+from sit.training.recipes import differs
 from sit.training.repa import Alignment
 from sit.utils.checksums import sealed, unsealed
 from sit.utils.errors import UserError
@@ -68,10 +69,10 @@ class Identity:
         )
 
     def check(self, begun: Identity, config: TrainConfig, run: Path) -> None:
-        """Raise UserError unless this is what the run was ``begun`` with; it names what differs."""
+        """Raise UserError unless this is what the run was ``begun`` with, wherever that lies; it names what differs."""
         for name, then in begun.settings.items():
             now = self.settings.get(name, then)
-            if now != then:
+            if differs(name, now, then):
                 raise UserError(f"`{name}={now}` can't continue the run {run}, which was begun with {then}")
         if self.classes != begun.classes:
             raise UserError(

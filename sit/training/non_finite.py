@@ -61,6 +61,11 @@ class NonFinitePolicy:
             raise Diverged(f"{message}: stopped, as `non_finite_limit` is {self.limit}")
         self._tell(f"warning: {message}")
 
+    def check_end(self, steps: int) -> None:
+        """Raise Diverged if all of so many steps, with which a training ended, were skipped: fewer than the limit."""
+        if 0 < steps <= self.in_a_row:
+            raise Diverged(f"all {steps} steps were skipped, as their gradients were not finite: nothing was trained")
+
     def _tell(self, message: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(message)

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from sit.training.config import ALWAYS_FIXED, TrainConfig, as_said_today, fixed_fields
+from sit.training.config import ALWAYS_FIXED, TrainConfig, as_said_today, fixed_fields, without_idle
 from sit.utils.choices import choices, understood
 from sit.utils.errors import UserError
 from sit.utils.reading import read_yaml, typed
@@ -36,8 +36,9 @@ def from_mapping(values: dict[str, Any], source: str, base: TrainConfig | None =
         UserError: an unknown field, or a value of the wrong type or that can't be; the message begins with ``source``.
     """
     checked = typed(as_said_today(_as_fields(values, source)), get_type_hints(TrainConfig), source)
+    base = base or TrainConfig()
     try:
-        return dataclasses.replace(base or TrainConfig(), **checked)
+        return without_idle(dataclasses.replace(base, **checked), base)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
 
@@ -103,8 +104,22 @@ def load_run_settings(folder: Path) -> TrainConfig:
     return load_recipe(str(path))
 
 
-def check_same_run(config: TrainConfig, folder: Path) -> None:
+KNOWN_BY_CONTENT = ("data", "vae", "repa")
+"""fixed settings that name files, which may be moved: a run's identity tells whether they are its own"""
+
+
+def differs(name: str, now: Any, then: Any) -> bool:
+    """Whether a fixed setting is another than a run was begun with, whose identity is known."""
+    return now != then and not (name in KNOWN_BY_CONTENT and None not in (now, then))
+
+
+def check_same_run(config: TrainConfig, folder: Path, has_identity: bool = False) -> None:
     """Refuse to continue the run in ``folder`` with settings that its first step has fixed at other values.
+
+    Args:
+        config: the settings.
+        folder: the run's.
+        has_identity: the run knows its data, VAE and encoder by what they hold, so that they may have other names.
 
     Raises:
         UserError: unless ``config`` has those that the run was begun with; the message names both values.
@@ -112,7 +127,7 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
     begun = load_run_settings(folder)
     for name in fixed_fields():
         now, then = getattr(config, name), getattr(begun, name)
-        if now != then:
+        if differs(name, now, then) if has_identity else now != then:
             raise UserError(f"`{name}={now}` can't continue the run {folder}, which was begun with {then}")
 
 

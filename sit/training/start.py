@@ -12,11 +12,13 @@ from sit.checkpoint.info import read_info
 from sit.mixers import parse_mixers
 from sit.model import MODELS, check_model_name
 from sit.training.config import TrainConfig, check_heeded, check_needed
+from sit.training.identity import FILE as IDENTITY
 from sit.training.meanflow import check_meanflow
 from sit.training.recipes import check_same_run, run_folder
 from sit.training.repa import aligned_block, check_block
 from sit.training.run_folder import clear_start
 from sit.training.trackers import check_trackers
+from sit.transport.transport import Transport
 from sit.utils.errors import UserError
 from sit.utils.files import refuse_used
 from sit.utils.lock import locked
@@ -69,6 +71,7 @@ def find_start(config: TrainConfig, clear: bool = True) -> Start:
     check_trackers(config.trackers)
     check_heeded(config)
     check_meanflow(config)
+    Transport(**config.transport_options())
     if config.repa is not None:
         check_block(aligned_block(config), MODELS[config.model]["depth"])
 
@@ -76,7 +79,7 @@ def find_start(config: TrainConfig, clear: bool = True) -> Start:
     if folder is None:
         check_needed(config)
     if folder is not None:
-        check_same_run(config, folder)
+        check_same_run(config, folder, has_identity=(folder / IDENTITY).is_file())
     elif config.output_dir is not None:
         if clear:
             clear_start(config.output_dir)

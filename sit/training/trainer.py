@@ -83,7 +83,8 @@ def run(
     transport = Transport(**config.transport_options())
     network = make_network(config, data, donor, start)
     if donor is not None:
-        accelerator.print(f"begun with {donor.place}: {take(network, donor, data.classes, config.transport_options())}")
+        taken = take(network, donor, data.classes, config.transport_options(), config.vae)
+        accelerator.print(f"begun with {donor.place}: {taken}")
     begun_with = None if donor is None else state_fingerprint(donor.state)
     del donor  # as large as the network
     objective = make_objective(config, data, transport, network, accelerator, first_step=start.step + 1)
@@ -202,6 +203,7 @@ def run(
                 raise SystemExit(stopped)
     bar.close()
     accelerator.end_training()
+    non_finite.check_end(config.steps - start.step)
     return folder
 
 
@@ -238,8 +240,8 @@ def make_objective(
     objective: Objective = TransportObjective(transport, config.class_dropout, null_label=len(data.classes))
     if config.distill_from is not None and first_step <= config.distill_steps:
         objective = distill(
-            objective, network, config, transport=transport, classes=data.classes, device=accelerator.device,
-            autocast=accelerator.autocast,
+            objective, network, config, transport=transport, classes=data.classes, vae=config.vae,
+            device=accelerator.device, autocast=accelerator.autocast,
         )  # fmt: skip
     if config.repa is not None:
         objective = align(objective, network, config, device=accelerator.device, autocast=accelerator.autocast)
@@ -278,7 +280,8 @@ def open_folder(
             if start.folder is not None and (aside := keep_lineage(shared[0], start.checkpoint)):
                 beyond = start.checkpoint or "the beginning"
                 accelerator.print(f"the snapshots beyond {beyond} are set aside in {aside}")
-            prune_checkpoints(find_checkpoints(shared[0]), config.keep_last, config.keep_every)  # a kill left one more
+            kept = (config.keep_last, config.keep_every, config.checkpoint_every)
+            prune_checkpoints(find_checkpoints(shared[0]), *kept)  # a kill left one more
         except UserError as error:
             shared = [error]
     if accelerator.num_processes > 1:

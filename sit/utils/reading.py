@@ -17,7 +17,11 @@ from typing import Any, get_args
 import typeguard
 import yaml
 
+from sit.utils.choices import choices
 from sit.utils.errors import UserError, first_line
+
+YAML_BOOLEANS = {True: ("on", "yes"), False: ("off", "no")}
+"""words that YAML 1.1 reads so, and YAML 1.2 does not"""
 
 LARGEST_TEXT = 1 << 28
 """bytes of a configuration or manifest at most; the manifest of ImageNet's cache has some 100 KB"""
@@ -166,8 +170,8 @@ def typed(values: Mapping[Any, Any], hints: Mapping[str, Any], source: str | Pat
             raise UserError(f"{source}: unknown setting {_short(name)}; {_meant(name, hints)}")
         if isinstance(value, list) and not _has(list, hints[name]):
             value = tuple(value)
-        if isinstance(value, bool) and "on" in get_args(hints[name]):
-            value = "on" if value else "off"  # YAML 1.1 reads a bare on or off as a boolean
+        if isinstance(value, bool):  # YAML 1.1 reads a bare on, off, yes or no as a boolean
+            value = next((word for word in YAML_BOOLEANS[value] if word in choices(hints[name])), value)
         try:
             if _has_truth_value(value) and not _has(bool, hints[name]):
                 raise typeguard.TypeCheckError("is true or false")

@@ -322,7 +322,8 @@ def distilled(donor: Path, mixer: str = "atconv", **changes):
     config = TrainConfig(distill_from=str(donor), distill_steps=3, distill_weight=0.25, **changes)
     objective = distill(
         TransportObjective(Transport(), 0.5, null_label=2), network, config, transport=Transport(),
-        classes=["class0", "class1"], device=torch.device("cpu"), autocast=contextlib.nullcontext,
+        classes=["class0", "class1"], vae="none:channels=1", device=torch.device("cpu"),
+        autocast=contextlib.nullcontext,
     )  # fmt: skip
     return network, objective
 
@@ -421,6 +422,21 @@ def test_a_distilled_run(begin, donor, monkeypatch):
     assert json.loads((run / "identity.json").read_text())["teacher"]
 
 
+def test_weights_of_other_latents(begin, capsys):
+    """Their pixels are scaled otherwise: a note to who begins with them, and no teacher."""
+    first = begin()
+    others = dict(vae="none:channels=1:shift=0.25:scale=2.0")
+    capsys.readouterr()
+    begin(init_from=str(first))
+    assert "latents" not in capsys.readouterr().out
+    begin(init_from=str(first), **others)
+    assert "note: its latents are shift and scale 0.0 and 2.0, not 0.25 and 2.0" in capsys.readouterr().out
+    teaching = dict(distill_from=str(first), distill_steps=1)
+    begin(**teaching)
+    with pytest.raises(UserError, match=r"`distill_from=.*` can't teach this network: its latents are .*`vae=none:"):
+        begin(**teaching, **others)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -434,7 +450,7 @@ def test_teachers_that_cant_teach(changes, words, donor, tmp_path):
     config = TrainConfig(distill_from=str(donor), distill_steps=1)
     call = lambda names=(), transport=None: distill(  # noqa: E731
         TransportObjective(Transport(), 0.0, null_label=2), network, config, transport=transport or Transport(),
-        classes=names, device=torch.device("cpu"), autocast=contextlib.nullcontext,
+        classes=names, vae="none:channels=1", device=torch.device("cpu"), autocast=contextlib.nullcontext,
     )  # fmt: skip
     if words:
         with pytest.raises(UserError, match=words):

@@ -187,6 +187,48 @@ def test_a_setting_of_what_is_off_is_refused_for_a_new_run(name, value, need, tm
     find_start(dataclasses.replace(config, resume="auto", output_dir=str(tmp_path)))  # begun by an earlier version
 
 
+def test_what_is_switched_off_takes_what_belongs_to_it_along(tmp_path):
+    """The recipe's own settings of it; what the user gives besides is still refused."""
+    assert load_recipe("atconv-repa-imagenet256").repa_block is not None
+    config = parse_train_arguments(["--recipe", "atconv-repa-imagenet256", "--repa", "None"]).config
+    assert config.repa is None and config.repa_block is None
+    check_needed(config)
+    Path(tmp_path / "mine.yaml").write_text("base: imagenet256-400k\npreview_every: 0\neval_every: 0\n")
+    config = load_recipe(str(tmp_path / "mine.yaml"))
+    assert (config.preview_steps, config.preview_cfg_scale) == (25, 1.5)
+    check_needed(config)
+    for flags in (
+        "--repa-block 3", "--preview-every 0 --preview-steps 50", "--project x --trackers", "--heldout-images 9",
+        "--keep-last 0 --keep-every 500", "--class-dropout 0 --preview-cfg-scale 3",
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="plays no part without"):
+            check_needed(parse_train_arguments(flags.split()).config)
+
+
+@pytest.mark.parametrize("name", ["data", "vae", "output_dir", "init_from", "repa", "model"])
+def test_an_empty_value_is_no_current_folder(name):
+    """As ``--data "$DATA"`` gives it where the variable is not set."""
+    with pytest.raises(UserError, match=f"`{name}` is empty: give a value, or leave it out"):
+        TrainConfig(**{name: ""})
+
+
+def test_none_is_not_given():
+    assert parse_train_arguments(["--resume", "None", "--init-from", "None"]).config.resume is None
+    assert parse_train_arguments(["--resume=None"]).config.resume is None
+
+
+@pytest.mark.parametrize("changes", [dict(loss_weight="velocity"), dict(prediction="noise", train_eps=0.7)])
+def test_an_objective_that_is_none_is_told_before_the_data_is_read(changes):
+    with pytest.raises(UserError):
+        find_start(TrainConfig(data="nowhere", **changes))
+
+
+def test_words_that_yaml_reads_as_booleans(tmp_path):
+    (tmp_path / "a.yaml").write_text("mixed_precision: no\npositional_embedding: off\ncompile: no\n")
+    config = load_recipe(str(tmp_path / "a.yaml"))
+    assert (config.mixed_precision, config.positional_embedding, config.compile) == ("no", "off", False)
+
+
 @pytest.mark.parametrize("name", ["train_eps", "sample_eps"])
 def test_an_eps_without_a_part_is_refused_where_users_set_it(name, tmp_path, monkeypatch):
     """By a flag, a recipe or a program; where the objective takes it, it stays."""
@@ -317,7 +359,9 @@ def test_a_recipe_in_the_spelling_of_flags_and_in_the_published_capitals(tmp_pat
         ("cpu_threads: -2", "`cpu_threads` must be at least 1, not -2"),
         ("class_dropout: 1.5", r"`class_dropout` must be in \[0, 1\)"),
         ("betas: [1.5, 0.9]", r"`betas` must be two numbers in \[0, 1\), not 1.5 0.9"),
-        ("repa_weight: -0.5", "`repa_weight` must be at least 0, not -0.5"),
+        ("repa_weight: -0.5", "`repa_weight` must be a number of at least 0, not -0.5"),
+        ("weight_decay: .inf", "`weight_decay` must be a number of at least 0, not inf"),
+        ("repa_weight: .inf", "`repa_weight` must be a number of at least 0, not inf"),
         ("repa_block: 0", "`repa_block` must be at least 1, not 0"),
         ("learning_rate: -1.0", "`learning_rate` must be a number of at least 0, not -1.0"),
         ("final_learning_rate: .nan", "`final_learning_rate` must be a number of at least 0, not nan"),

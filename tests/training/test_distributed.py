@@ -64,6 +64,13 @@ def test_processes_on_a_cpu_are_connected(fresh_accelerate, monkeypatch, asked, 
     assert not torch.distributed.is_initialized()
 
 
+def test_accumulation_that_the_environment_asks_for_is_refused(fresh_accelerate, monkeypatch):
+    """Accelerate would heed it instead of the run's, and leave optimizer steps out."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    with pytest.raises(UserError, match="ACCUMULATION_STEPS=3 .*`gradient_accumulation=1`: unset it"):
+        set_up_processes(TrainConfig())
+
+
 def test_ddp_is_told_that_the_projector_may_end(fresh_accelerate):
     """It would wait for gradients that don't come; it looks for such parameters only where they are to be expected."""
     assert set_up_processes(TrainConfig(cpu_threads=1, repa="an/encoder")).ddp_handler is None

@@ -51,7 +51,6 @@ def begin(tmp_path_factory):
         betas=BETAS,
         log_every=1,
         preview_every=0,
-        preview_steps=2,
         checkpoint_every=1,
         keep_last=0,
         trackers=(),

@@ -129,6 +129,27 @@ def test_a_run_goes_on_with_its_vae_and_its_cache_alone(data, tmp_path):
     refused(config, "`vae=.*vae` holds other weights than the run .*images was begun with")
 
 
+def test_data_a_vae_and_an_encoder_may_be_moved(data, tmp_path):
+    """They are known by what they hold; and the folder says from then on where they are."""
+    timm.models.save_for_hf(
+        timm.create_model("test_vit", num_classes=0), tmp_path / "encoder", model_args={"num_classes": 0},
+        safe_serialization=True,
+    )  # fmt: skip
+    shutil.copytree(DIGITS_VAE, tmp_path / "vae")
+    places = dict(data=data, vae=tmp_path / "vae", repa=tmp_path / "encoder")
+    config = small(tmp_path / "run", **{name: str(place) for name, place in places.items()}, repa_block=1)
+    go(config)
+    (tmp_path / "elsewhere").mkdir()
+    moved = {name: str(place.rename(tmp_path / "elsewhere" / place.name)) for name, place in places.items()}
+    go(dataclasses.replace(config, steps=2, resume="auto", **moved | dict(data=f"{moved['data']}/")))
+    told = load_run_settings(tmp_path / "run")
+    assert (told.vae, told.repa, told.data) == (moved["vae"], moved["repa"], f"{moved['data']}/")
+    go(dataclasses.replace(told, steps=3, resume="auto", output_dir=config.output_dir))
+    refused(dataclasses.replace(told, steps=3, output_dir=config.output_dir, repa=None, repa_block=None), "`repa")
+    save_image(next(path for path in Path(moved["data"]).rglob("*") if path.is_file()), seed=77)
+    refused(dataclasses.replace(told, steps=3, output_dir=config.output_dir), "`data=.*` holds other images")
+
+
 def test_a_run_goes_on_with_its_encoder_alone(tmp_path):
     encoder = timm.create_model("test_vit", num_classes=0)
     timm.models.save_for_hf(encoder, tmp_path / "encoder", model_args={"num_classes": 0}, safe_serialization=True)

@@ -362,6 +362,13 @@ def test_learning_rate():
     assert learning_rate_at(10**6, TrainConfig()) == 1e-4
 
 
+def test_a_run_of_skipped_steps_alone_is_no_success(tmp_path, monkeypatch):
+    """Also where it ends before the limit."""
+    before_each_loss(monkeypatch, lambda step, x1: x1.mul_(float("nan")))
+    with pytest.raises(UserError, match="all 3 steps were skipped, as their gradients were not finite"):
+        train(tiny_run(tmp_path / "a", steps=3))
+
+
 def test_which_checkpoints_are_kept(tmp_path):
     folders = [(step, tmp_path / f"step-{step}") for step in range(1, 8)]
     for _, folder in folders:
@@ -374,6 +381,22 @@ def test_which_checkpoints_are_kept(tmp_path):
     (folders[6][1] / INDEX).unlink()
     prune_checkpoints([folders[i] for i in (2, 4, 5, 6)], keep_last=1, keep_every=None)
     assert sorted(p.name for p in tmp_path.iterdir()) == kept[1:]  # a damaged one is none of the last
+
+
+@pytest.mark.parametrize(
+    ("every", "keep_every", "left"),
+    [(3, 4, [6, 9, 12, 15]), (500, 700, [1000, 1500, 2500, 3000, 3500]), (10, 4, [10, 20, 30]), (2, 4, [4, 8, 9])],
+)
+def test_kept_for_good_is_the_first_from_every_so_many_steps_on(tmp_path, every, keep_every, left):
+    """Where checkpoints are written at other steps too; each is written and then all but these are removed."""
+    there = []
+    for step in [*range(every, left[-1] + 1, every), left[-1]]:
+        folder = tmp_path / f"{step}"
+        folder.mkdir(exist_ok=True)
+        write_json(folder / INDEX, {"format": 1, "files": {}})
+        there = [(int(path.name), path) for path in tmp_path.iterdir()]
+        prune_checkpoints(there, keep_last=1, keep_every=keep_every, checkpoint_every=every)
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == left
 
 
 def test_a_row_cut_off_in_the_writing_is_left_out(tmp_path):
