@@ -34,7 +34,7 @@ from sit.metrics.estimate import Estimate
 from sit.metrics.evaluate import Against, Measured, measure
 from sit.metrics.features import get_extractors
 from sit.metrics.generated import GeneratedImages
-from sit.metrics.paired import Difference, over_samples, over_seeds
+from sit.metrics.paired import ROUNDING, Difference, over_samples, over_seeds
 from sit.metrics.report import Number, Report
 from sit.metrics.statistics_files import open_reference
 from sit.metrics.verdict import verdicts
@@ -82,11 +82,13 @@ def sample_grid(run: Run, loaded: Loaded, arguments: Arguments, path: Path) -> N
 
 
 def mean_over_seeds(values: list[float], error: float | None) -> dict[str, Any]:
-    """The mean with the half-width of its 95 % interval by Student's t; a single value keeps its own error."""
+    """The mean with half the width of its 95 % interval by Student's t, if values differ; one keeps its own error."""
     if len(values) == 1:
         return {"value": values[0], "error": error, "values": values}
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return {"value": statistics.fmean(values), "error": float(half), "values": values}
+    mean = statistics.fmean(values)
+    half = float(stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
+    told = half if half > ROUNDING * abs(mean) else None  # a share that is the same in all: nothing tells how it varies
+    return {"value": mean, "error": told, "values": values}
 
 
 def summarize(runs: dict[int, dict[int, Report]]) -> dict[int, dict[str, dict[str, Any]]]:

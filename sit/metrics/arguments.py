@@ -61,6 +61,26 @@ def check_vae_heeded(vae: str | None, *images: str | None) -> None:
         raise UserError(f"`vae={vae}` plays no part, as nothing is a latent cache: leave it out")
 
 
+AS_THEY_ARE = (".npz", ".pkl", ".pickle", ".pt")
+"""endings of what is never cropped"""
+
+
+def check_image_size_heeded(size: tuple[int, ...] | int | None, *images: str | None) -> None:
+    """Raise UserError if an image size is given, and none of the ``images`` is cropped to it."""
+    if size is None:
+        return
+    from sit.latents.cache import is_cache  # takes NumPy
+
+    for place in filter(None, images):
+        path = Path(place)
+        if path.suffix not in AS_THEY_ARE and not is_cache(path) and not (path / "samples.npz").is_file():
+            return
+    said = " ".join(map(str, size)) if isinstance(size, tuple) else size
+    raise UserError(
+        f"`image_size={said}` plays no part: the images of npz files and latent caches are as they are; leave it out"
+    )
+
+
 @dataclass
 class Arguments:
     """Evaluate samples, or the samples that a checkpoint makes, against a reference."""
@@ -121,6 +141,7 @@ class Arguments:
         if self.ckpt is None:
             self._check_nothing_is_made()
             check_vae_heeded(self.vae, self.samples, self.reference, self.training_data)
+            check_image_size_heeded(self.image_size, self.samples, self.reference, self.training_data)
         check_weights_heeded(self.weights_files, self.features_made)
         check_heeded(self.sampler)
         check_guide(self.guide, self.sampler)
@@ -179,6 +200,7 @@ class ReferenceArguments:
         _check_counts(self, "images", "batch_size")
         check_weights_heeded(self.weights_files, self.features)
         check_vae_heeded(self.vae, self.data)
+        check_image_size_heeded(self.image_size, self.data)
 
 
 def _check_counts(arguments: Arguments | ReferenceArguments, *names: str) -> None:

@@ -27,6 +27,7 @@ from sit.metrics.identity import About, Identity, hash_arrays, hash_numbers, sho
 from sit.metrics.image_sets import Images, SomeImages
 from sit.metrics.moments import Moments
 from sit.metrics.packing import pack_samples
+from sit.metrics.paired import ROUNDING
 from sit.metrics.report import NUMBERS, Number, Report
 from sit.metrics.statistics_files import Statistics
 from sit.metrics.work_folder import WorkDirectory
@@ -129,7 +130,8 @@ def measure(samples: Images, against: Against, work: Path, *, save: Path | None 
     group = jackknife_groups(len(samples), labels)
     place = folder_of(samples, work, "samples")
     names = list(samples.class_names)
-    measured = Measured(samples.name, len(samples), labels, group, against, place, names, samples.note)
+    notes = [note for note in (samples.note, _other_size(samples, against.reference)) if note]
+    measured = Measured(samples.name, len(samples), labels, group, against, place, names, notes)
     if save is None and _agreed(measured.kept() is not None):
         return measured if process_state().is_main_process else None
 
@@ -139,6 +141,7 @@ def measure(samples: Images, against: Against, work: Path, *, save: Path | None 
         every = [Wanted(reader, summed=False) for reader in (*against.extractors, Digests())]
         measured.training = extract(against.training, every, work, description="training", **making)
     wanted = [Wanted(extractor, group) for extractor in against.extractors]
+    wanted.append(Wanted(Digests(), summed=False))
     if against.classifier is not None:
         wanted.append(Wanted(_Predictions(against.classifier), summed=False))
     if save is not None:
@@ -158,6 +161,9 @@ def _check_heeded(samples: Images, against: Against) -> None:
         named = f"`classifier={against.classifier.folder}`"
         mend = "leave it out, or give an npz with arr_1, or class folders and their `image_size`"
         raise UserError(f"{named} predicts classes, and {samples.name} has no labels: {mend}")
+    if against.classifier is not None and (most := samples.labels.max()) >= (known := len(against.classifier.labels)):
+        named = f"`classifier={against.classifier.folder}`"
+        raise UserError(f"{named} knows the classes 0 to {known - 1}, and {samples.name} has samples of class {most}")
     if against.training is not None:
         distances.enough(len(against.training), 2, f"`training_data={against.training.name}`: a search for copies")
 
@@ -183,6 +189,15 @@ def _measure_reference(against: Against, work: Path) -> dict[str, Found]:
     wanted.append(Wanted(Digests(), summed=False))
     making = dict(device=against.device, batch_size=against.batch_size)
     return extract(images, wanted, work, description="reference", **making) or {}
+
+
+def _other_size(samples: Images, reference: Images | Statistics) -> str | None:
+    """What a report says of samples of another size than the reference's; None if they are alike, or it is unknown."""
+    images = reference if isinstance(reference, Images) else reference.images
+    if images is None or None in (samples.size, images.size) or samples.size == images.size:
+        return None
+    own, other = (f"{height} x {width}" for height, width in (samples.size, images.size))
+    return f"the samples have {own} pixels and the reference {other}: features tell sharpness too; see `image_size`"
 
 
 def _agreed(here: bool) -> bool:
@@ -217,7 +232,7 @@ class Measured:
         against: what they are evaluated with.
         place: the samples' folder in the work folder.
         class_names: by label; empty if unknown.
-        note: what the report must say of the samples.
+        notes: what the report must say of the samples.
         found: what the extractors and the classifier made of the samples; None where the numbers are there already.
         real: what the extractors made of the reference's images.
         training: what they made of the training images.
@@ -230,7 +245,7 @@ class Measured:
     against: Against
     place: Path
     class_names: list[str]
-    note: str | None = None
+    notes: Sequence[str] = ()
     found: dict[str, Found] | None = None
     real: dict[str, Found] | None = None
     training: dict[str, Found] | None = None
@@ -266,7 +281,7 @@ class Measured:
         numbers: list[Number] = []
         notes: list[str] = []
         by_class: dict[str, list[ClassShare]] = {}
-        notes += [self.note] if self.note else []
+        notes += [*self.notes, *self._same_pixels()]
         for extractor in extractors:
             numbers += self._numbers_of(extractor, by_class)
             note = reference.note(extractor) if isinstance(reference, Statistics) else None
@@ -356,6 +371,17 @@ class Measured:
         few = "reference images" if self.group is not None else "samples"
         yield _number(f"KID{on}", kid, {}, few=few)
 
+    def _same_pixels(self) -> Iterator[str]:
+        """What a report says of samples that are there twice, or are images of the reference or of the training."""
+        digests = self.found[Digests.name].rows("digest")["digest"]
+        if (distinct := len(np.unique(digests))) < self.count:
+            yield f"only {distinct:,} of the {self.count:,} samples differ from one another, which no ± allows for"
+        for found, whose in ((self.real, "the reference"), (self.training, "the training data")):
+            if found:
+                known = np.isin(digests, found[Digests.name].rows("digest")["digest"]).sum()
+                if known:
+                    yield f"{known:,} of the {self.count:,} samples are images of {whose}, pixel for pixel"
+
     def _too_few(self) -> Iterator[str]:
         """What a report says where numbers of nearest neighbors are left out."""
         if not self.real:
@@ -405,7 +431,8 @@ def _number(
     error, said = estimate.error, ""
     if has_error and not estimate.replicates:
         said = f"too few {few} for an error"
-    elif error == 0:  # a share of all, or of none: how often others would differ is not seen
+    elif error is not None and error <= ROUNDING * max(1.0, abs(estimate.value)):
+        # a share of all, or of none: how often others would differ is not seen
         error, said = None, "the same in every group of samples, which leaves no error"
     how = "; ".join(filter(None, (how, said)))
     return Number(name, estimate.value, error, how, estimate.replicates, basis)

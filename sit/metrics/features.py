@@ -257,7 +257,8 @@ def get_extractor(name: str, device: torch.device, weights: str | None = None) -
     """
     kind, _, folder = name.partition(":")
     if kind not in EXTRACTORS or (folder and kind != "classifier"):
-        raise UserError(f"`features={name}`: unknown; known features: {', '.join(EXTRACTORS)}:FOLDER")
+        several = "; several have spaces between them" if "," in name else ""
+        raise UserError(f"`features={name}`: unknown; known features: {', '.join(EXTRACTORS)}:FOLDER{several}")
     return EXTRACTORS[kind](device, folder or weights)
 
 

@@ -92,6 +92,10 @@ class GeneratedImages(Images):
             "precision": f"{network.dtype}, products in {torch.get_float32_matmul_precision()} precision",
         }
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        return self.image_size or self.loaded.info.image_size
+
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         indices = torch.from_numpy(numbers)
         (made,) = sample_images(

@@ -18,6 +18,7 @@ from sit.data.factory import open_images
 from sit.data.folder import has_classes, only_tars
 from sit.data.heldout import keyed_order
 from sit.data.reading import EXTENSIONS, image_files, read_rgb
+from sit.data.tar import is_tar
 from sit.latents.cache import MANIFEST, CachedLatents, is_cache
 from sit.latents.vae import decode, load_vae, scale_latents, vae_fingerprint
 from sit.metrics.identity import About, hash_numbers
@@ -55,6 +56,11 @@ class Images:
         """What tells them from others, their number aside."""
         return {"images": self.name}
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Their (height, width) in pixels; None if unknown."""
+        return None
+
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         raise NotImplementedError
 
@@ -71,6 +77,10 @@ class SomeImages(Images):
     @property
     def about(self) -> About:
         return self.images.about | {"numbers": hash_numbers(self.numbers)}
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        return self.images.size
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         return self.images.batch(self.numbers[numbers])
@@ -102,6 +112,11 @@ class ArrayImages(Images):
     def about(self) -> About:
         return {"images": self.name, "files": stamp(self.name)}
 
+    @property
+    def size(self) -> tuple[int, int]:
+        height, width = self.array.shape[1:3]
+        return height, width
+
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(self.array[numbers]).permute(0, 3, 1, 2)
 
@@ -128,6 +143,11 @@ class ReadImages(Images):
     def shape(self) -> tuple[int, ...]:
         """The shape of the first image, which all must have, in whichever batch and process they are read."""
         return self.pixels(0).shape
+
+    @property
+    def size(self) -> tuple[int, int]:
+        height, width = self.shape[:2]
+        return height, width
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         arrays = [self.pixels(int(number)) for number in numbers]
@@ -187,6 +207,10 @@ class DataImages(Images):
         size, listed = self.data.image_size, self.data.fingerprint()
         files = list(self.data.source_files()) or [self.name]  # embedded images have a name alone
         return {"images": self.name, "size": size, "list": listed, "files": stamp(*files)}
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.data.image_size, self.data.image_size
 
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.stack([self.data[int(number)][0] for number in numbers])
@@ -248,6 +272,10 @@ class CacheImages(Images):
             "files": stamp(self.cache.folder / MANIFEST),
         }
 
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.cache.manifest.image_size, self.cache.manifest.image_size
+
     def batch(self, numbers: np.ndarray) -> torch.Tensor:
         mean = torch.from_numpy(self.cache.moments(numbers, np.zeros(len(numbers), dtype=bool)))[:, 0].float()
         return decode(self.vae, scale_latents(mean, self.cache.scaling)).permute(0, 3, 1, 2)
@@ -285,6 +313,8 @@ def open_samples(
         return FileImages(path, image_size)
     if not path.exists() and spec in DATASETS_REGISTRY:
         return RegisteredImages(spec, image_size)
+    if path.is_file() and not (is_tar(spec) or path.suffix == ".parquet"):
+        raise UserError(f"{spec} is no npz: give an npz with the images as arr_0, a folder of images, or a data set")
     if path.is_file() or spec.split(":")[0] == "digits" or ":" in spec:
         return DataImages(spec, image_size)
     raise UserError(f"{spec}: no such folder, npz file or data set")
@@ -302,4 +332,6 @@ def images_of(path: Path, forms: Mapping[str, Form]) -> ArrayImages:
     if labels is not None and (len(labels.shape) != 1 or labels.dtype.kind not in "iu"):
         raise UserError(f"{path}: arr_1 must be whole numbers of shape (N,), not {labels.dtype} {labels.shape}")
     arrays = read_npz(path, ("arr_0", "arr_1"))
+    if labels is not None and (least := arrays["arr_1"].min()) < 0:
+        raise UserError(f"{path}: arr_1 has the label {least}, which is no class: leave arr_1 out if there are none")
     return ArrayImages(path, arrays["arr_0"], arrays.get("arr_1"))

@@ -14,7 +14,7 @@ from sit.latents.vae import downsampling
 from sit.metrics.arguments import Arguments, ReferenceArguments
 from sit.metrics.classifier import LabelClassifier
 from sit.metrics.evaluate import Against, measure
-from sit.metrics.extraction import folder_of, row_bytes
+from sit.metrics.extraction import Digests, folder_of, row_bytes
 from sit.metrics.features import get_extractors
 from sit.metrics.generated import GeneratedImages
 from sit.metrics.image_sets import Images, drawn, open_samples
@@ -88,7 +88,8 @@ def _check_rooms(arguments: Arguments, work: Path, samples: Images, against: Aga
         factor = downsampling(samples.loaded.vae)
         pixels = len(samples) * 3 * samples.shape[1] * samples.shape[2] * factor**2
         check_room(Path(arguments.save).parent, pixels, "save", "the samples")
-    rows = len(samples) * sum(row_bytes(extractor, against.device) for extractor in against.extractors)
+    readers = (*against.extractors, Digests())
+    rows = len(samples) * sum(row_bytes(reader, against.device) for reader in readers)
     there = folder_size(folder_of(samples, work, "samples"))
     check_room(work, rows + pixels - there, "work_dir", f"the features of {len(samples):,} images")
 

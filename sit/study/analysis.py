@@ -13,7 +13,7 @@ from sit.metrics.estimate import half_width
 from sit.metrics.paired import Difference, holm, over_images, over_seeds
 from sit.metrics.verdict import verdicts
 from sit.study.config import Study
-from sit.study.values import LOSS, Found, at_the_end, fid_name, groups, metrics_at
+from sit.study.values import LOSS, Found, at_the_end, fid_name, groups, metrics_at, sample_errors
 
 NEARLY = 0.1
 """A run that ends within this part of a number of seconds counts with what it ended with."""
@@ -61,7 +61,11 @@ def describe(group: Found, metrics: Iterable[str]) -> dict[str, Any]:
         "choice": records[0]["choice"],
         "parameters": next((one["evaluation"]["parameters"] for one in records if one["evaluation"]), None),
         "seeds": list(group.records),
-        "metrics": {name: mean(values) for name, values in by_metric(group, metrics).items() if values},
+        "metrics": {
+            name: mean(values) | _over_samples(group, name)
+            for name, values in by_metric(group, metrics).items()
+            if values
+        },
         "heldout_by_time": {time: mean(values) for time, values in group.loss_by_time().items()},
         "heldout_by_step": {step: mean(values) for step in steps if (values := group.loss(step))},
         "metrics_by_step": {
@@ -75,6 +79,15 @@ def mean(values: Mapping[int, float]) -> dict[str, Any]:
     """Mean over seeds, with half the width of its 95 % interval by Student's t; None with one seed."""
     error = half_width(list(values.values())) if len(values) > 1 else None
     return {"value": statistics.fmean(values.values()), "error": error, "by_seed": dict(values)}
+
+
+def _over_samples(group: Found, metric: str) -> dict[str, float]:
+    """Of a group of one run, half the width of the metric's interval over samples of its weights, if it has one."""
+    if len(group.records) > 1:
+        return {}
+    (record,) = group.records.values()
+    errors = sample_errors(record)
+    return {"error_over_samples": errors[metric]} if metric in errors else {}
 
 
 def compare(values: Mapping[str, Mapping[str, Mapping[int, float]]], primary: list[str]) -> dict[str, Any]:

@@ -129,6 +129,8 @@ def _cell(number: Mapping[str, Any] | None, digits: str = ".4g", *, seeds: int |
     if number is None:
         return ""
     error = f" ± {number['error']:.2g}" if number["error"] is not None else ""
+    if "error_over_samples" in number:
+        error = f" ± {number['error_over_samples']:.2g} (samples)"
     fewer = seeds is not None and len(number["by_seed"]) < seeds
     return f"{number['value']:{digits}}{error}" + (f" ({len(number['by_seed'])} of {seeds} seeds)" if fewer else "")
 
@@ -149,7 +151,9 @@ def _table(study: Study, found: Mapping[str, Any], first: str) -> list[str]:
     return [
         "## At the last step",
         "",
-        "Mean over training seeds ± half the width of its 95 % interval (Student's t); none with one seed." + told,
+        "Mean over training seeds ± half the width of its 95 % interval (Student's t); none with one seed, but "
+        "for what says (samples): there it is the interval over samples of these weights, and tells nothing of other "
+        "seeds." + told,
         "",
         markdown_table(["", "mixer", "parameters", "seeds", *map(short, metrics), "seconds a step"], rows),
         "",

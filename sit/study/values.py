@@ -109,6 +109,12 @@ def metrics_at(record: Mapping[str, Any], step: int | None = None) -> dict[str, 
     return {number["name"]: number["value"] for number in numbers}
 
 
+def sample_errors(record: Mapping[str, Any]) -> dict[str, float]:
+    """Metric → half the width of its 95 % interval over samples of a run after its last step, where it has one."""
+    numbers = (record["evaluation"] or {"steps": {}})["steps"].get(str(record["config"]["steps"]), [])
+    return {number["name"]: number["error"] for number in numbers if number.get("error") is not None}
+
+
 def fid_name(records: Iterable[Mapping[str, Any]]) -> str | None:
     """What the Fréchet distance is called in the evaluations; None if there is none."""
     names = (name for record in records for name in metrics_at(record))

@@ -1,4 +1,5 @@
-"""What other programs call our flags: the published SiT and its relatives, diffusers' scripts, timm's train.py.
+"""What other programs call our flags: the published SiT and its relatives, diffusers' scripts, timm's train.py,
+torch-fidelity, clean-fid and EDM2's evaluation.
 
 A flag that is not known is told with ours, where one of these programs has it. docs/compatibility.md has the same list.
 """
@@ -132,12 +133,30 @@ TIMM = {
 }
 """timm's train.py"""
 
+_ALL = Meant((), "all numbers that can be had are always made")
+
+EVALUATORS = {
+    "input1": (_is("samples"),),
+    "input2": (_is("reference"),),
+    "fdir1": (_is("samples"),),
+    "fdir2": (_is("reference"),),
+    "images": (_is("samples"),),
+    "ref": (_is("reference"),),
+    "isc": (_ALL,),
+    "fid": (_ALL,),
+    "kid": (_ALL,),
+    "prc": (_ALL,),
+    "metrics": (_is("features", note="what distances are on; all numbers are always made"),),
+    "feature-extractor": (_is("features"),),
+}
+"""torch-fidelity's fidelity, clean-fid's scripts and EDM2's calculate_metrics.py"""
+
 OURS = {
     "out": (_is("output-dir"), _is("save")),
     "ckpt": (_is("resume"),),
 }
 """names that another of our commands has"""
 
-PROGRAMS = {"SiT, DiT, REPA": SIT, "diffusers": DIFFUSERS, "timm": TIMM}
-HABITS = {name: meanings for table in (OURS, TIMM, DIFFUSERS, SIT) for name, meanings in table.items()}
+PROGRAMS = {"SiT, DiT, REPA": SIT, "diffusers": DIFFUSERS, "timm": TIMM, "evaluators": EVALUATORS}
+HABITS = {name: meanings for table in (EVALUATORS, OURS, TIMM, DIFFUSERS, SIT) for name, meanings in table.items()}
 """all of them; where two programs share a name, SiT's meaning comes first"""

@@ -305,3 +305,22 @@ def test_the_spread_by_its_causes():
         assert one["interval"] == [pytest.approx(math.sqrt(low)), pytest.approx(math.sqrt(high))]
     share = deviations["weights"] ** 2 / (deviations["weights"] ** 2 + deviations["order"] ** 2)
     assert told["weights"]["share"] == pytest.approx(share) and "share" not in told["seed"]
+
+
+def test_one_seed_has_the_interval_over_its_samples():
+    """And says so; several seeds have the interval over seeds."""
+    records = {}
+    for name, seeds in (("a", (0, 1)), ("b", (0,))):
+        for seed in seeds:
+            one = made(name, seed, [2.0, 1.0], [20.0, 10.0 + seed])
+            one["evaluation"]["steps"]["20"][0]["error"] = 0.25
+            records[f"{name}-seed{seed}"] = one
+    found = analyze(study("a", "b", seeds=(0, 1)), records)
+    several, single = (found["variants"][name]["metrics"][FID] for name in "ab")
+    half = stats.t.ppf(0.975, 1) * np.std([10, 11], ddof=1) / math.sqrt(2)
+    assert several["error"] == pytest.approx(half) and "error_over_samples" not in several
+    assert single["error"] is None and single["error_over_samples"] == 0.25
+    assert "error_over_samples" not in found["variants"]["b"]["metrics"][LOSS]
+    text = markdown(study("a", "b", seeds=(0, 1)), SHELL | found, {}, "a")
+    assert "| 10 ± 0.25 (samples) |" in text and f"| 10.5 ± {half:.2g} |" in text
+    assert "tells nothing of other seeds" in text
