@@ -398,7 +398,7 @@ def check_needed(config: TrainConfig) -> None:
 def without_idle(config: TrainConfig, base: TrainConfig) -> TrainConfig:
     """The config, which was made from ``base``, with the defaults of what belongs to what it switches off.
 
-    So ``--repa None`` switches off the alignment that a recipe has, with all that the recipe says of it.
+    So ``repa=None`` switches off the alignment that a recipe has, with all that the recipe says of it.
     """
     idle = {
         name: _default(name)
