@@ -75,9 +75,8 @@ def load_classifier(folder: str) -> Classifier:
     place = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (place / name).is_file():
-            raise UserError(
-                f"{folder} is no classifier of sit.train_classifier: it has no {name}; python -m sit.train_classifier makes one"
-            )
+            mend = "python -m sit.train_classifier makes one"
+            raise UserError(f"{folder} is no classifier of sit.train_classifier: it has no {name}; {mend}")
     try:
         classifier = Classifier(ClassifierConfig(**json.loads((place / CONFIG).read_text())))
         classifier.network.load_state_dict(load_file(place / WEIGHTS))
