@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from sit.training.config import TrainConfig, without_idle
+from sit.training.config import TrainConfig, check_needed, without_idle
 from sit.training.recipes import known_recipes, load_recipe, load_run_settings, run_folder
 from sit.utils.cli import parse
 from sit.utils.errors import UserError, entry_point
@@ -66,7 +66,9 @@ def parse_train_arguments(arguments: list[str]) -> TrainArguments:
         base = load_recipe(recipe or TrainArguments.recipe)
     description = f"{TrainArguments.__doc__} Recipes: {', '.join(known_recipes())}."
     found = parse(TrainArguments, program("train"), arguments, default=TrainArguments(base), description=description)
-    return dataclasses.replace(found, config=without_idle(found.config, base))
+    config = without_idle(found.config, base)
+    check_needed(config, base)
+    return dataclasses.replace(found, config=config)
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:

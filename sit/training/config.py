@@ -363,11 +363,16 @@ def idle_eps(settings: Mapping[str, Any]) -> list[str]:
 NEEDS = (
     ("posthoc_ema_every", ("posthoc_ema",)), ("repa_weight", ("repa",)), ("repa_block", ("repa",)),
     ("repa_projector", ("repa",)), ("distill_weight", ("distill_from",)), ("eval_samples", ("eval_every",)),
-    ("eval_reference", ("eval_every",)), ("heldout_images", ("heldout",)), ("keep_every", ("keep_last",)),
-    ("preview_steps", ("preview_every", "eval_every")), ("preview_cfg_scale", ("preview_every", "eval_every")),
-    ("preview_cfg_scale", ("class_dropout",)), ("project", ("trackers",)),
+    ("eval_reference", ("eval_every",)),
 )  # fmt: skip
 """(a setting, those others of which one must be on, or it has no effect)"""
+
+NEEDS_OF_FLAGS = (
+    *NEEDS, ("heldout_images", ("heldout",)), ("keep_every", ("keep_last",)), ("project", ("trackers",)),
+    ("preview_steps", ("preview_every", "eval_every")), ("preview_cfg_scale", ("preview_every", "eval_every")),
+    ("preview_cfg_scale", ("class_dropout",)),
+)  # fmt: skip
+"""the same of what is typed; a program may switch previews off, say, and let their settings be"""
 
 
 def check_heeded(config: TrainConfig) -> None:
@@ -381,15 +386,20 @@ def check_heeded(config: TrainConfig) -> None:
         raise UserError(f"`{name}={getattr(config, name):g}` plays no part with {cause}: leave it out, or change those")
 
 
-def check_needed(config: TrainConfig) -> None:
-    """Refuse, for a new run, a setting of what is off.
+def check_needed(config: TrainConfig, base: TrainConfig | None = None) -> None:
+    """Refuse a setting of what is off.
+
+    Args:
+        config: the settings.
+        base: what they were given by flags over; None for a new run as a program begins it.
 
     Raises:
-        UserError: one of :data:`NEEDS`.
+        UserError: one of :data:`NEEDS`, or of :data:`NEEDS_OF_FLAGS` that is another than in ``base``.
     """
-    for name, needs in NEEDS:
+    for name, needs in NEEDS if base is None else NEEDS_OF_FLAGS:
         value = getattr(config, name)
-        if value != _default(name) and not _any_is_on(config, needs):
+        usual = _default(name) if base is None else getattr(base, name)
+        if value not in (usual, _default(name)) and not _any_is_on(config, needs):
             without = " or ".join(f"`{need}`" for need in needs)
             off = ", which is 0 and keeps all checkpoints," if needs == ("keep_last",) else ""
             raise UserError(f"`{name}={value}` plays no part without {without}{off}: leave it out, or give that too")
@@ -402,7 +412,7 @@ def without_idle(config: TrainConfig, base: TrainConfig) -> TrainConfig:
     """
     idle = {
         name: _default(name)
-        for name, needs in NEEDS
+        for name, needs in NEEDS_OF_FLAGS
         if _any_is_on(base, needs) and not _any_is_on(config, needs) and getattr(config, name) == getattr(base, name)
     }
     return dataclasses.replace(config, **idle) if idle else config

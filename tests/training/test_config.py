@@ -202,7 +202,9 @@ def test_what_is_switched_off_takes_what_belongs_to_it_along(tmp_path):
         "--keep-last 0 --keep-every 500", "--class-dropout 0 --preview-cfg-scale 3",
     ):  # fmt: skip
         with pytest.raises(UserError, match="plays no part without"):
-            check_needed(parse_train_arguments(flags.split()).config)
+            parse_train_arguments(flags.split())
+    off = TrainConfig(preview_every=0, preview_steps=50, heldout_images=9)
+    check_needed(off)  # a program may leave settings of what it switches off
 
 
 @pytest.mark.parametrize("name", ["data", "vae", "output_dir", "init_from", "repa", "model"])
